@@ -1,0 +1,1 @@
+"""Documents, token shards, stream order, packing, batches."""

@@ -1,0 +1,1 @@
+"""Model, objectives, optimiser, FSDP2, checkpoint, trainer."""
