@@ -1,0 +1,74 @@
+"""Where each token lies: the rows of a batch, sorted by modality, and how to read them in time order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The geometry of one batch of B rows x L positions, T = B*L, made once and read by every layer.
+
+    Every row-wise tensor of the network (residual, norms, projections, losses) is stored in *row order*:
+    stably sorted by modality, so that each modality is one contiguous segment. Only the convolution and the
+    scan need *time order* (b*L + t); they read through `order`.
+
+    order     (T,) int32   time -> row
+    rows      (T,) int64   row -> time, the inverse
+    offsets   (M+1,) int64 on the CPU: modality m holds rows offsets[m]:offsets[m+1], possibly none
+    modality  (T,) uint8   in time order
+    position  (T,) uint8   in time order: tokens since the document began, saturated at 255; 0 resets the state
+    """
+
+    batch: int
+    length: int
+    order: Tensor
+    rows: Tensor
+    offsets: Tensor
+    modality: Tensor
+    position: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        modality_BL: Tensor,
+        document_BL: Tensor,
+        order: Tensor,
+        rows: Tensor,
+        offsets: Tensor,
+        *,
+        continues_BL: Tensor | None = None,
+    ) -> RowLayout:
+        """From the fields of a PackedBatch.
+
+        `continues_BL` (B,) bool: rows whose first document began in an earlier chunk (its state comes in as
+        h0); by default every row starts a document.
+        """
+        B, L = modality_BL.shape
+        time = torch.arange(L, device=document_BL.device).expand(B, L)
+        starts = torch.ones_like(document_BL, dtype=torch.bool)
+        starts[:, 1:] = document_BL[:, 1:] != document_BL[:, :-1]
+        begin = torch.where(starts, time, -255)
+        if continues_BL is not None:
+            begin[:, 0] = torch.where(continues_BL, -255, 0)
+        position = (time - begin.cummax(1).values).clamp(max=255).to(torch.uint8)
+        modality = modality_BL.reshape(-1).contiguous()  # the C kernels read raw memory
+        return cls(B, L, order, rows, offsets, modality, position.reshape(-1))
+
+    @classmethod
+    def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Tensor) -> RowLayout:
+        """The same from modality (B, L) and document (B, L) alone; the loader has `order` and `rows` already."""
+        flat = modality_BL.reshape(-1).long()
+        rows = torch.argsort(flat, stable=True)
+        order = torch.empty_like(rows)
+        order[rows] = torch.arange(len(rows), device=rows.device)
+        offsets = torch.zeros(modalities + 1, dtype=torch.int64)
+        offsets[1:] = torch.bincount(flat, minlength=modalities).cumsum(0).cpu()
+        return cls.build(modality_BL, document_BL, order.to(torch.int32), rows, offsets, **kwargs)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length

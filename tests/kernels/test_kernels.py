@@ -1,0 +1,219 @@
+import pytest
+import reference
+import torch
+
+from mom_train.kernels import causal_conv, modality_linear, native, selective_scan
+from mom_train.kernels.causal_conv import _conv
+from mom_train.kernels.modality_linear import _modality_linear
+from mom_train.layout import RowLayout
+
+BACKENDS = ["torch", "c"]
+
+
+def require(backend):
+    if backend == "c" and native.library(16) is None:
+        pytest.skip("NO C COMPILER: the C kernels are not tested on this machine")
+
+
+def geometry(B, L, modalities, seed, empty=None):
+    g = torch.Generator().manual_seed(seed)
+    modality = torch.randint(0, modalities, (B, L), generator=g)
+    if empty is not None:
+        modality[modality == empty] = (empty + 1) % modalities
+    document = (torch.rand(B, L, generator=g) < 0.15).cumsum(1)
+    return modality.to(torch.uint8), document.to(torch.int32)
+
+
+def relative_error(a, b):
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("B", "L", "D", "M", "carried", "dtype", "tolerance"),
+    [
+        (2, 37, 32, 3, False, torch.float32, 2e-6),
+        (1, 70, 48, 2, True, torch.float32, 2e-6),
+        (3, 5, 272, 1, True, torch.float32, 2e-6),
+        (2, 33, 32, 3, False, torch.bfloat16, 2e-2),
+    ],
+)
+def test_scan_and_all_its_gradients_equal_the_float64_recurrence(
+    backend, B, L, D, M, carried, dtype, tolerance
+):
+    require(backend)
+    g = torch.Generator().manual_seed(L)
+    modality, document = geometry(B, L, M, seed=L, empty=1 if M == 3 else None)
+    T, N = B * L, 16
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    rounded = lambda t: t.to(dtype).double()  # noqa: E731
+    x, dt, z = rounded(draw(B, L, D)), rounded(draw(B, L, D) - 3), rounded(draw(B, L, D))
+    Bm, Cm = rounded(draw(B, L, N)), rounded(draw(B, L, N))
+    A, D_, bias = -torch.exp(draw(D, N)).double(), draw(D).double(), draw(M, D).double()
+    h0 = draw(B, D, N).double() if carried else None
+    gy, ghT = rounded(draw(B, L, D)), draw(B, D, N).double()
+
+    leaves = [t.clone().requires_grad_() for t in (x, dt, A, Bm, Cm, D_, z, bias)]
+    h0_leaf = None if h0 is None else h0.clone().requires_grad_()
+    y_ref, hT_ref = reference.selective_scan(*leaves, modality.long(), document, h0_leaf)
+    wanted = [*leaves, *([h0_leaf] if carried else [])]
+    grads_ref = torch.autograd.grad([y_ref, hT_ref], wanted, [gy, ghT])
+
+    layout = RowLayout.sort(modality, document, M, continues_BL=torch.full((B,), carried))
+    into_rows = lambda t, to: t.reshape(T, -1)[layout.rows].to(to).requires_grad_()  # noqa: E731
+    row_inputs = {i: into_rows(t, dtype) for i, t in zip((0, 1, 3, 4, 6), (x, dt, Bm, Cm, z), strict=True)}
+    fp32 = {i: t.float().requires_grad_() for i, t in zip((2, 5, 7), (A, D_, bias), strict=True)}
+    inputs = [{**row_inputs, **fp32}[i] for i in range(8)]
+    h0_in = None if h0 is None else h0.float().requires_grad_()
+    y, hT = selective_scan(*inputs, layout, h0_in, backend=backend)
+    into_time = lambda t: t.detach()[layout.order.long()].reshape(B, L, -1)  # noqa: E731
+    assert relative_error(into_time(y), y_ref.detach()) < tolerance
+    assert relative_error(hT.detach(), hT_ref.detach()) < tolerance
+
+    grads = torch.autograd.grad(
+        [y, hT],
+        [*inputs, *([h0_in] if carried else [])],
+        [gy.reshape(T, -1)[layout.rows].to(dtype), ghT.float()],
+    )
+    for i, (ours, theirs) in enumerate(zip(grads, grads_ref, strict=True)):
+        ours = into_time(ours) if i in row_inputs else ours
+        assert relative_error(ours, theirs) < 2 * tolerance, f"gradient of input {i}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("B", "L", "D", "carried"), [(2, 37, 32, False), (1, 2, 16, False), (2, 150, 48, True)]
+)
+def test_convolution_and_its_gradients_equal_the_float64_definition(backend, B, L, D, carried):
+    require(backend)
+    if backend == "c" and carried:
+        pytest.skip("the C convolution starts rows from nothing; carried rows take the PyTorch one")
+    g = torch.Generator().manual_seed(L)
+    modality, document = geometry(B, L, 2, seed=L)
+    layout = RowLayout.sort(modality, document, 2, continues_BL=torch.full((B,), carried))
+    x, w, b = (torch.randn(*s, generator=g).double() for s in ((B, L, D), (D, 4), (D,)))
+    init = torch.randn(B, 3, D, generator=g).double() if carried else None
+    gy = torch.randn(B, L, D, generator=g).double()
+    leaves = [t.clone().requires_grad_() for t in (x, w, b, *([init] if carried else []))]
+    y_ref = reference.causal_conv(*leaves[:3], document, leaves[3] if carried else None)
+    grads_ref = torch.autograd.grad(y_ref, leaves, gy)
+
+    wide = torch.zeros(B * L, 2 * D)
+    wide[:, :D] = x.reshape(-1, D)[layout.rows]
+    wide.requires_grad_()
+    ours = [wide[:, :D], *(t.detach().float().requires_grad_() for t in leaves[1:])]
+    y, final = causal_conv(*ours[:3], layout, ours[3] if carried else None, backend=backend)
+    order = layout.order.long()
+    assert relative_error(y.detach()[order].view(B, L, D), y_ref.detach()) < 2e-6
+    grads = torch.autograd.grad(y, [wide, *ours[1:]], gy.reshape(-1, D)[layout.rows].float())
+    assert relative_error(grads[0][order][:, :D].reshape(B, L, D), grads_ref[0]) < 2e-6
+    for a, r in zip(grads[1:], grads_ref[1:], strict=True):
+        assert relative_error(a, r) < 2e-6
+    before = torch.zeros(B, 3, D).double() if init is None else init
+    assert relative_error(final, torch.cat([before, x], 1)[:, -3:]) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_cut_anywhere_carries_on_exactly(backend):
+    require(backend)
+    g = torch.Generator().manual_seed(3)
+    B, L, D, N, M = 2, 41, 32, 16, 2
+    modality, document = geometry(B, L, M, seed=5)
+    t = {k: torch.randn(B, L, n, generator=g) for k, n in dict(x=D, dt=D, B=N, C=N, z=D).items()}
+    A, skip, bias = (
+        -torch.rand(D, N, generator=g),
+        torch.randn(D, generator=g),
+        torch.randn(M, D, generator=g),
+    )
+
+    def run(s, e, h):
+        layout = RowLayout.sort(
+            modality[:, s:e], document[:, s:e], M, continues_BL=document[:, s] == document[:, max(s - 1, 0)]
+        )
+        rows = {k: v[:, s:e].reshape(B * (e - s), -1)[layout.rows] for k, v in t.items()}
+        args = (rows["x"], rows["dt"], A, rows["B"], rows["C"], skip, rows["z"], bias)
+        y, hT = selective_scan(*args, layout, h, backend=backend)
+        return y[layout.order.long()].view(B, e - s, D), hT
+
+    whole, last = run(0, L, torch.zeros(B, D, N))
+    for cut in (1, 20, 40):
+        first, h = run(0, cut, torch.zeros(B, D, N))
+        second, end = run(cut, L, h)
+        torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(end, last, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_modality_linear_equals_choosing_each_rows_matrix(bias):
+    g = torch.Generator().manual_seed(0)
+    M, K, O = 3, 8, 5
+    offsets = torch.tensor([0, 4, 4, 11])
+    x = torch.randn(11, K, generator=g, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(M * O, K, generator=g, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(M * O, generator=g, dtype=torch.float64, requires_grad=True) if bias else None
+    of_row = torch.tensor([0] * 4 + [2] * 7)
+    expected = torch.einsum("tok,tk->to", w.view(M, O, K)[of_row], x)
+    if b is not None:
+        expected = expected + b.view(M, O)[of_row]
+    y = modality_linear(x, w, offsets, b)
+    torch.testing.assert_close(y, expected)
+    leaves = [x, w, *([b] if b is not None else [])]
+    gy = torch.randn(11, O, generator=g, dtype=torch.float64)
+    for a, r in zip(
+        torch.autograd.grad(y, leaves, gy), torch.autograd.grad(expected, leaves, gy), strict=True
+    ):
+        torch.testing.assert_close(a, r)
+
+
+def test_operators_keep_torchs_contract():
+    """Schema, fake tensors, autograd registration and AOT dispatch, checked by PyTorch itself."""
+    modality, document = geometry(2, 9, 3, seed=1)
+    layout = RowLayout.sort(modality, document, 3)
+    x = torch.randn(18, 16, requires_grad=True)
+    torch.library.opcheck(
+        _modality_linear, (x, torch.randn(15, 16, requires_grad=True), None, layout.offsets)
+    )
+    weight, bias = torch.randn(16, 4, requires_grad=True), torch.randn(16, requires_grad=True)
+    for backend in BACKENDS:
+        if backend == "c" and native.library(16) is None:
+            continue
+        torch.library.opcheck(
+            _conv, (x, weight, bias, None, layout.order, layout.rows, layout.position, 2, backend)
+        )
+        args = (
+            torch.randn(18, 16),
+            -torch.rand(16, 16),
+            torch.randn(18, 16),
+            torch.randn(18, 16),
+            torch.randn(16),
+        )
+        args = (x, *(a.requires_grad_() for a in (*args, torch.randn(18, 16), torch.randn(3, 16))))
+        torch.library.opcheck(
+            torch.ops.mom.selective_scan.default,
+            (*args, None, layout.order, layout.rows, layout.modality, layout.position, 2, backend, True),
+        )
+
+
+def test_the_number_of_threads_does_not_change_a_bit_of_the_c_kernels():
+    require("c")
+    modality, document = geometry(2, 64, 2, seed=7)
+    layout = RowLayout.sort(modality, document, 2)
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*s, generator=g) for s in ((128, 512),) * 2]
+    inputs += [-torch.rand(512, 16, generator=g), *(torch.randn(128, 16, generator=g) for _ in range(2))]
+    inputs += [
+        torch.randn(512, generator=g),
+        torch.randn(128, 512, generator=g),
+        torch.randn(2, 512, generator=g),
+    ]
+    results = []
+    for n in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n)
+        try:
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            y, _ = selective_scan(*leaves, layout, backend="c")
+            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
