@@ -73,7 +73,9 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
         found.update(dict.fromkeys(sorted(files)))
     if empty:
         raise ValueError(
-            "no input matches " + ", ".join(repr(p) for p in empty) + " (a .tar, .tar.gz or .jsonl file, a glob, or a folder)"
+            "no input matches "
+            + ", ".join(repr(p) for p in empty)
+            + " (a .tar, .tar.gz or .jsonl file, a glob, or a folder)"
         )
     return list(found)
 
@@ -115,7 +117,7 @@ def _tar_members(path: Path) -> Iterator[dict[str, Any]]:
                     if len(data) != member.size:
                         raise ValueError(f"{path}: truncated inside member {member.name}")
                     yield {"fname": member.name, "data": data, "__url__": str(path)}
-                tar.members = []  # type: ignore[assignment]  # tarfile keeps every header otherwise
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
             file.seek(tar.offset)
             trailer = file.read(1024)
             while block := trailer or file.read(1 << 20):

@@ -196,9 +196,7 @@ def _preactivation(padded: Tensor, taps: Tensor, bias: Tensor, masks: list[Tenso
     return y
 
 
-def _c_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, position: Tensor, batch: int
-) -> Tensor:
+def _c_forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, position: Tensor, batch: int) -> Tensor:
     library = native.library(16)
     assert library is not None
     xr, taps, bias = native.rows(x), weight.float().t().contiguous(), bias.float().contiguous()

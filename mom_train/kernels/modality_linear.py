@@ -73,9 +73,7 @@ def _modality_linear_backward(
 
 
 @_modality_linear_backward.register_fake
-def _(
-    grad_TO: Tensor, x_TK: Tensor, weight: Tensor, offsets: Tensor, has_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_TO: Tensor, x_TK: Tensor, weight: Tensor, offsets: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x_TK.new_empty(x_TK.shape),
         weight.new_empty(weight.shape),

@@ -41,11 +41,7 @@ def library(state: int) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_build(compiler, state)))
     except (OSError, subprocess.CalledProcessError) as error:
-        detail = (
-            error.stderr.decode(errors="replace")
-            if isinstance(error, subprocess.CalledProcessError)
-            else error
-        )
+        detail = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
         log.warning("C kernels off: building them with %s failed; using PyTorch: %s", compiler, detail)
         return None
 

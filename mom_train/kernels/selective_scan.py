@@ -146,9 +146,7 @@ def _scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     backward = _c_backward if backend == "c" else _torch_backward
-    grads = backward(
-        grad_y, grad_hT, x, dt, A, B, C, D, z, dt_bias, states, order, rows, modality, position, batch
-    )
+    grads = backward(grad_y, grad_hT, x, dt, A, B, C, D, z, dt_bias, states, order, rows, modality, position, batch)
     like = (x, dt, A, B, C, D, z, dt_bias, A)
     return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))  # type: ignore[return-value]
 
@@ -198,9 +196,7 @@ def _flops(x_shape: Any, dt_shape: Any, A_shape: Any, *args: Any, **kwargs: Any)
 
 
 @register_flop_formula(torch.ops.mom.selective_scan_backward)
-def _backward_flops(
-    gy: Any, ghT: Any, x_shape: Any, dt_shape: Any, A_shape: Any, *args: Any, **kw: Any
-) -> int:
+def _backward_flops(gy: Any, ghT: Any, x_shape: Any, dt_shape: Any, A_shape: Any, *args: Any, **kw: Any) -> int:
     return 2 * x_shape[0] * A_shape[0] * (9 * A_shape[1] + 2)
 
 
@@ -339,9 +335,7 @@ def _torch_backward(
 # ---- C -----------------------------------------------------------------------------------------------------
 
 
-def _c_inputs(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _c_inputs(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, C = native.rows(B), native.rows(C)
     if B.stride(0) != C.stride(0):
         B, C = B.contiguous(), C.contiguous()

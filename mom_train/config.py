@@ -1,0 +1,280 @@
+"""A run, described: strict typed YAML with inheritance and dotted overrides.
+
+    base: ../chameleon/common.yaml      # optional, relative to this file; mappings merge, the rest replaces
+    model: {dim: 256, layers: 4}
+
+Unknown keys, wrong types and impossible values are one ValueError that says where and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+Projection = Literal["in_proj", "x_proj", "dt_proj", "out_proj"]
+PROJECTIONS: tuple[Projection, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    dim: PositiveInt
+    """Width of the residual stream. The inner width is `expand` times this."""
+    layers: PositiveInt
+    """A layer is two Mamba blocks, as in the published model."""
+    decoupled: tuple[Projection, ...] = PROJECTIONS
+    """Projections with weights of their own for each modality; [] is dense Mamba."""
+    state: PositiveInt = 16
+    """N, the size of each channel's state."""
+    conv: PositiveInt = 4
+    """Taps of the causal convolution."""
+    expand: PositiveInt = 2
+    """Inner width over `dim`."""
+    dt_rank: PositiveInt | None = None
+    """Rank of the time-step projection; ceil(dim / 16) by default."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    identical_modalities: bool = False
+    """Start every modality from the same weights instead of independent draws."""
+
+    @property
+    def blocks(self) -> int:
+        return 2 * self.layers
+
+    @property
+    def inner(self) -> int:
+        return self.expand * self.dim
+
+    @property
+    def rank(self) -> int:
+        return self.dt_rank or -(-self.dim // 16)
+
+
+class SourceConfig(Section):
+    path: Path
+    """A folder of token shards, as tools/tokenize_shards.py writes it (holds manifest.json)."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the tokens drawn from this source, relative to the other sources' weights."""
+    shards: str = "*"
+    """Only the shards whose name matches this glob."""
+
+
+class DataConfig(Section):
+    train: tuple[SourceConfig, ...]
+    """What to train on."""
+    validation: dict[str, tuple[SourceConfig, ...]] = {}
+    """Named validation sets: losses are logged as val/<name>/loss/<modality>."""
+    sequence_length: PositiveInt
+    """L, positions in a packed row."""
+    lanes: PositiveInt = 16
+    """Independent streams that sequence i is dealt from (lane i mod lanes). Part of the order: do not change it
+    mid-run."""
+    pack_window: PositiveInt = 1024
+    """Pieces of documents packed together, best fit first. Part of the order."""
+    workers: int = Field(1, ge=0)
+    """Loader processes per rank; 0 reads in the training process. Not part of the order."""
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1)
+    """Documents that fail their checksum are masked and counted; past this share of those read, the run stops."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW."""
+    warmup: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Decay after the warm-up."""
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the last step, as a fraction of the peak (cosine)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """On matrices only: not on norms, biases, A_log and D."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the whole gradient."""
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt
+    """Optimiser steps of the whole run (what the schedule counts to)."""
+    batch: PositiveInt
+    """Sequences per optimiser step, over all ranks."""
+    micro_batch: PositiveInt
+    """Sequences per rank and forward pass; the rest of `batch` is accumulated."""
+    stop_at: PositiveInt | None = None
+    """Checkpoint and end cleanly after this step, to carry on another time."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the matrix products (autocast). Parameters, norms, scan, time steps and losses are fp32 in any case."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+
+class ValidationConfig(Section):
+    every: PositiveInt | None = None
+    """Steps between validations; one always follows the last step. Nothing by default but that one."""
+    sequences: PositiveInt = 64
+    """Sequences per set, the same ones each time."""
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt | None = None
+    """Steps between checkpoints; one always follows the last step."""
+    keep: PositiveInt = 2
+    """Committed checkpoints kept; older ones are deleted."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    run_dir: Path
+    """Where everything of the run goes. A run that has a checkpoint there carries on from it."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+    vocabulary: dict[str, PositiveInt]
+    """Number of ids of each modality, text first; this order numbers the modalities."""
+    tokenizers: Path | None = None
+    """tokenizers.yaml of the tokenizers meant for this run: their fingerprints must be the shards'."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: PositiveInt = 1
+    """Steps between lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        if next(iter(self.vocabulary), None) != "text":
+            raise ValueError("vocabulary: the first modality must be 'text'")
+        if self.optimizer.warmup >= self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup ({self.optimizer.warmup}) must be below training.steps ({self.training.steps})"
+            )
+        if not self.data.train:
+            raise ValueError("data.train: name at least one source")
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and step. Raises ValueError when the batch cannot be dealt evenly."""
+        per_pass = self.training.micro_batch * world_size
+        if self.training.batch % per_pass:
+            raise ValueError(
+                f"training.batch ({self.training.batch}) must be a multiple of training.micro_batch x ranks "
+                f"({self.training.micro_batch} x {world_size} = {per_pass})"
+            )
+        return self.training.batch // per_pass
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config at `path` with dotted overrides applied (`optimizer.learning_rate=1e-3`, `model.decoupled=[]`).
+
+    Raises ValueError naming the file, the key and what would be right.
+    """
+    values = _read(Path(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {override!r}: expected key.subkey=value")
+        _assign(values, key.split("."), _parse(text), override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}:" + "".join(f"\n  {_explain(e)}" for e in error.errors())) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: its chain of 'base' files comes back to itself")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"no config file {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _parse(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override value {text!r}: {error}") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        inner: Any = values.get(key)
+        if inner is None:
+            inner = values[key] = {}
+        if isinstance(inner, list) and key != keys[-1]:
+            raise ValueError(f"override {override!r}: {key} is a list; replace it whole, as {key}=[...]")
+        if not isinstance(inner, dict):
+            raise ValueError(f"override {override!r}: {key} is not a section")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict | BaseModel) else ""
+    return f"{where}: {message}{given}" if where else message
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Field names of the section that holds the unknown key at `location`."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            inner = [t for t in (annotation, *_arguments(annotation)) if isinstance(t, type) and issubclass(t, Section)]
+            if inner:
+                section = inner[0]
+    return list(section.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    """Every type inside an annotation such as dict[str, tuple[SourceConfig, ...]]."""
+    found = []
+    for argument in getattr(annotation, "__args__", ()):
+        found += [argument, *_arguments(argument)]
+    return found
