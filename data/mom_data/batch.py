@@ -1,0 +1,169 @@
+"""Packed rows become tensors: ids, modality masks, documents, labels, and the sort by modality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from mom_tokenizers.vocab import VocabLayout
+from torch import Tensor
+
+from mom_data.plan import Piece, Source
+from mom_data.shards import TokenSegment
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What the loader hands the trainer: B rows, L positions, M modalities, P latent patches.
+
+    tokens           (B, L) int64    vocabulary ids; patch positions hold <null>, padding <pad>
+    modality         (B, L) uint8    of the *input* token: routes the weights
+    document         (B, L) int32    number of the document within the row; padding counts as one more
+    labels           (B, L) int64    next token of the same piece, -100 where there is none
+    latents          (P, C*p*p) fp16 patches in raster order
+    latent_position  (P,) int64      flat position of each in B*L
+    image_of_patch   (P,) int32      number of the picture within the batch
+    order            (B*L,) int32    time -> row of the stable sort by modality
+    rows             (B*L,) int64    row -> time
+    offsets          (M+1,) int64    segment bounds of the sorted rows; stays on the CPU
+    real_tokens      (M,) int64      input tokens by modality without padding; stays on the CPU
+    end_sequence     number of the next sequence of the whole run, over all ranks
+    damaged          documents masked because of their checksum, as "shard#document"
+    """
+
+    tokens: Tensor
+    modality: Tensor
+    document: Tensor
+    labels: Tensor
+    latents: Tensor
+    latent_position: Tensor
+    image_of_patch: Tensor
+    order: Tensor
+    rows: Tensor
+    offsets: Tensor
+    real_tokens: Tensor
+    documents_read: int = 0
+    end_sequence: int = 0
+    damaged: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved: dict[str, Any] = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor) and f.name not in ("offsets", "real_tokens")
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> PackedBatch:
+        """Called by the DataLoader where it pins."""
+        pinned: dict[str, Any] = {
+            f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+
+def assemble_document(
+    segments: Sequence[TokenSegment], modalities: Sequence[str], vocab: VocabLayout
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray]]]:
+    """(ids int64 [A], modality uint8 [A], [(position, patches)]) of BOS, the segments, EOS.
+
+    `modalities` names the segments' modality numbers, which are the dataset's; the vocabulary's go out. Text
+    segments follow one another bare; every other span stands between its brackets.
+    """
+    specials, null = vocab.specials, vocab.specials["null"]
+    ids: list[np.ndarray] = [np.array([specials["bos"]])]
+    routes: list[np.ndarray] = [np.zeros(1, np.uint8)]
+    patches = []
+    at = 1
+    for segment in segments:
+        name = modalities[segment.modality]
+        number = vocab.modalities.index(name)
+        n = len(segment.values)
+        if number == 0:
+            ids.append(segment.values.astype(np.int64))
+            routes.append(np.zeros(n, np.uint8))
+            at += n
+            continue
+        opening, closing = vocab.brackets(name)
+        if segment.latent:
+            patches.append((at + 1, segment.values))
+            span = np.full(n, null)
+        else:
+            span = segment.values.astype(np.int64) + vocab.offsets[name]
+        ids += [np.array([opening]), span, np.array([closing])]
+        routes += [np.zeros(1, np.uint8), np.full(n, number, np.uint8), np.zeros(1, np.uint8)]
+        at += n + 2
+    ids.append(np.array([specials["eos"]]))
+    routes.append(np.zeros(1, np.uint8))
+    return np.concatenate(ids), np.concatenate(routes), patches
+
+
+def build_batch(
+    rows: Sequence[Sequence[Piece]], sources: Sequence[Source], vocab: VocabLayout, length: int
+) -> PackedBatch:
+    """Read the pieces of B rows and lay them out. A damaged document is masked in place: pad tokens that carry no
+    loss, so that nothing else moves."""
+    B, M = len(rows), len(vocab.modalities)
+    pad = vocab.specials["pad"]
+    tokens = np.full((B, length), pad, np.int64)
+    modality = np.zeros((B, length), np.uint8)
+    document = np.zeros((B, length), np.int32)
+    labels = np.full((B, length), IGNORE, np.int64)
+    real = np.zeros((B, length), bool)
+    latents: list[np.ndarray] = []
+    latent_position: list[np.ndarray] = []
+    image_of_patch: list[np.ndarray] = []
+    damaged = []
+    for b, pieces in enumerate(rows):
+        at = 0
+        for number, piece in enumerate(pieces):
+            dataset = sources[piece.source].dataset
+            end = at + piece.end - piece.start
+            document[b, at:end] = number
+            segments = dataset.read(piece.shard, piece.document)
+            if segments is None:
+                damaged.append(f"{dataset.folder / dataset.shards[piece.shard]['name']}#{piece.document}")
+            else:
+                ids, routes, patches = assemble_document(segments, dataset.modalities, vocab)
+                tokens[b, at:end] = ids[piece.start : piece.end]
+                modality[b, at:end] = routes[piece.start : piece.end]
+                labels[b, at : end - 1] = ids[piece.start + 1 : piece.end]
+                real[b, at:end] = True
+                for position, values in patches:
+                    if piece.start <= position < piece.end:
+                        start = at + position - piece.start
+                        latents.append(values)
+                        latent_position.append(b * length + np.arange(start, start + len(values)))
+                        image_of_patch.append(np.full(len(values), len(image_of_patch), np.int32))
+                        # neither a patch nor the token before one predicts a token
+                        labels[b, max(start - 1, 0) : start + len(values)] = IGNORE
+            at = end
+        document[b, at:] = len(pieces)
+
+    flat = modality.reshape(-1)
+    order_of_rows = np.argsort(flat, kind="stable")
+    order = np.empty(flat.size, np.int32)
+    order[order_of_rows] = np.arange(flat.size, dtype=np.int32)
+    offsets = np.zeros(M + 1, np.int64)
+    offsets[1:] = np.bincount(flat, minlength=M).cumsum()
+    tensor = torch.from_numpy
+    return PackedBatch(
+        tokens=tensor(tokens),
+        modality=tensor(modality),
+        document=tensor(document),
+        labels=tensor(labels),
+        latents=tensor(np.concatenate(latents)) if latents else torch.zeros(0, 0, dtype=torch.float16),
+        latent_position=tensor(np.concatenate(latent_position)) if latents else torch.zeros(0, dtype=torch.int64),
+        image_of_patch=tensor(np.concatenate(image_of_patch)) if latents else torch.zeros(0, dtype=torch.int32),
+        order=tensor(order),
+        rows=tensor(order_of_rows),
+        offsets=tensor(offsets),
+        real_tokens=tensor(np.bincount(modality[real], minlength=M)),
+        documents_read=sum(map(len, rows)),
+        damaged=tuple(damaged),
+    )

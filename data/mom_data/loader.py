@@ -1,0 +1,69 @@
+"""Batches of a plan, for one rank of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import webdataset
+from mom_tokenizers.vocab import VocabLayout
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mom_data.batch import PackedBatch, build_batch
+from mom_data.plan import Lane, Plan
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which sequences a rank takes: of each step's `batch`, the rank's contiguous part in passes of
+    `micro_batch`."""
+
+    rank: int
+    world_size: int
+    batch: int
+    micro_batch: int
+
+    def micro_batches(self, start: int) -> Iterator[tuple[range, int]]:
+        """(numbers of the sequences, number of the next step's first sequence) from sequence `start` on."""
+        per_rank = self.batch // self.world_size
+        assert per_rank * self.world_size == self.batch
+        assert per_rank % self.micro_batch == 0
+        while True:
+            first = start + self.rank * per_rank
+            for s in range(first, first + per_rank, self.micro_batch):
+                yield range(s, s + self.micro_batch), start + self.batch
+            start += self.batch
+
+
+class PlannedBatches(IterableDataset):
+    """The rank's micro-batches from sequence `start` on, without end: worker k of n makes every n-th of them.
+
+    Sequences that others take are planned and not read, so the order never depends on who reads.
+    """
+
+    def __init__(self, plan: Plan, vocab: VocabLayout, share: Share, start: int = 0):
+        self.plan, self.vocab, self.share, self.start = plan, vocab, share, start
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        lanes: dict[int, tuple[Lane, int]] = {}
+        for sequences, end in islice(self.share.micro_batches(self.start), worker, None, workers):
+            rows = []
+            for i in sequences:
+                lane, emitted = lanes.get(i % self.plan.lanes) or (Lane(self.plan, i % self.plan.lanes), 0)
+                row = next(islice(lane, i // self.plan.lanes - emitted, None))
+                lanes[i % self.plan.lanes] = lane, i // self.plan.lanes + 1
+                rows.append(row)
+            batch = build_batch(rows, self.plan.sources, self.vocab, self.plan.length)
+            yield replace(batch, end_sequence=end)
+
+
+def batches(
+    plan: Plan, vocab: VocabLayout, share: Share, start: int = 0, workers: int = 0, pin: bool = False
+) -> Iterator[PackedBatch]:
+    """An endless stream of the rank's micro-batches. The state to resume from is the `end_sequence` of the last
+    batch of a finished step; what was prefetched beyond it is made again."""
+    pipeline = webdataset.DataPipeline(PlannedBatches(plan, vocab, share, start))
+    return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin))

@@ -1,0 +1,37 @@
+"""Small token datasets for the tests."""
+
+import numpy as np
+from mom_data.shards import ShardWriter, TokenSegment, write_manifest
+from mom_tokenizers.vocab import VocabLayout
+
+MODALITIES = ("text", "image", "speech")
+VOCAB = VocabLayout({"text": 100, "image": 32, "speech": 20})
+TOKENIZERS = {m: {"kind": "test", "fingerprint": f"{m}-1", "size": s} for m, s in VOCAB.sizes}
+
+
+def random_document(rng, latent_width=0):
+    segments = []
+    for _ in range(rng.integers(1, 5)):
+        modality = int(rng.integers(0, 3))
+        if modality == 1 and latent_width:
+            values = rng.standard_normal((16, latent_width)).astype(np.float16)
+        else:
+            n = 16 if modality == 1 else int(rng.integers(1, 90))
+            values = rng.integers(0, VOCAB.sizes[modality][1], n).astype(np.uint16)
+        segments.append(TokenSegment(modality, values))
+    return segments
+
+
+def write_dataset(folder, documents=60, shards=3, seed=0, latent_width=0, tokenizers=TOKENIZERS, make=random_document):
+    """Returns {(shard, document): segments}."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    truth, records = {}, []
+    for k in range(shards):
+        with ShardWriter(folder / f"part-{k:05d}.tar", MODALITIES) as writer:
+            for d in range(documents // shards):
+                truth[k, d] = make(rng, latent_width)
+                writer.add(f"key{k}-{d}", truth[k, d])
+        records.append(writer.record())
+    write_manifest(folder, records, tokenizers, np.uint16, {})
+    return truth

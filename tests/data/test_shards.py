@@ -1,0 +1,117 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import webdataset
+from corpus import MODALITIES, TOKENIZERS, VOCAB, random_document, write_dataset
+from mom_data import shards
+from mom_data.shards import ShardWriter, TokenDataset, check_agreement
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        x.modality == y.modality and x.latent == y.latent and np.array_equal(x.values, y.values)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("latent_width", [0, 8])
+@pytest.mark.parametrize("block_bytes", [200, 1 << 20])
+def test_documents_read_by_offset_are_those_written(tmp_path, monkeypatch, latent_width, block_bytes):
+    monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
+    truth = write_dataset(tmp_path / "d", latent_width=latent_width)
+    dataset = TokenDataset(tmp_path / "d")
+    assert all(same(dataset.read(k, d), truth[k, d]) for k, d in truth)
+    index_bytes = sum(f.stat().st_size for f in (tmp_path / "d").glob("*.idx"))
+    assert index_bytes / len(truth) < 40 + 500 * 3 / len(truth)  # the header is paid once per shard
+    lengths = dataset.manifest["tokens"]
+    assert lengths["speech"] == sum(len(s.values) for doc in truth.values() for s in doc if s.modality == 2)
+
+
+def test_stock_webdataset_and_safetensors_read_the_shards(tmp_path):
+    truth = write_dataset(tmp_path / "d")
+    seen = 0
+    for k in range(3):
+        for sample in webdataset.WebDataset(str(tmp_path / f"d/part-{k:05d}.tar"), shardshuffle=False):
+            block = safetensors.numpy.load(sample["safetensors"])
+            for d in range(len(block["docs"]) - 1):
+                table = block["segments"][block["docs"][d] : block["docs"][d + 1]]
+                for (modality, count, offset, _), segment in zip(table, truth[k, d], strict=True):
+                    assert modality == segment.modality
+                    assert np.array_equal(block["tokens"][offset : offset + count], segment.values)
+                seen += 1
+    assert seen == len(truth)
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path):
+    for name in "ab":
+        write_dataset(tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_writer_that_fails_leaves_no_shard(tmp_path):
+    def fail():
+        with ShardWriter(tmp_path / "x.tar", MODALITIES) as writer:
+            writer.add("k", random_document(np.random.default_rng(0)))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_flipped_byte_damages_one_document(tmp_path):
+    truth = write_dataset(tmp_path / "d")
+    path = tmp_path / "d/part-00001.tar"
+    at = int(TokenDataset(tmp_path / "d").index(1).token_offset[5]) + 1
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+    dataset = TokenDataset(tmp_path / "d")
+    assert [key for key in truth if dataset.read(*key) is None] == [(1, 5)]
+
+
+def test_everything_missing_or_short_is_listed_at_once(tmp_path):
+    write_dataset(tmp_path / "d")
+    (tmp_path / "d/part-00000.idx").unlink()
+    (tmp_path / "d/part-00001.tar").unlink()
+    with open(tmp_path / "d/part-00002.tar", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match=r"00000.idx is missing.*00001.tar is missing.*00002.tar has 1000 bytes"):
+        TokenDataset(tmp_path / "d")
+    with pytest.raises(ValueError, match=r"no manifest.json"):
+        TokenDataset(tmp_path)
+
+
+def test_a_damaged_index_is_an_error_not_wrong_data(tmp_path):
+    write_dataset(tmp_path / "d")
+    index = tmp_path / "d/part-00000.idx"
+    index.write_bytes(index.read_bytes()[:-1] + b"\x05")
+    with pytest.raises(ValueError, match=r"00000.idx.*checksum"):
+        TokenDataset(tmp_path / "d").index(0)
+
+
+def test_tokenizers_that_differ_are_named_on_both_sides(tmp_path):
+    write_dataset(tmp_path / "a")
+    other = {**TOKENIZERS, "image": {**TOKENIZERS["image"], "fingerprint": "image-2"}}
+    write_dataset(tmp_path / "b", tokenizers=other)
+    a, b = TokenDataset(tmp_path / "a"), TokenDataset(tmp_path / "b")
+    vocabulary = dict(VOCAB.sizes)
+    check_agreement([a], vocabulary, TOKENIZERS)
+    with pytest.raises(ValueError, match=r"image tokenizers differ: .*b was made with image-2, .*a has image-1"):
+        check_agreement([a, b], vocabulary)
+    with pytest.raises(ValueError, match=r"image-1, the run's tokenizers has image-2"):
+        check_agreement([a], vocabulary, other)
+    with pytest.raises(ValueError, match=r"20 ids, but the config has vocabulary.speech=19"):
+        check_agreement([a], {**vocabulary, "speech": 19})
+    with pytest.raises(ValueError, match="'speech', which the config's vocabulary"):
+        check_agreement([a], {"text": 100, "image": 32})
+
+
+def test_the_manifest_holds_checksums_of_the_files(tmp_path):
+    write_dataset(tmp_path / "d")
+    for shard in json.loads((tmp_path / "d/manifest.json").read_text())["shards"]:
+        assert hashlib.sha256((tmp_path / "d" / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
