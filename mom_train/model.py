@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from mom_train.config import ModelConfig
 from mom_train.kernels import causal_conv, modality_linear, selective_scan
@@ -73,14 +74,23 @@ class MambaMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. The norm is shared across modalities, as published."""
+    """Pre-norm residual block. The norm is shared across modalities, as published.
 
-    def __init__(self, config: ModelConfig, modalities: int):
+    With `recompute`, only its input is kept for the backward pass, and the rest computed again there.
+    """
+
+    def __init__(self, config: ModelConfig, modalities: int, recompute: bool = False):
         super().__init__()
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.mixer = MambaMixer(config, modalities)
+        self.recompute = recompute
 
     def forward(self, x_Td: Tensor, layout: RowLayout) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_Td, layout, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_Td, layout)
+
+    def _forward(self, x_Td: Tensor, layout: RowLayout) -> Tensor:
         return x_Td + self.mixer(self.norm(x_Td), layout)
 
 
@@ -104,11 +114,11 @@ class MixtureOfMamba(nn.Module):
     whole model.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary: int, modalities: int):
+    def __init__(self, config: ModelConfig, vocabulary: int, modalities: int, recompute: bool = False):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocabulary, config.dim)
-        self.blocks = nn.ModuleList(Block(config, modalities) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(Block(config, modalities, recompute) for _ in range(config.blocks))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = Head(config.dim, vocabulary)
 

@@ -1,0 +1,39 @@
+"""python -m mom_train CONFIG [key=value ...]: one rank. torchrun or torchrun_launch start several."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from mom_data.errors import EXIT_USER_ERROR, exit_clearly
+
+from mom_train.config import load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="mom_train", description="Train one run, or carry on with it.")
+    parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3")
+    arguments = parser.parse_args()
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    with exit_clearly("mom_train"):
+        try:
+            config = load_config(arguments.config, arguments.overrides)
+            from mom_train.trainer import train  # torch comes in here: a config error answers at once
+
+            train(config)
+        except ValueError:
+            if rank == 0 or os.environ.get("MOM_DEBUG"):
+                raise
+            sys.exit(EXIT_USER_ERROR)  # rank 0 says it
+
+
+if __name__ == "__main__":
+    main()

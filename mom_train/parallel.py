@@ -1,0 +1,88 @@
+"""Ranks: the process group, sharding, and decisions that all ranks make alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from mom_train.model import MixtureOfMamba
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the group that torchrun describes, or be a group of one. NCCL for CUDA tensors, gloo for the rest."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world_size = dist.get_world_size()
+        yield Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: MixtureOfMamba, mesh: DeviceMesh) -> MixtureOfMamba:
+    """FSDP2: one unit per block, one each for embedding and head.
+
+    Gradients are summed over ranks, not averaged: the loss is divided by the global count of targets before the
+    backward pass, so the sum is the gradient of the global mean whatever each rank holds.
+    """
+    for module in (model.embedding, *model.blocks, model.head, model):
+        fully_shard(module, mesh=mesh)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """Do `work` on every rank; where it fails for a reason that its user can mend on any, fail on all alike.
+
+    Raises ValueError with the first such rank's message. No rank is left waiting in a collective.
+    """
+    result: T | None = None
+    message: str | None = None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = [(rank, m) for rank, m in enumerate(messages) if m is not None]
+    if failed:
+        rank, text = failed[0]
+        raise ValueError(text if len(failed) == len(messages) else f"[rank {rank}] {text}")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,344 @@
+"""The training loop: batch -> forward_backward -> agree -> step -> record -> maybe_checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import yaml
+from mom_data.batch import PackedBatch
+from mom_data.loader import Share, batches
+from mom_data.plan import Plan, Source
+from mom_data.shards import TokenDataset, check_agreement
+from mom_tokenizers.vocab import VocabLayout
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from mom_train import checkpoint
+from mom_train.checkpoint import TrainState
+from mom_train.config import RunConfig, SourceConfig
+from mom_train.flops import training_flops_per_token
+from mom_train.layout import RowLayout
+from mom_train.metrics import MetricsWriter, progress_bar, short
+from mom_train.model import MixtureOfMamba, initialize
+from mom_train.optimizer import build_optimizer, learning_rate
+from mom_train.parallel import Ranks, agreed, process_group, shard
+
+log = logging.getLogger(__name__)
+
+
+class Stop:
+    """A request to end, by signal; what every rank does about it is agreed at the next step. Ctrl-C twice ends at
+    once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, _: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Trainer:
+    """One run on one rank: model, optimiser, data, state."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.vocab = VocabLayout(config.vocabulary)
+        self.modalities = self.vocab.modalities
+        self.accumulation = agreed(lambda: config.accumulation(ranks.world_size))
+        self.train_plan, self.validation_plans = agreed(lambda: build_plans(config))
+        self.state = TrainState(
+            tokens=dict.fromkeys(self.modalities, 0),
+            data_fingerprint=self.train_plan.fingerprint,
+            config=config.model_dump(mode="json"),
+            version=importlib.metadata.version("mixture-of-mamba"),
+        )
+        resume_from = agreed(self._read_latest)
+        with torch.device("meta"):
+            model = MixtureOfMamba(
+                config.model, self.vocab.size, self._M, recompute=config.training.activation_checkpointing
+            )
+        self.model = shard(model, ranks.mesh)
+        self.model.to_empty(device=ranks.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        if resume_from is None:
+            initialize(self.model, config.seed)
+        else:
+            checkpoint.load(resume_from, self.model, self.optimizer)
+        self.flops_per_token = training_flops_per_token(config.model, self.vocab.size)
+        self.modality_of_id = torch.from_numpy(self.vocab.modality_of_id).to(ranks.device)
+        self.read = self.damaged = 0
+
+    def _read_latest(self) -> Path | None:
+        path = checkpoint.latest(self.config.run_dir)
+        if path is None:
+            return None
+        saved = checkpoint.read_train_state(path)
+        now = self.config.model_dump(mode="json")
+        for section in ("model", "vocabulary"):
+            if saved.config is not None and saved.config[section] != now[section]:
+                raise ValueError(
+                    f"{path} was trained with {section}={saved.config[section]}, the config has {now[section]}. "
+                    "Use another run_dir for another model."
+                )
+        if saved.data_fingerprint != self.train_plan.fingerprint:
+            raise ValueError(
+                f"{path} counts its data in plan {saved.data_fingerprint}, the config's is "
+                f"{self.train_plan.fingerprint}: shards, weights, sequence_length, lanes, pack_window or seed changed. "
+                "Restore them, or use another run_dir."
+            )
+        self.state.step, self.state.sequence = saved.step, saved.sequence
+        self.state.tokens, self.state.flops = saved.tokens, saved.flops
+        return path
+
+    # ---- the run ------------------------------------------------------------------------------------------
+
+    def run(self, stop: Stop) -> None:
+        """Train from where the state is to `training.steps`, or to `training.stop_at`."""
+        config, state = self.config, self.state
+        last = min(config.training.stop_at or config.training.steps, config.training.steps)
+        share = Share(self.ranks.rank, self.ranks.world_size, config.training.batch, config.training.micro_batch)
+        writer = MetricsWriter(config.run_dir, state.step) if self.ranks.main else None
+        bar = progress_bar(last, state.step) if self.ranks.main else None
+        pin = self.ranks.device.type == "cuda"
+        stream = batches(self.train_plan, self.vocab, share, state.sequence, config.data.workers, pin)
+        saved_at = state.step
+        since = time.perf_counter()
+        tokens_logged = sum(self._tokens.values())
+        data_wait = 0.0
+        try:
+            if state.step == 0 and self.validation_plans:
+                values = self.validate()
+                if writer is not None:
+                    writer.write(0, values)
+                since = time.perf_counter()
+            while state.step < last:
+                waiting = time.perf_counter()
+                step_batches = list(islice(stream, self.accumulation))
+                data_wait += time.perf_counter() - waiting
+                labels_M, tokens_M, stopping = self.agree(step_batches, stop)
+                if stopping:
+                    break
+                losses_M = self.forward_backward(step_batches, labels_M)
+                grad_norm = self.step()
+                self.advance(step_batches, tokens_M)
+                if state.step % config.log_every == 0 or state.step == last:
+                    now = time.perf_counter()
+                    tokens = sum(self._tokens.values())
+                    values = self.losses("", losses_M, labels_M) | {
+                        "grad_norm/total": grad_norm.item(),
+                        "learning_rate": self.optimizer.param_groups[0]["lr"],
+                        **{f"tokens/{m}": n for m, n in self._tokens.items()},
+                        "flops/total": state.flops,
+                        "perf/tokens_per_s": (tokens - tokens_logged) / (now - since),
+                        "perf/data_wait": data_wait / (now - since),
+                        "data/damaged": self.damaged,
+                    }
+                    since, tokens_logged, data_wait = now, tokens, 0.0
+                    if self.due(config.validation.every, last):
+                        values |= self.validate()
+                    if self.due(config.checkpoint.every, last):
+                        values["checkpoint/stall_s"] = self.save()
+                        saved_at = state.step
+                    since += time.perf_counter() - now  # neither validation nor saving is training speed
+                    if writer is not None and bar is not None:
+                        writer.write(state.step, values)
+                        bar.set_postfix_str(short(values), refresh=False)
+                if bar is not None:
+                    bar.update()
+            if state.step != saved_at:
+                self.save()
+        finally:
+            if writer is not None and bar is not None:
+                bar.close()
+                writer.close()
+
+    def due(self, every: int | None, last: int) -> bool:
+        return self.state.step == last or (every is not None and self.state.step % every == 0)
+
+    @property
+    def _tokens(self) -> dict[str, int]:
+        assert self.state.tokens is not None
+        return self.state.tokens
+
+    # ---- one step -----------------------------------------------------------------------------------------
+
+    def agree(self, step_batches: Sequence[PackedBatch], stop: Stop) -> tuple[Tensor, Tensor, bool]:
+        """What all ranks must know before a step: targets and tokens by modality over the whole step (both (M,)
+        int64 on the CPU), and whether any rank was asked to stop.
+
+        Raises ValueError, on all ranks, when too many documents were damaged.
+        """
+        M = len(self.modalities)
+        local = torch.zeros(2 * M + 3, dtype=torch.int64)
+        for batch in step_batches:
+            valid = batch.labels[batch.labels >= 0]
+            local[:M] += torch.bincount(torch.from_numpy(self.vocab.modality_of_id)[valid], minlength=M)
+            local[M : 2 * M] += batch.real_tokens
+            local[-3] += len(batch.damaged)
+            local[-2] += batch.documents_read
+            for name in batch.damaged:
+                log.warning("masked %s: its bytes do not match their checksum", name)
+        local[-1] = stop.requested
+        dist.all_reduce(local)
+        self.damaged += int(local[-3])
+        self.read += int(local[-2])
+        allowed = self.config.data.max_bad_fraction * max(self.read, 1000)
+        if self.damaged > allowed:
+            raise ValueError(
+                f"{self.damaged} of {self.read} documents did not match their checksums, more than "
+                f"data.max_bad_fraction={self.config.data.max_bad_fraction} allows. Copy the shards again; the last "
+                "checkpoint is intact."
+            )
+        return local[:M], local[M : 2 * M], bool(local[-1])
+
+    def forward_backward(self, step_batches: Sequence[PackedBatch], labels_M: Tensor) -> Tensor:
+        """Accumulate the gradient of the mean loss over all targets of the step, whichever rank or micro-batch holds
+        them. Returns this rank's sum of losses by modality (M,) float64."""
+        self.model.train()
+        sums_M = torch.zeros(len(self.modalities), dtype=torch.float64, device=self.ranks.device)
+        count = max(1, int(labels_M.sum()))
+        for i, batch in enumerate(step_batches):
+            cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(step_batches) - 1)
+            loss, by_modality_M = self.loss(batch.to(self.ranks.device))
+            (loss / count).backward()
+            sums_M += by_modality_M
+        return sums_M
+
+    def loss(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(sum of the losses of one micro-batch, the same by modality of the target (M,) float64)."""
+        layout = RowLayout.build(batch.modality, batch.document, batch.order, batch.rows, batch.offsets)
+        labels_T = batch.labels.reshape(-1)[batch.rows]
+        with self._autocast():
+            loss, losses_T = self.model(batch.tokens.reshape(-1)[batch.rows], layout, labels_T)
+        target_T = self.modality_of_id[labels_T.clamp_min(0)]
+        by_modality = [torch.where(target_T == m, losses_T, 0.0).sum(dtype=torch.float64) for m in range(self._M)]
+        return loss, torch.stack(by_modality).detach()
+
+    @property
+    def _M(self) -> int:
+        return len(self.modalities)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.config.training.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, torch.bfloat16)
+
+    def step(self) -> Tensor:
+        """Clip, update, clear. Returns the norm of the whole gradient before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+        rate = learning_rate(self.state.step, self.config.training.steps, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def advance(self, step_batches: Sequence[PackedBatch], tokens_M: Tensor) -> None:
+        self.state.step += 1
+        self.state.sequence = step_batches[-1].end_sequence
+        for modality, n in zip(self.modalities, tokens_M.tolist(), strict=True):
+            self._tokens[modality] += n
+        self.state.flops += self.flops_per_token * int(tokens_M.sum())
+
+    # ---- what is said and kept ----------------------------------------------------------------------------
+
+    def losses(self, prefix: str, sums_M: Tensor, counts_M: Tensor) -> dict[str, float]:
+        """Mean loss over all ranks, in total and by modality of the target; a modality without targets is left
+        out."""
+        sums = sums_M.clone()
+        dist.all_reduce(sums)
+        named = zip(self.modalities, sums.tolist(), counts_M.tolist(), strict=True)
+        values = {f"{prefix}loss/total": sums.sum().item() / max(1, int(counts_M.sum()))}
+        return values | {f"{prefix}loss/{m}": s / n for m, s, n in named if n}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses on the first `validation.sequences` sequences of each set: the same ones at any world size, and as
+        many passes on every rank."""
+        self.model.eval()
+        values: dict[str, float] = {}
+        micro_batch, world = self.config.training.micro_batch, self.ranks.world_size
+        wanted = self.config.validation.sequences
+        for name, plan in self.validation_plans.items():
+            share = Share(self.ranks.rank, world, micro_batch * world, micro_batch)
+            numbers = share.micro_batches(0)
+            sums_M = torch.zeros(self._M, dtype=torch.float64, device=self.ranks.device)
+            counts_M = torch.zeros(self._M, dtype=torch.int64)
+            for batch in islice(batches(plan, self.vocab, share), -(-wanted // (micro_batch * world))):
+                sequences, _ = next(numbers)
+                beyond = [row for row, number in enumerate(sequences) if number >= wanted]
+                batch.labels[beyond] = -100
+                valid = batch.labels[batch.labels >= 0]
+                counts_M += torch.bincount(torch.from_numpy(self.vocab.modality_of_id)[valid], minlength=self._M)
+                sums_M += self.loss(batch.to(self.ranks.device))[1]
+            dist.all_reduce(counts_M)
+            values |= self.losses(f"val/{name}/", sums_M, counts_M)
+        return values
+
+    def save(self) -> float:
+        """Checkpoint; returns the seconds that training stood still."""
+        start = time.perf_counter()
+        checkpoint.save(self.config.run_dir, self.model, self.optimizer, self.state, self.config.checkpoint.keep)
+        return time.perf_counter() - start
+
+
+def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
+    """The training order and the validation sets' orders, checked against each other and the run's tokenizers."""
+    made_by = None
+    if config.tokenizers is not None:
+        from mom_tokenizers.bundle import Tokenizers
+
+        made_by = Tokenizers.load(config.tokenizers).describe()
+    opened: dict[tuple[Path, str], TokenDataset] = {}
+
+    def sources(entries: Sequence[SourceConfig]) -> Iterator[Source]:
+        for entry in entries:
+            key = (entry.path, entry.shards)
+            dataset = opened.setdefault(key, opened.get(key) or TokenDataset(entry.path, entry.shards))
+            yield Source(dataset, entry.weight)
+
+    data = config.data
+    train = Plan(tuple(sources(data.train)), data.sequence_length, data.lanes, data.pack_window, config.seed)
+    validation = {
+        name: Plan(tuple(sources(entries)), data.sequence_length, 1, data.pack_window, 0)
+        for name, entries in data.validation.items()
+    }
+    check_agreement(list(opened.values()), config.vocabulary, made_by)
+    return train, validation
+
+
+def train(config: RunConfig) -> None:
+    """Run `config` to its end, from its latest checkpoint where it has one."""
+    with process_group() as ranks:
+        stop = Stop()
+        trainer = Trainer(config, ranks)
+        if ranks.main:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.yaml").write_text(yaml.safe_dump(trainer.state.config, sort_keys=False))
+            trainer.vocab.save(config.run_dir / "vocab.json")
+            total = sum(p.numel() for p in trainer.model.parameters())
+            log.info(
+                "%s: %.2f M parameters, %d ranks on %s, from step %d of %d",
+                config.run_dir,
+                total / 1e6,
+                ranks.world_size,
+                ranks.device.type,
+                trainer.state.step,
+                config.training.steps,
+            )
+        trainer.run(stop)
