@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import signal
 import time
@@ -14,7 +15,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-import yaml
 from mom_data.batch import PackedBatch
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
@@ -90,7 +90,8 @@ class Trainer:
         saved = checkpoint.read_train_state(path)
         now = self.config.model_dump(mode="json")
         for section in ("model", "vocabulary"):
-            if saved.config is not None and saved.config[section] != now[section]:
+            # as text: the order of the vocabulary numbers the modalities
+            if saved.config is not None and json.dumps(saved.config[section]) != json.dumps(now[section]):
                 raise ValueError(
                     f"{path} was trained with {section}={saved.config[section]}, the config has {now[section]}. "
                     "Use another run_dir for another model."
@@ -329,7 +330,7 @@ def train(config: RunConfig) -> None:
         trainer = Trainer(config, ranks)
         if ranks.main:
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(yaml.safe_dump(trainer.state.config, sort_keys=False))
+            (config.run_dir / "config.yaml").write_text(config.to_yaml())
             trainer.vocab.save(config.run_dir / "vocab.json")
             total = sum(p.numel() for p in trainer.model.parameters())
             log.info(

@@ -154,9 +154,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    gx, gweight, gbias, ginitial = _conv_backward(grad_y, *ctx.saved_tensors, ctx.batch, ctx.backend)
-    has_initial = ctx.saved_tensors[3] is not None
-    return gx, gweight, gbias, ginitial if has_initial else None, *[None] * 5
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    gx, gweight, gbias, ginitial = _conv_backward(grad_y, *saved, ctx.batch, ctx.backend)
+    return gx, gweight, gbias, None if saved[3] is None else ginitial, *[None] * 5
 
 
 _conv.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,30 @@
+import math
+
+import pytest
+import torch
+
+from mom_train.config import ModelConfig, OptimizerConfig
+from mom_train.model import MixtureOfMamba
+from mom_train.optimizer import build_optimizer, learning_rate
+
+
+def test_the_rate_warms_up_and_follows_half_a_cosine():
+    config = OptimizerConfig(learning_rate=2.0, warmup=10, final_fraction=0.1)
+    assert [learning_rate(s, 110, config) for s in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert learning_rate(10, 110, config) == pytest.approx(2.0)
+    assert learning_rate(60, 110, config) == pytest.approx(1.1)  # half way: the mean of peak and floor
+    assert learning_rate(110, 110, config) == pytest.approx(0.2)
+    quarter = 0.2 + 1.8 * (1 + math.sqrt(0.5)) / 2
+    assert learning_rate(35, 110, config) == pytest.approx(quarter)
+    constant = OptimizerConfig(learning_rate=2.0, warmup=0, schedule="constant")
+    assert learning_rate(99, 100, constant) == 2.0
+
+
+def test_only_matrices_decay():
+    model = MixtureOfMamba(ModelConfig(dim=32, layers=1), 96, 3)
+    decayed, kept = (group["params"] for group in build_optimizer(model, OptimizerConfig(learning_rate=1)).param_groups)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len(decayed) + len(kept) == len(names)
+    assert {names[id(p)].split(".")[-1] for p in kept} == {"A_log", "D", "dt_bias", "conv_bias", "weight"}
+    assert all("norm" in names[id(p)] for p in kept if names[id(p)].endswith("weight"))
+    assert all(p.dim() == 2 and isinstance(p, torch.nn.Parameter) for p in decayed)
