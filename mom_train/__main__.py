@@ -8,7 +8,6 @@ import os
 import sys
 
 from mom_data.errors import EXIT_USER_ERROR, exit_clearly
-
 from mom_train.config import load_config
 
 

@@ -15,15 +15,15 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
 from mom_data.batch import PackedBatch
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
 from mom_data.shards import TokenDataset, check_agreement
 from mom_tokenizers.vocab import VocabLayout
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-
 from mom_train import checkpoint
 from mom_train.checkpoint import TrainState
 from mom_train.config import RunConfig, SourceConfig

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
 from mom_data.document import BadSample, Document, expand_inputs, read_documents
 from mom_data.errors import exit_clearly
 from mom_data.shards import ShardWriter, TokenSegment, write_manifest
 from mom_tokenizers.bundle import Tokenizers
-from tqdm import tqdm
 
 _GROUP = 64  # documents encoded together
 _progress: Any = None  # shared counters of documents and tokens, set in each worker

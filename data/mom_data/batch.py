@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mom_tokenizers.vocab import VocabLayout
 from torch import Tensor
 
 from mom_data.plan import Piece, Source
 from mom_data.shards import TokenSegment
+from mom_tokenizers.vocab import VocabLayout
 
 IGNORE = -100
 

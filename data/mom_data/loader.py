@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import webdataset
-from mom_tokenizers.vocab import VocabLayout
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mom_data.batch import PackedBatch, build_batch
 from mom_data.plan import Lane, Plan
+from mom_tokenizers.vocab import VocabLayout
 
 
 @dataclass(frozen=True)

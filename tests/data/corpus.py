@@ -1,6 +1,7 @@
 """Small token datasets for the tests."""
 
 import numpy as np
+
 from mom_data.shards import ShardWriter, TokenSegment, write_manifest
 from mom_tokenizers.vocab import VocabLayout
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from corpus import MODALITIES, VOCAB, write_dataset
+
 from mom_data.batch import assemble_document, build_batch
 from mom_data.plan import Piece, Source
 from mom_data.shards import TokenDataset, TokenSegment

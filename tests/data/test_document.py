@@ -4,6 +4,7 @@ import json
 import tarfile
 
 import pytest
+
 from mom_data.document import BadSample, Document, Segment, expand_inputs, read_documents
 
 

@@ -6,6 +6,7 @@ import pytest
 import safetensors.numpy
 import webdataset
 from corpus import MODALITIES, TOKENIZERS, VOCAB, random_document, write_dataset
+
 from mom_data import shards
 from mom_data.shards import ShardWriter, TokenDataset, check_agreement
 

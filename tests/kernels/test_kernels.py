@@ -38,9 +38,7 @@ def relative_error(a, b):
         (2, 33, 32, 3, False, torch.bfloat16, 2e-2),
     ],
 )
-def test_scan_and_all_its_gradients_equal_the_float64_recurrence(
-    backend, B, L, D, M, carried, dtype, tolerance
-):
+def test_scan_and_all_its_gradients_equal_the_float64_recurrence(backend, B, L, D, M, carried, dtype, tolerance):
     require(backend)
     g = torch.Generator().manual_seed(L)
     modality, document = geometry(B, L, M, seed=L, empty=1 if M == 3 else None)
@@ -81,9 +79,7 @@ def test_scan_and_all_its_gradients_equal_the_float64_recurrence(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("B", "L", "D", "carried"), [(2, 37, 32, False), (1, 2, 16, False), (2, 150, 48, True)]
-)
+@pytest.mark.parametrize(("B", "L", "D", "carried"), [(2, 37, 32, False), (1, 2, 16, False), (2, 150, 48, True)])
 def test_convolution_and_its_gradients_equal_the_float64_definition(backend, B, L, D, carried):
     require(backend)
     if backend == "c" and carried:
@@ -159,9 +155,7 @@ def test_modality_linear_equals_choosing_each_rows_matrix(bias):
     torch.testing.assert_close(y, expected)
     leaves = [x, w, *([b] if b is not None else [])]
     gy = torch.randn(11, O, generator=g, dtype=torch.float64)
-    for a, r in zip(
-        torch.autograd.grad(y, leaves, gy), torch.autograd.grad(expected, leaves, gy), strict=True
-    ):
+    for a, r in zip(torch.autograd.grad(y, leaves, gy), torch.autograd.grad(expected, leaves, gy), strict=True):
         torch.testing.assert_close(a, r)
 
 
@@ -170,16 +164,12 @@ def test_operators_keep_torchs_contract():
     modality, document = geometry(2, 9, 3, seed=1)
     layout = RowLayout.sort(modality, document, 3)
     x = torch.randn(18, 16, requires_grad=True)
-    torch.library.opcheck(
-        _modality_linear, (x, torch.randn(15, 16, requires_grad=True), None, layout.offsets)
-    )
+    torch.library.opcheck(_modality_linear, (x, torch.randn(15, 16, requires_grad=True), None, layout.offsets))
     weight, bias = torch.randn(16, 4, requires_grad=True), torch.randn(16, requires_grad=True)
     for backend in BACKENDS:
         if backend == "c" and native.library(16) is None:
             continue
-        torch.library.opcheck(
-            _conv, (x, weight, bias, None, layout.order, layout.rows, layout.position, 2, backend)
-        )
+        torch.library.opcheck(_conv, (x, weight, bias, None, layout.order, layout.rows, layout.position, 2, backend))
         args = (
             torch.randn(18, 16),
             -torch.rand(16, 16),

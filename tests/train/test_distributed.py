@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from corpus import VOCAB, random_document, write_dataset
-from mom_data.shards import TokenSegment
 from ranks import run_ranks
 from run_config import tiny_config
+
+from mom_data.shards import TokenSegment
 
 
 def text_only(rng, latent_width):
@@ -17,7 +18,6 @@ def one_step(config):
     from itertools import islice
 
     from mom_data.loader import Share, batches
-
     from mom_train.parallel import process_group
     from mom_train.trainer import Stop, Trainer
 
@@ -28,7 +28,9 @@ def one_step(config):
         present = [[int(n) > 0 for n in b.real_tokens] for b in step]
 
         def whole(tensors):
-            return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone().numpy() for n, t in tensors}
+            return {
+                n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone().numpy() for n, t in tensors
+            }
 
         before = whole(trainer.model.named_parameters())
         labels_M, tokens_M, _ = trainer.agree(step, Stop())

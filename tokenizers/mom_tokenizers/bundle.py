@@ -1,0 +1,186 @@
+"""The tokenizers of a data set, named in a tokenizers.yaml:
+
+    text:   {kind: bpe, path: text}
+    image:  {kind: vq, path: image}
+    speech: {kind: units, path: speech}
+
+Paths are relative to the file. Models are loaded when first used, so a reader of one modality, or of the
+fingerprints alone, pays for nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import yaml
+
+# kind -> module and class, imported when used: torch and diffusers take seconds
+KINDS = {
+    "bpe": ("mom_tokenizers.text", "TextTokenizer"),
+    "vq": ("mom_tokenizers.image", "VQImageTokenizer"),
+    "units": ("mom_tokenizers.speech", "SpeechTokenizer"),
+}
+DECODED_AT_ONCE = 32  # pictures held in full size
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers; a value is a str, a PIL picture, or (waveform, rate)."""
+
+    kind: str
+    size: int
+
+    def encode(self, value: Any) -> np.ndarray: ...
+    def encode_batch(self, values: Sequence[Any]) -> list[np.ndarray]: ...
+    def decode(self, ids: Sequence[int] | np.ndarray) -> Any: ...
+    def fingerprint(self) -> str: ...
+    def save(self, directory: str | Path) -> None: ...
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return value
+
+
+def fingerprint_files(kind: str, files: Mapping[str, Path]) -> str:
+    """16 hex digits of a sha256 over names and contents of config and weight files.
+
+    JSON counts by value, without keys that name the writer's library version or path.
+    """
+    digest = hashlib.sha256(kind.encode())
+    for name in sorted(files):
+        content = hashlib.sha256()
+        if name.endswith(".json"):
+            value = {k: v for k, v in read_json(files[name]).items() if k[0:1] != "_" and k != "transformers_version"}
+            content.update(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+        else:
+            with open(files[name], "rb") as file:
+                while block := file.read(1 << 20):
+                    content.update(block)
+        digest.update(name.encode() + b"\0" + content.digest())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Modality -> tokenizer, text first."""
+
+    entries: tuple[tuple[str, str, Path], ...]  # modality, kind, path
+    _loaded: dict[str, Tokenizer] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizers:
+        """From a tokenizers.yaml. Raises ValueError for unknown kinds or keys, and for missing folders."""
+        path = Path(path)
+        try:
+            declared = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not YAML: {error}") from error
+        if not isinstance(declared, dict) or "text" not in declared:
+            raise ValueError(f"{path}: expected 'text: {{kind: bpe, path: ...}}', and one such line a further modality")
+        entries = []
+        for modality in sorted(declared, key=lambda name: name != "text"):  # stable: the others keep their order
+            entry = declared[modality]
+            if not isinstance(entry, dict) or set(entry) != {"kind", "path"}:
+                raise ValueError(f"{path}: '{modality}' must have exactly the keys kind and path, got {entry!r}")
+            if entry["kind"] not in KINDS:
+                raise ValueError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {', '.join(KINDS)}")
+            where = path.parent / str(entry["path"])
+            if not where.exists():
+                raise ValueError(f"{path}: '{modality}' is to be at {where}, which does not exist")
+            entries.append((str(modality), entry["kind"], where))
+        return cls(tuple(entries))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(modality for modality, _, _ in self.entries)
+
+    @property
+    def by_modality(self) -> dict[str, Tokenizer]:
+        """All of them, loaded."""
+        return {modality: self.tokenizer(modality) for modality in self.modalities}
+
+    def tokenizer(self, modality: str) -> Tokenizer:
+        """One of them, loaded when first asked for. Raises ValueError for a modality that has none."""
+        if modality not in self._loaded:
+            kind, path = self._entry(modality)
+            self._loaded[modality] = _class(kind).load(path)
+        return self._loaded[modality]
+
+    def describe(self) -> dict[str, dict[str, str | int]]:
+        """{modality: {"kind", "fingerprint", "size"}}, from the files, without building a model."""
+        return {
+            modality: {
+                "kind": kind,
+                "fingerprint": fingerprint_files(kind, _class(kind).files(path)),
+                "size": _class(kind).stored_size(path),
+            }
+            for modality, kind, path in self.entries
+        }
+
+    def encode(self, modality: str, data: str | bytes) -> np.ndarray:
+        """uint32 ids of a text, or of an encoded picture or recording. Raises ValueError for unreadable data."""
+        return self.tokenizer(modality).encode(self._decoded(modality, data))
+
+    def encode_many(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | ValueError]:
+        """As `encode` of each, pictures in batches; an unreadable one gives its ValueError in its place."""
+        results: list[np.ndarray | ValueError] = []
+        for start in range(0, len(data), DECODED_AT_ONCE):
+            results += self._encode_some(modality, data[start : start + DECODED_AT_ONCE])
+        return results
+
+    def _encode_some(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | ValueError]:
+        tokenizer = self.tokenizer(modality)
+        results: list[np.ndarray | ValueError | None] = []
+        values = []
+        for item in data:
+            try:
+                value = self._decoded(modality, item)
+                if self._entry(modality)[0] == "vq":
+                    values.append(value)
+                    results.append(None)
+                else:
+                    results.append(tokenizer.encode(value))
+            except ValueError as error:
+                results.append(error)
+        encoded = iter(tokenizer.encode_batch(values) if values else ())
+        return [next(encoded) if result is None else result for result in results]
+
+    def _entry(self, modality: str) -> tuple[str, Path]:
+        for name, kind, path in self.entries:
+            if name == modality:
+                return kind, path
+        raise ValueError(f"no tokenizer for modality {modality!r}; there is one for {', '.join(self.modalities)}")
+
+    def _decoded(self, modality: str, data: str | bytes) -> Any:
+        kind, _ = self._entry(modality)
+        if isinstance(data, str) != (kind == "bpe"):
+            raise ValueError(f"{modality}: got {type(data).__name__}; text is a str, all else encoded bytes")
+        if isinstance(data, str):
+            return data
+        if kind == "vq":
+            from mom_tokenizers.image import decode_image
+
+            return decode_image(data)
+        from mom_tokenizers.speech import decode_audio
+
+        return decode_audio(data)
+
+
+def _class(kind: str) -> Any:
+    module, name = KINDS[kind]
+    return getattr(import_module(module), name)

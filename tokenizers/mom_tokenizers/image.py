@@ -1,0 +1,187 @@
+"""Image codes: any `diffusers.VQModel` folder, small or large, with its `image_tokenizer.json` beside the weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mom_tokenizers.bundle import fingerprint_files, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+SIDECAR = "image_tokenizer.json"
+MAX_PIXELS = 64_000_000
+BATCH = 32
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Encoded bytes -> picture, upright. Raises ValueError for bytes that are no picture, or too large a one."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            # The header says the size: nothing is decompressed before it is found small enough.
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"picture of {image.width} x {image.height} is above {max_pixels} pixels")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise struct.error, SyntaxError, KeyError and more
+        raise ValueError(f"not a readable picture: {error}") from error
+
+
+def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
+    """float32 (3, resolution, resolution) in [-1, 1]: alpha on white, short side resized, centre crop."""
+    if image.mode.startswith(("I;16", "I")):  # 16 bit grey: Pillow would clip it to 8 bits, not scale
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode != "RGB":
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    # Only the centre square is wanted; cropping first keeps a very long picture from becoming a huge resize.
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    box_scale = (image.width / width, image.height / height)
+    box = (
+        left * box_scale[0],
+        top * box_scale[1],
+        (left + resolution) * box_scale[0],
+        (top + resolution) * box_scale[1],
+    )
+    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+class VQImageTokenizer:
+    """PIL picture <-> (resolution / downsample)^2 codes in raster order."""
+
+    kind = "vq"
+
+    # `model` is a diffusers.VQModel, whose classes mypy cannot follow
+    def __init__(self, model: Any, resolution: int, source: Path | None = None):
+        self._model = model.eval().requires_grad_(False)
+        self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
+        self.resolution = resolution
+        self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
+        if resolution < self.downsample or resolution % self.downsample:
+            raise ValueError(f"image: resolution {resolution} is no multiple of the model's factor {self.downsample}")
+        self.size = int(model.config.num_vq_embeddings)
+
+    @property
+    def codes_per_image(self) -> int:
+        return (self.resolution // self.downsample) ** 2
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> VQImageTokenizer:
+        """From a `VQModel.save_pretrained` folder that also holds image_tokenizer.json. Raises ValueError."""
+        path = Path(path)
+        resolution = read_json(cls.files(path)[SIDECAR]).get("resolution")
+        if not isinstance(resolution, int) or resolution < 1:
+            raise ValueError(f"{path / SIDECAR}: 'resolution' must be a number of pixels, e.g. {{\"resolution\": 512}}")
+        from diffusers import VQModel
+
+        try:
+            # safetensors only: a pickled checkpoint could run code.
+            model, info = VQModel.from_pretrained(
+                str(path),
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise ValueError(f"{path}: not a diffusers VQModel: {error}") from error
+        if info["missing_keys"]:
+            # diffusers leaves such weights random, with a warning at most
+            raise ValueError(
+                f"{path}: the weights lack {len(info['missing_keys'])} tensors, e.g. {info['missing_keys'][0]}"
+            )
+        return cls(model.to(device), resolution, path)
+
+    @staticmethod
+    def files(path: str | Path) -> dict[str, Path]:
+        """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
+        path = Path(path)
+        for name, remedy in (
+            ("config.json", "expected a diffusers VQModel folder"),
+            (SIDECAR, 'write one beside config.json, e.g. {"resolution": 512}'),
+        ):
+            if not (path / name).is_file():
+                raise ValueError(f"{path}: no {name} there; {remedy}")
+        weights = sorted(path.glob("*.safetensors"))
+        if not weights:
+            raise ValueError(f"{path}: no .safetensors weights there (pickled checkpoints are not loaded)")
+        return {file.name: file for file in (path / "config.json", path / SIDECAR, *weights)}
+
+    @classmethod
+    def stored_size(cls, path: str | Path) -> int:
+        """Number of codes of a stored tokenizer, read from its config alone."""
+        return int(read_json(cls.files(path)["config.json"]).get("num_vq_embeddings", 256))
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self._source is None:
+            self._model.save_pretrained(str(directory), safe_serialization=True)
+            (directory / SIDECAR).write_text(json.dumps({"resolution": self.resolution}) + "\n")
+        elif self._source.resolve() != directory.resolve():
+            for file in self.files(self._source).values():
+                shutil.copyfile(file, directory / file.name)
+
+    def fingerprint(self) -> str:
+        """16 hex digits; the same after save and load, and on every machine."""
+        if self._source is not None:
+            return fingerprint_files(self.kind, self.files(self._source))
+        with TemporaryDirectory() as directory:
+            self.save(directory)
+            return fingerprint_files(self.kind, self.files(directory))
+
+    def encode(self, value: Image.Image) -> np.ndarray:
+        """uint32 (codes_per_image,) in raster order."""
+        return self.encode_batch([value])[0]
+
+    def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
+        """As `encode` of each; in batches, so a code may differ where two are equally near to rounding."""
+        return [codes for i in range(0, len(values), BATCH) for codes in self._encode(values[i : i + BATCH])]
+
+    def _encode(self, images: Sequence[Image.Image]) -> np.ndarray:
+        import torch
+
+        pixels = torch.from_numpy(np.stack([preprocess(image, self.resolution) for image in images]))
+        with torch.inference_mode():
+            return self.quantize(pixels.to(self._model.device, self._model.dtype)).cpu().numpy().astype(np.uint32)
+
+    def quantize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, resolution, resolution) in [-1, 1] -> int64 codes (B, codes_per_image)."""
+        # encode() stops before the quantiser in diffusers
+        codes = self._model.quantize(self._model.encode(pixels).latents)[2][2]
+        return codes.view(pixels.shape[0], -1)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> Image.Image:
+        """RGB picture of one image's codes. Raises ValueError for a wrong number of codes or one out of range."""
+        import torch
+
+        codes = np.asarray(ids, np.int64)
+        if codes.shape != (self.codes_per_image,):
+            raise ValueError(f"image: {codes.size} codes given, a picture has {self.codes_per_image}")
+        if codes.min() < 0 or codes.max() >= self.size:
+            raise ValueError(f"image: code {codes.min()} or {codes.max()} lies outside the codebook of {self.size}")
+        config: Any = self._model.config
+        side = self.resolution // self.downsample
+        shape = (1, side, side, config.vq_embed_dim or config.latent_channels)
+        with torch.inference_mode():
+            quantized = self._model.quantize.get_codebook_entry(torch.from_numpy(codes).to(self._model.device), shape)
+            # With lookup_from_codebook, diffusers' decode() would look the vectors up once more.
+            pixels = self._model.decoder(
+                self._model.post_quant_conv(quantized), quantized if config.norm_type == "spatial" else None
+            )[0]
+        array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        return Image.fromarray(array.transpose(1, 2, 0))

@@ -1,0 +1,207 @@
+"""The main job, from raw documents to a trained model, on this machine: what `make demo` runs.
+
+    python tools/demo.py                       # on a corpus built from what the machine has
+    python tools/demo.py --corpus raw/         # on your own raw shards
+
+Every stage that is finished is not done again; `rm -r` its folder to have it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import yaml
+
+from mom_data.document import Document, expand_inputs, read_documents
+from mom_data.errors import EXIT_USER_ERROR, exit_clearly
+from mom_tokenizers.vocab import VocabLayout
+from mom_train.config import RunConfig, load_config
+from mom_train.metrics import read_metrics
+
+TOOLS = Path(__file__).parent
+_started = time.perf_counter()
+# Where shards hold mostly one modality each, the mixture gives every modality its share of the tokens; otherwise
+# text, which is cheapest to store, would leave little room for the rest.
+SHARES = {"text": 0.4, "image": 0.35, "speech": 0.25}
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    print(f"\n=== {title}", flush=True)
+    yield
+    print(f"    {time.perf_counter() - begun:.0f} s ({time.perf_counter() - _started:.0f} s in all)", flush=True)
+
+
+def call(*command: str | Path, threads: int | None = None) -> None:
+    """Run one of our programs; its own message says what went wrong."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment)
+    if done.returncode:
+        raise SystemExit(EXIT_USER_ERROR if done.returncode == EXIT_USER_ERROR else 1)
+
+
+def present_modalities(corpus: Path) -> list[str]:
+    """The modalities in the first documents of each input file, text first."""
+    found = {"text"}
+    for path in expand_inputs([str(corpus)]):
+        for item in islice(read_documents(path), 100):
+            if isinstance(item, Document):
+                found |= {segment.modality for segment in item.segments}
+    return sorted(found, key=["text", "image", "speech"].index)
+
+
+def weighted_sources(dataset: Path) -> list[dict[str, object]]:
+    """The dataset's shards as sources of the mixture: by SHARES where each shard leans to one modality."""
+    shards = json.loads((dataset / "manifest.json").read_text())["shards"]
+    leaning = {s["name"]: max(s["tokens"], key=s["tokens"].get) for s in shards}
+    groups = {m: sum(SHARES.get(m, 0.25) for m in set(leaning.values())) for m in set(leaning.values())}
+    if len(groups) == 1:
+        return [{"path": str(dataset)}]
+    sources = []
+    for shard in shards:
+        modality = leaning[shard["name"]]
+        group = sum(sum(s["tokens"].values()) for s in shards if leaning[s["name"]] == modality)
+        share = SHARES.get(modality, 0.25) * sum(shard["tokens"].values()) / group
+        sources.append({"path": str(dataset), "shards": shard["name"], "weight": round(share, 6)})
+    return sources
+
+
+def unigram(config: RunConfig, rows: int = 1024) -> dict[str, float]:
+    """The baseline on the validation sequences, from the first `rows` training sequences."""
+    from mom_data.loader import Share, batches
+    from mom_data.statistics import unigram_losses
+    from mom_train.trainer import build_plans
+
+    train, validation = build_plans(config)
+    vocab = VocabLayout(config.vocabulary)
+    [held_out] = validation.values()
+    share, wanted = Share(0, 1, 8, 8), config.validation.sequences
+    return unigram_losses(
+        islice(batches(train, vocab, share), rows // 8), islice(batches(held_out, vocab, share), wanted // 8), vocab
+    )
+
+
+def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
+    """The table that the demo ends with."""
+    lines = read_metrics(config.run_dir)
+    first, last = lines[0], lines[-1]
+    columns = [m for m in (*config.vocabulary, "total") if f"val/{name}/loss/{m}" in last]
+    speed = statistics.median(line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line)
+    tokens = {m: int(last[f"tokens/{m}"]) for m in config.vocabulary}
+    rows = {
+        "unigram baseline": [baseline[c] for c in columns],
+        "held out, at the start": [first[f"val/{name}/loss/{c}"] for c in columns],
+        "held out, at the end": [last[f"val/{name}/loss/{c}"] for c in columns],
+        "training, last 20 steps": [
+            statistics.mean(v for line in lines[-20:] if (v := line.get(f"loss/{c}")) is not None) for c in columns
+        ],
+    }
+    text = [f"{'loss (nats per token)':26}" + "".join(f"{c:>10}" for c in columns)]
+    text += [f"{title:26}" + "".join(f"{v:10.3f}" for v in values) for title, values in rows.items()]
+    seen = ", ".join(f"{n:,} {m}" for m, n in tokens.items())
+    return "\n".join(
+        [
+            *text,
+            "",
+            f"tokens seen    {sum(tokens.values()):,} ({seen}) in {int(last['step'])} steps",
+            f"FLOPs spent    {last['flops/total']:.3g}",
+            f"speed          {speed:,.0f} tokens/s (median)",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="folder of raw tars (with train/ and val/ inside, if it has them)")
+    parser.add_argument("--work", type=Path, help="folder for everything made (default: runs/demo[-CORPUS])")
+    parser.add_argument("--config", default="configs/demo.yaml", help="the run (default: %(default)s)")
+    parser.add_argument("--tokenizers", default="configs/demo_tokenizers.yaml", help="default: %(default)s")
+    parser.add_argument("--documents", type=int, help="size of the corpus that is built")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, such as training.steps=50")
+    arguments = parser.parse_args()
+    with exit_clearly("demo"):
+        demo(arguments)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    cores = len(os.sched_getaffinity(0))
+    corpus: Path | None = arguments.corpus
+    work: Path = arguments.work or Path("runs") / (f"demo-{corpus.resolve().name}" if corpus else "demo")
+    work.mkdir(parents=True, exist_ok=True)
+
+    if corpus is None:
+        raw = work / "raw"
+        with stage("1/5 corpus: text, handwritten digits, and speech, from what this machine has"):
+            size = ["--documents", str(arguments.documents)] if arguments.documents else []
+            call(TOOLS / "make_demo_corpus.py", "--output", raw, *size)
+    else:
+        raw = corpus
+        expand_inputs([str(raw)])
+    split = (raw / "train").is_dir() and (raw / "val").is_dir()
+    train_input = raw / "train" if split else raw
+
+    with stage("2/5 tokenizers: byte-level BPE, VQ image codes, speech units"):
+        wanted = yaml.safe_load(Path(arguments.tokenizers).read_text())
+        found = present_modalities(train_input)
+        recipe = work / "tokenizers.yaml"
+        recipe.write_text(yaml.safe_dump({m: wanted[m] for m in found}, sort_keys=False))
+        made = work / "tokenizers"
+        call(TOOLS / "train_tokenizers.py", "--config", recipe, "--input", train_input, "--output", made, threads=cores)
+
+    with stage("3/5 token shards"):
+        for part in ("train", "val"):
+            inputs = [raw / part] if split else [raw, "--split", part]
+            tool = (
+                TOOLS / "tokenize_shards.py",
+                "--config",
+                made / "tokenizers.yaml",
+                "--output",
+                work / "tokens" / part,
+            )
+            call(*tool, "--input", *inputs)
+
+    name = "held_out"
+    vocabulary = {m: load_config(arguments.config).vocabulary[m] for m in found}
+    overrides = [
+        f"run_dir={work / 'run'}",
+        f"tokenizers={made / 'tokenizers.yaml'}",
+        f"vocabulary={json.dumps(vocabulary)}",
+        f"data.train={json.dumps(weighted_sources(work / 'tokens' / 'train'))}",
+        f"data.validation={json.dumps({name: [{'path': str(work / 'tokens' / 'val')}]})}",
+        *arguments.overrides,
+    ]
+    config = load_config(arguments.config, overrides)
+    launch = ("-m", "torchrun_launch", "local", "--nproc-per-node", "2", arguments.config, *overrides)
+    half = config.training.steps // 2
+    with stage(f"4/5 training: {config.training.steps} steps on 2 ranks, stopped at step {half} and resumed"):
+        if not (config.run_dir / "LATEST").exists():
+            call(*launch, f"training.stop_at={half}")
+        call(*launch)
+
+    with stage("5/5 what came out"):
+        baseline = unigram(config)
+        (config.run_dir / "unigram.json").write_text(json.dumps(baseline) + "\n")
+        picture = config.run_dir / "curves.png"
+        call(TOOLS / "plot_run.py", config.run_dir, "--out", picture)
+        text = report(config, baseline, name)
+        (config.run_dir / "report.md").write_text(f"```\n{text}\n```\n")
+        print(f"\n{text}\n")
+        print(f"run            {config.run_dir} (config.yaml, metrics.jsonl, checkpoints/, report.md)")
+        print(f"curves         {picture}")
+        print(f"TensorBoard    tensorboard --logdir {config.run_dir / 'tensorboard'}")
+        print(f"pictures       {made / 'reconstructions.png'}: what the image tokenizer keeps")
+
+
+if __name__ == "__main__":
+    main()
