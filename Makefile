@@ -1,0 +1,26 @@
+# Two commands on a fresh machine: make demo, make test. Both set up .venv first; a second call is quick.
+PYTHON ?= python3
+ENV = .venv/.ok
+
+.PHONY: demo test lint format clean
+demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
+	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
+
+test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
+	.venv/bin/python -m pytest $(PYTEST)
+
+lint: $(ENV)  ## linter, formatter and type checker, as CI runs them
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy torchrun_launch mom_train data/mom_data tokenizers/mom_tokenizers tools
+
+format: $(ENV)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:  ## the environment and caches; runs/ stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+
+$(ENV): pyproject.toml constraints.txt tools/install.sh
+	PYTHON=$(PYTHON) sh tools/install.sh
+	touch $@

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Make .venv and install everything the two commands of the README need. Called by make; safe to call again.
+#
+# torch comes first: as a CPU build where there is no NVIDIA GPU (a tenth of the download), from PyPI's CUDA build
+# where there is one. uv does the installing if pip can get it, pip itself if not: the result is the same, later.
+set -eu
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+  echo "install: Python 3.10 or newer is needed; name one with PYTHON=..." >&2
+  exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+venv=.venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+[ -x .venv/bin/uv ] || "$venv" -m pip install -q uv 2>/dev/null || true
+
+# uv does not read pip's settings
+[ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$PIP_FIND_LINKS}"
+index=$("$venv" -m pip config get global.index-url 2>/dev/null || true)
+index=${PIP_INDEX_URL:-$index}
+[ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
+
+add() {
+  if [ -x .venv/bin/uv ] && .venv/bin/uv pip install -q --python "$venv" "$@" 2>.venv/uv.log; then return; fi
+  "$venv" -m pip install -q "$@"
+}
+
+torch=$(sed -n 's/^torch==//p' constraints.txt)
+if ! "$venv" -c 'import torch' 2>/dev/null && [ "$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then
+  echo "install: no NVIDIA GPU here, so the CPU build of torch $torch"
+  add "torch==$torch+cpu" 2>/dev/null ||
+    add --index-url https://download.pytorch.org/whl/cpu "torch==$torch" 2>/dev/null ||
+    echo "install: found no CPU build; PyPI's build brings several GB of CUDA libraries along" >&2
+fi
+add -c constraints.txt -e '.[tokenizers,demo,dev]'
+"$venv" -c 'import torch; print(f"install: torch {torch.__version__}, CUDA {torch.version.cuda or chr(45)}")'
