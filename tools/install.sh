@@ -16,10 +16,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 [ -x .venv/bin/uv ] || "$venv" -m pip install -q uv 2>/dev/null || true
 
 # uv does not read pip's settings
-[ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$PIP_FIND_LINKS}"
-index=$("$venv" -m pip config get global.index-url 2>/dev/null || true)
-index=${PIP_INDEX_URL:-$index}
+setting() { "$venv" -m pip config get "global.$1" 2>/dev/null || true; }
+links=${PIP_FIND_LINKS:-$(setting find-links)}
+index=${PIP_INDEX_URL:-$(setting index-url)}
+cert=${PIP_CERT:-$(setting cert)}
+[ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$links}"
 [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
+[ -z "$cert" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$cert}"
 
 add() {
   if [ -x .venv/bin/uv ] && .venv/bin/uv pip install -q --python "$venv" "$@" 2>.venv/uv.log; then return; fi

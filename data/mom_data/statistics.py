@@ -13,13 +13,14 @@ from mom_tokenizers.vocab import VocabLayout
 def unigram_losses(
     train: Iterable[PackedBatch], held_out: Iterable[PackedBatch], vocab: VocabLayout
 ) -> dict[str, float]:
-    """Mean loss in nats on the held-out targets, by their modality and in total, of a model that knows only how often
-    each id of the whole vocabulary is a target in training (add-one smoothed)."""
+    """Mean loss in nats on the held-out targets, by their modality and in total, of a model that knows which modality
+    comes next and how often each of its ids is a target in training (add-one smoothed), and nothing else."""
     counts = np.ones(vocab.used)
     for batch in train:
         labels = batch.labels.numpy()
         counts += np.bincount(labels[labels >= 0], minlength=vocab.used)
-    nats = -np.log(counts / counts.sum())
+    modality = vocab.modality_of_id[: vocab.used]
+    nats = -np.log(counts / np.bincount(modality, counts)[modality])
     targets = np.concatenate([(labels := batch.labels.numpy())[labels >= 0] for batch in held_out])
     of_target = vocab.modality_of_id[targets]
     losses = {"total": float(nats[targets].mean())}
