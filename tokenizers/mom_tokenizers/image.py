@@ -34,6 +34,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # its own message names the buffer's address, different each time
+        raise ValueError("not a readable picture: no known format") from None
     except Exception as error:  # Pillow's plug-ins raise struct.error, SyntaxError, KeyError and more
         raise ValueError(f"not a readable picture: {error}") from error
 

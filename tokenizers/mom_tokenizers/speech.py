@@ -39,7 +39,8 @@ def decode_audio(data: bytes) -> Waveform:
             promised, rate = file.frames, file.samplerate
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise ValueError(f"not a readable recording: {error}") from error
+        reason = getattr(error, "error_string", error)  # without the buffer's address, different each time
+        raise ValueError(f"not a readable recording: {reason}") from error
     if len(samples) == 0 or len(samples) < promised:
         raise ValueError(f"recording ends early: {len(samples)} of {promised} samples")
     waveform = samples.mean(axis=1)
