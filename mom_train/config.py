@@ -16,8 +16,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-Projection = Literal["in_proj", "x_proj", "dt_proj", "out_proj"]
-PROJECTIONS: tuple[Projection, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
+Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_forward", "norm"]
+PROJECTIONS: tuple[Part, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
+"""What the paper decouples: Mixture-of-Mamba is Mamba with all four of them by modality."""
+_PARTS: dict[str, tuple[Part, ...]] = {
+    "mamba": (*PROJECTIONS, "norm"),
+    "transformer": ("attention", "feed_forward", "norm"),
+}
 
 
 class Section(BaseModel):
@@ -25,12 +30,20 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    architecture: Literal["mamba", "transformer"] = "mamba"
+    """Which block: Mamba-1, or attention (RoPE) with a SwiGLU feed-forward."""
     dim: PositiveInt
-    """Width of the residual stream. The inner width is `expand` times this."""
+    """Width of the residual stream. Mamba's inner width is `expand` times this."""
     layers: PositiveInt
-    """A layer is two Mamba blocks, as in the published model."""
-    decoupled: tuple[Projection, ...] = PROJECTIONS
-    """Projections with weights of their own for each modality; [] is dense Mamba."""
+    """A layer is two Mamba blocks, as in the published model, or one Transformer block."""
+    decoupled: tuple[Part, ...]
+    """Parts with weights of their own for each modality. Mixture-of-Mamba: all four *_proj; dense: []. Transformer:
+    attention, feed_forward and norm together make the Mixture-of-Transformers. `norm` gives Mamba per-modality norms
+    as well."""
+    heads: PositiveInt | None = None
+    """Attention heads (Transformer only); must divide `dim`."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding (Transformer only)."""
     state: PositiveInt = 16
     """N, the size of each channel's state."""
     conv: PositiveInt = 4
@@ -44,9 +57,27 @@ class ModelConfig(Section):
     identical_modalities: bool = False
     """Start every modality from the same weights instead of independent draws."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        known = _PARTS[self.architecture]
+        for part in self.decoupled:
+            if part not in known:
+                raise ValueError(f"a {self.architecture} has no part '{part}' to decouple; it has {', '.join(known)}")
+        if self.architecture == "transformer":
+            if self.heads is None or self.dim % (2 * self.heads):
+                raise ValueError(f"a transformer needs heads such that dim / heads is even (dim {self.dim})")
+        elif self.heads is not None:
+            raise ValueError("heads: only a transformer has them")
+        return self
+
     @property
     def blocks(self) -> int:
-        return 2 * self.layers
+        return self.layers if self.architecture == "transformer" else 2 * self.layers
+
+    @property
+    def feed_forward(self) -> int:
+        """Hidden width of the SwiGLU feed-forward: 8/3 of `dim`, rounded up to a multiple of 256."""
+        return -(-8 * self.dim // (3 * 256)) * 256
 
     @property
     def inner(self) -> int:
@@ -55,6 +86,34 @@ class ModelConfig(Section):
     @property
     def rank(self) -> int:
         return self.dt_rank or -(-self.dim // 16)
+
+
+class DiffusionConfig(Section):
+    """The image loss of Transfusion: denoising of latent patches (DDPM)."""
+
+    patch_width: PositiveInt
+    """Values of a patch: latent channels x patch side squared, as the shards' `latent_width`."""
+    weight: float = Field(5.0, ge=0)
+    """Lambda in LM + lambda * DDPM. 5 is recovered from Table 4: (overall - text) / image in all nine rows."""
+    steps: PositiveInt = 1000
+    """T, diffusion steps of the cosine schedule."""
+    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    """What the model predicts: the noise (the paper), v, or the velocity of a rectified flow."""
+    noise_limit: PositiveInt | None = None
+    """Largest timestep (exclusive) for a picture that precedes text in its document; null, as the paper is silent."""
+    condition_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of pictures whose preceding text is replaced by <null>, for classifier-free guidance."""
+    latent_scale: float = 1.0
+    """Latents are multiplied by this (a VAE's scaling_factor)."""
+    latent_shift: float = 0.0
+    """Subtracted from the latents before scaling."""
+
+
+class ObjectiveConfig(Section):
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-normaliser of the softmax, averaged over targets."""
+    diffusion: DiffusionConfig | None = None
+    """Continuous pictures (Transfusion). Without it every modality is discrete (Chameleon)."""
 
 
 class SourceConfig(Section):
@@ -144,6 +203,7 @@ class RunConfig(Section):
     tokenizers: Path | None = None
     """tokenizers.yaml of the tokenizers meant for this run: their fingerprints must be the shards'."""
     model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig

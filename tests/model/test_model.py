@@ -12,7 +12,7 @@ from mom_train.layout import RowLayout
 from mom_train.linear_cross_entropy import linear_cross_entropy
 from mom_train.model import MambaMixer, MixtureOfMamba, initialize
 
-SMALL = ModelConfig(dim=32, layers=1)
+SMALL = ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS)
 V, M = 96, 3
 
 
@@ -157,14 +157,14 @@ def test_nothing_leaks_from_another_document_or_from_the_future():
 
 
 def test_the_residual_rescale_reaches_every_modality():
-    model = build(ModelConfig(dim=64, layers=8))
+    model = build(ModelConfig(dim=64, layers=8, decoupled=PROJECTIONS))
     for block in model.blocks:
         per_modality = block.mixer.out_proj.weight.view(M, 64, 128)
         expected = 128**-0.5 / math.sqrt(3) / math.sqrt(16)  # std of U(+-b) is b / sqrt(3)
         for weight in per_modality:
             assert weight.std().item() == pytest.approx(expected, rel=0.05)
         assert not torch.equal(per_modality[0], per_modality[1])
-    same = build(ModelConfig(dim=64, layers=1, identical_modalities=True)).blocks[0].mixer
+    same = build(ModelConfig(dim=64, layers=1, decoupled=PROJECTIONS, identical_modalities=True)).blocks[0].mixer
     for projection in (same.in_proj, same.x_proj, same.dt_proj, same.out_proj):
         first, *others = projection.weight.view(M, -1, projection.weight.shape[1])
         assert all(torch.equal(first, other) for other in others)

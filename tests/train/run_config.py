@@ -13,7 +13,7 @@ def tiny_config(folder, **changes):
     values = {
         "run_dir": str(folder / "run"),
         "vocabulary": dict(VOCAB.sizes),
-        "model": {"dim": 32, "layers": 1},
+        "model": {"dim": 32, "layers": 1, "decoupled": ["in_proj", "x_proj", "dt_proj", "out_proj"]},
         "data": {
             "train": [{"path": str(folder / "train")}],
             "validation": {"held": [{"path": str(folder / "val")}]},

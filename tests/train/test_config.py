@@ -10,7 +10,7 @@ CHECKOUT = Path(__file__).parents[2]
 MINIMAL = """
 run_dir: runs/x
 vocabulary: {text: 100}
-model: {dim: 32, layers: 1}
+model: {dim: 32, layers: 1, decoupled: []}
 data: {train: [{path: tokens}], sequence_length: 64}
 optimizer: {learning_rate: 1.0e-3}
 training: {steps: 10, batch: 2, micro_batch: 1}
