@@ -178,7 +178,7 @@ def demo(arguments: argparse.Namespace) -> None:
         f"tokenizers={made / 'tokenizers.yaml'}",
         f"vocabulary={json.dumps(vocabulary)}",
         f"data.train={json.dumps(weighted_sources(work / 'tokens' / 'train'))}",
-        f"data.validation={json.dumps({name: [{'path': str(work / 'tokens' / 'val')}]})}",
+        f"data.validation={json.dumps({name: weighted_sources(work / 'tokens' / 'val')})}",
         *arguments.overrides,
     ]
     config = load_config(arguments.config, overrides)
