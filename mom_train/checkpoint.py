@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from mom_train.model import MixtureOfMamba
+from mom_train.model import LanguageModel
 
 
 @dataclass
@@ -70,7 +70,7 @@ def read_train_state(path: Path) -> TrainState:
     return state
 
 
-def save(run_dir: Path, model: MixtureOfMamba, optimizer: torch.optim.Optimizer, state: TrainState, keep: int) -> Path:
+def save(run_dir: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, state: TrainState, keep: int) -> Path:
     """Save on all ranks, commit, then drop all but the newest `keep`."""
     path = run_dir / "checkpoints" / f"step-{state.step}"
     main = dist.get_rank() == 0
@@ -90,7 +90,7 @@ def save(run_dir: Path, model: MixtureOfMamba, optimizer: torch.optim.Optimizer,
     return path
 
 
-def load(path: Path, model: MixtureOfMamba, optimizer: torch.optim.Optimizer) -> None:
+def load(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
     """Fill model and optimiser in place, resharding as needed."""
     tensors, optimizer_tensors = get_state_dict(model, optimizer)
     values: dict[str, Any] = {"model": tensors, "optimizer": optimizer_tensors}

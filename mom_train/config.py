@@ -110,7 +110,7 @@ class DiffusionConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    z_loss: float = Field(0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-normaliser of the softmax, averaged over targets."""
     diffusion: DiffusionConfig | None = None
     """Continuous pictures (Transfusion). Without it every modality is discrete (Chameleon)."""

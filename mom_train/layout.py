@@ -21,6 +21,9 @@ class RowLayout:
     offsets   (M+1,) int64 on the CPU: modality m holds rows offsets[m]:offsets[m+1], possibly none
     modality  (T,) uint8   in time order
     position  (T,) uint8   in time order: tokens since the document began, saturated at 255; 0 resets the state
+    document  (T,) int32   in time order
+    picture   (T,) int32   in time order: number of the picture whose latent patch stands here, -1 elsewhere; None
+                           where there are no latents
     """
 
     batch: int
@@ -30,6 +33,8 @@ class RowLayout:
     offsets: Tensor
     modality: Tensor
     position: Tensor
+    document: Tensor
+    picture: Tensor | None = None
 
     @classmethod
     def build(
@@ -40,11 +45,12 @@ class RowLayout:
         rows: Tensor,
         offsets: Tensor,
         *,
-        continues_BL: Tensor | None = None,
+        continues_B: Tensor | None = None,
+        picture_BL: Tensor | None = None,
     ) -> RowLayout:
         """From the fields of a PackedBatch.
 
-        `continues_BL` (B,) bool: rows whose first document began in an earlier chunk (its state comes in as
+        `continues_B` (B,) bool: rows whose first document began in an earlier chunk (its state comes in as
         h0); by default every row starts a document.
         """
         B, L = modality_BL.shape
@@ -52,11 +58,12 @@ class RowLayout:
         starts = torch.ones_like(document_BL, dtype=torch.bool)
         starts[:, 1:] = document_BL[:, 1:] != document_BL[:, :-1]
         begin = torch.where(starts, time, -255)
-        if continues_BL is not None:
-            begin[:, 0] = torch.where(continues_BL, -255, 0)
+        if continues_B is not None:
+            begin[:, 0] = torch.where(continues_B, -255, 0)
         position = (time - begin.cummax(1).values).clamp(max=255).to(torch.uint8)
         modality = modality_BL.reshape(-1).contiguous()  # the C kernels read raw memory
-        return cls(B, L, order, rows, offsets, modality, position.reshape(-1))
+        picture = None if picture_BL is None else picture_BL.reshape(-1)
+        return cls(B, L, order, rows, offsets, modality, position.reshape(-1), document_BL.reshape(-1), picture)
 
     @classmethod
     def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Tensor) -> RowLayout:

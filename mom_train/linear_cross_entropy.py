@@ -15,25 +15,31 @@ IGNORE = -100
 _CHUNK_LOGITS = 1 << 24  # logits alive at a time: 64 MiB in fp32
 
 
-def linear_cross_entropy(x_Td: Tensor, weight_Vd: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    x_Td: Tensor, weight_Vd: Tensor, labels_T: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(sum of the rows' losses, each row's loss (T,) fp32 in nats) of softmax(x W^T) against labels, -100 ignored.
 
-    Only the sum carries a gradient. Products run in the autocast dtype, softmax and sums in fp32. The gradients are
-    made in the forward pass, chunk by chunk: three matmuls in all, none repeated.
+    The sum, not the rows, includes z_loss * logsumexp^2 of every row with a label; only the sum carries a gradient.
+    Products run in the autocast dtype, softmax and sums in fp32. The gradients are made in the forward pass, chunk by
+    chunk: three matmuls in all, none repeated.
     """
     device = x_Td.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_Td, weight_Vd = x_Td.to(dtype), weight_Vd.to(dtype)
     keep = torch.is_grad_enabled() and (x_Td.requires_grad or weight_Vd.requires_grad)
-    return _LinearCrossEntropy.apply(x_Td, weight_Vd, labels_T, keep)
+    return _LinearCrossEntropy.apply(x_Td, weight_Vd, labels_T, z_loss, keep)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, keep: bool
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         losses = x.new_zeros(x.shape[0], dtype=wide)
+        total_z = losses.new_zeros(())
         grad_x = torch.empty_like(x) if keep else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if keep else None
         rows = max(1, _CHUNK_LOGITS // weight.shape[0])
@@ -45,9 +51,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = target.clamp_min(0).unsqueeze(1)
             logsum = logits.logsumexp(1)
             losses[s:e] = torch.where(valid, logsum - logits.gather(1, index).squeeze(1), 0.0)
+            total_z += torch.where(valid, logsum, 0.0).square().sum()
             if grad_x is None or grad_weight is None:
                 continue
             grad = logits.sub_(logsum.unsqueeze(1)).exp_()
+            if z_loss:
+                grad *= 1 + 2 * z_loss * logsum.unsqueeze(1)
             grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
             grad = grad.mul_(valid.unsqueeze(1)).to(x.dtype)
             torch.mm(grad, weight, out=grad_x[s:e])
@@ -55,9 +64,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(*([grad_x, grad_weight] if keep else []))
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum() + z_loss * total_z, losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.dtype), None, None
+        return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.dtype), None, None, None

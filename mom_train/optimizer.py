@@ -9,7 +9,7 @@ from torch import nn
 
 from mom_train.config import OptimizerConfig
 
-_NO_DECAY = ("A_log", ".D", "bias", "norm.weight")
+_NO_DECAY = ("A_log", ".D", "bias", "norm.weight")  # patch and time biases among them
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from mom_train.model import MixtureOfMamba
+from mom_train.model import LanguageModel
 
 T = TypeVar("T")
 
@@ -53,14 +53,15 @@ def process_group() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard(model: MixtureOfMamba, mesh: DeviceMesh) -> MixtureOfMamba:
-    """FSDP2: one unit per block, one each for embedding and head.
+def shard(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
+    """FSDP2: one unit per block, one each for embeddings and heads.
 
     Gradients are summed over ranks, not averaged: the loss is divided by the global count of targets before the
     backward pass, so the sum is the gradient of the global mean whatever each rank holds.
     """
-    for module in (model.embedding, *model.blocks, model.head, model):
-        fully_shard(module, mesh=mesh)
+    for module in (model.embedding, model.patch_embedding, *model.blocks, model.patch_head, model.head, model):
+        if module is not None:
+            fully_shard(module, mesh=mesh)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)

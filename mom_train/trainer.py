@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from mom_data.batch import PackedBatch
+from mom_data.batch import PackedBatch, first_sequences
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
 from mom_data.shards import TokenDataset, check_agreement
@@ -27,14 +27,16 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train import checkpoint
 from mom_train.checkpoint import TrainState
 from mom_train.config import RunConfig, SourceConfig
+from mom_train.diffusion import NoisedPatches
 from mom_train.flops import training_flops_per_token
-from mom_train.layout import RowLayout
 from mom_train.metrics import MetricsWriter, progress_bar, short
-from mom_train.model import MixtureOfMamba, initialize
+from mom_train.model import LanguageModel, Losses, initialize
+from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout
 from mom_train.optimizer import build_optimizer, learning_rate
 from mom_train.parallel import Ranks, agreed, process_group, shard
 
 log = logging.getLogger(__name__)
+_VALIDATION_NOISE = -1  # its own seed: validation sees the same noise in every run and at every step
 
 
 class Stop:
@@ -69,8 +71,13 @@ class Trainer:
         )
         resume_from = agreed(self._read_latest)
         with torch.device("meta"):
-            model = MixtureOfMamba(
-                config.model, self.vocab.size, self._M, recompute=config.training.activation_checkpointing
+            model = LanguageModel(
+                config.model,
+                self.vocab.size,
+                self._M,
+                diffusion=config.objective.diffusion,
+                z_loss=config.objective.z_loss,
+                recompute=config.training.activation_checkpointing,
             )
         self.model = shard(model, ranks.mesh)
         self.model.to_empty(device=ranks.device)
@@ -89,7 +96,7 @@ class Trainer:
             return None
         saved = checkpoint.read_train_state(path)
         now = self.config.model_dump(mode="json")
-        for section in ("model", "vocabulary"):
+        for section in ("model", "vocabulary", "objective"):
             # as text: the order of the vocabulary numbers the modalities
             if saved.config is not None and json.dumps(saved.config[section]) != json.dumps(now[section]):
                 raise ValueError(
@@ -129,18 +136,18 @@ class Trainer:
                 since = time.perf_counter()
             while state.step < last:
                 waiting = time.perf_counter()
-                step_batches = list(islice(stream, self.accumulation))
+                step_batches = [self.prepared(b) for b in islice(stream, self.accumulation)]
                 data_wait += time.perf_counter() - waiting
-                labels_M, tokens_M, stopping = self.agree(step_batches, stop)
+                counts, tokens_M, stopping = self.agree(step_batches, stop)
                 if stopping:
                     break
-                losses_M = self.forward_backward(step_batches, labels_M)
+                sums = self.forward_backward(step_batches, counts)
                 grad_norm = self.step()
                 self.advance(step_batches, tokens_M)
                 if state.step % config.log_every == 0 or state.step == last:
                     now = time.perf_counter()
                     tokens = sum(self._tokens.values())
-                    values = self.losses("", losses_M, labels_M) | {
+                    values = self.losses("", sums, counts) | {
                         "grad_norm/total": grad_norm.item(),
                         "learning_rate": self.optimizer.param_groups[0]["lr"],
                         **{f"tokens/{m}": n for m, n in self._tokens.items()},
@@ -176,20 +183,26 @@ class Trainer:
         assert self.state.tokens is not None
         return self.state.tokens
 
+    def prepared(self, batch: PackedBatch) -> PackedBatch:
+        diffusion = self.config.objective.diffusion
+        if diffusion is None:
+            return batch
+        return drop_conditions(batch, self.config.seed, diffusion, self.vocab.specials["null"])
+
     # ---- one step -----------------------------------------------------------------------------------------
 
-    def agree(self, step_batches: Sequence[PackedBatch], stop: Stop) -> tuple[Tensor, Tensor, bool]:
-        """What all ranks must know before a step: targets and tokens by modality over the whole step (both (M,)
-        int64 on the CPU), and whether any rank was asked to stop.
+    def agree(self, step_batches: Sequence[PackedBatch], stop: Stop) -> tuple[Counts, Tensor, bool]:
+        """What all ranks must know before a step: what the losses are divided by, the input tokens by modality (M,)
+        int64 on the CPU, and whether any rank was asked to stop.
 
         Raises ValueError, on all ranks, when too many documents were damaged.
         """
-        M = len(self.modalities)
-        local = torch.zeros(2 * M + 3, dtype=torch.int64)
+        M = self._M
+        local = torch.zeros(2 * M + 4, dtype=torch.int64)
         for batch in step_batches:
-            valid = batch.labels[batch.labels >= 0]
-            local[:M] += torch.bincount(torch.from_numpy(self.vocab.modality_of_id)[valid], minlength=M)
+            local[:M] += self._targets(batch)
             local[M : 2 * M] += batch.real_tokens
+            local[-4] += len(batch.latent_position)
             local[-3] += len(batch.damaged)
             local[-2] += batch.documents_read
             for name in batch.damaged:
@@ -205,30 +218,40 @@ class Trainer:
                 f"data.max_bad_fraction={self.config.data.max_bad_fraction} allows. Copy the shards again; the last "
                 "checkpoint is intact."
             )
-        return local[:M], local[M : 2 * M], bool(local[-1])
+        return Counts(local[:M], int(local[-4])), local[M : 2 * M], bool(local[-1])
 
-    def forward_backward(self, step_batches: Sequence[PackedBatch], labels_M: Tensor) -> Tensor:
-        """Accumulate the gradient of the mean loss over all targets of the step, whichever rank or micro-batch holds
-        them. Returns this rank's sum of losses by modality (M,) float64."""
+    def _targets(self, batch: PackedBatch) -> Tensor:
+        """Targets of the cross-entropy by modality (M,) int64."""
+        valid = batch.labels[batch.labels >= 0]
+        return torch.bincount(torch.from_numpy(self.vocab.modality_of_id)[valid], minlength=self._M)
+
+    def forward_backward(self, step_batches: Sequence[PackedBatch], counts: Counts) -> Tensor:
+        """Accumulate the gradient of the mean loss over the step, whichever rank or micro-batch holds its targets.
+        Returns this rank's sums (M+1,) float64: cross-entropy by modality of the target, squared error of patches."""
         self.model.train()
-        sums_M = torch.zeros(len(self.modalities), dtype=torch.float64, device=self.ranks.device)
-        count = max(1, int(labels_M.sum()))
+        sums = torch.zeros(self._M + 1, dtype=torch.float64, device=self.ranks.device)
         for i, batch in enumerate(step_batches):
             cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(step_batches) - 1)
-            loss, by_modality_M = self.loss(batch.to(self.ranks.device))
-            (loss / count).backward()
-            sums_M += by_modality_M
-        return sums_M
+            losses, its_sums = self.loss(batch, self.config.seed)
+            counts.objective(losses, self.config.objective).backward()
+            sums += its_sums
+        return sums
 
-    def loss(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(sum of the losses of one micro-batch, the same by modality of the target (M,) float64)."""
-        layout = RowLayout.build(batch.modality, batch.document, batch.order, batch.rows, batch.offsets)
+    def loss(self, batch: PackedBatch, noise_seed: int) -> tuple[Losses, Tensor]:
+        """(the model's losses on one micro-batch, the sums that are logged (M+1,) float64)."""
+        diffusion, device = self.config.objective.diffusion, self.ranks.device
+        patches = None
+        if diffusion is not None:
+            patches = noised_patches(batch, noise_seed, diffusion)
+            patches = NoisedPatches(*(t.to(device, non_blocking=True) for t in vars(patches).values()))
+        batch = batch.to(device)
+        layout = row_layout(batch, diffusion)
         labels_T = batch.labels.reshape(-1)[batch.rows]
         with self._autocast():
-            loss, losses_T = self.model(batch.tokens.reshape(-1)[batch.rows], layout, labels_T)
+            losses = self.model(batch.tokens.reshape(-1)[batch.rows], layout, labels_T, patches)
         target_T = self.modality_of_id[labels_T.clamp_min(0)]
-        by_modality = [torch.where(target_T == m, losses_T, 0.0).sum(dtype=torch.float64) for m in range(self._M)]
-        return loss, torch.stack(by_modality).detach()
+        sums = [torch.where(target_T == m, losses.tokens_T, 0.0).sum(dtype=torch.float64) for m in range(self._M)]
+        return losses, torch.stack([*sums, losses.patches.detach().double()])
 
     @property
     def _M(self) -> int:
@@ -258,37 +281,40 @@ class Trainer:
 
     # ---- what is said and kept ----------------------------------------------------------------------------
 
-    def losses(self, prefix: str, sums_M: Tensor, counts_M: Tensor) -> dict[str, float]:
-        """Mean loss over all ranks, in total and by modality of the target; a modality without targets is left
-        out."""
-        sums = sums_M.clone()
+    def losses(self, prefix: str, sums: Tensor, counts: Counts) -> dict[str, float]:
+        """Mean losses over all ranks: in total, and by modality of the target (cross-entropy in nats; for continuous
+        pictures the squared error per channel). A modality without targets is left out."""
+        sums = sums.clone()
         dist.all_reduce(sums)
-        named = zip(self.modalities, sums.tolist(), counts_M.tolist(), strict=True)
-        values = {f"{prefix}loss/total": sums.sum().item() / max(1, int(counts_M.sum()))}
-        return values | {f"{prefix}loss/{m}": s / n for m, s, n in named if n}
+        *entropy, squares = sums.tolist()
+        targets = counts.targets_M.tolist()
+        values = {m: s / n for m, s, n in zip(self.modalities, entropy, targets, strict=True) if n}
+        total = sum(entropy) / max(1, sum(targets))
+        diffusion = self.config.objective.diffusion
+        if diffusion is not None and counts.patches:
+            values["image"] = squares / (counts.patches * diffusion.patch_width)
+            total += diffusion.weight * values["image"]
+        return {f"{prefix}loss/total": total} | {f"{prefix}loss/{m}": v for m, v in values.items()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Losses on the first `validation.sequences` sequences of each set: the same ones at any world size, and as
-        many passes on every rank."""
+        """Losses on the first `validation.sequences` sequences of each set: the same ones, with the same noise, at any
+        world size, and as many passes on every rank."""
         self.model.eval()
         values: dict[str, float] = {}
         micro_batch, world = self.config.training.micro_batch, self.ranks.world_size
         wanted = self.config.validation.sequences
         for name, plan in self.validation_plans.items():
             share = Share(self.ranks.rank, world, micro_batch * world, micro_batch)
-            numbers = share.micro_batches(0)
-            sums_M = torch.zeros(self._M, dtype=torch.float64, device=self.ranks.device)
-            counts_M = torch.zeros(self._M, dtype=torch.int64)
+            sums = torch.zeros(self._M + 1, dtype=torch.float64, device=self.ranks.device)
+            counts = torch.zeros(self._M + 1, dtype=torch.int64)
             for batch in islice(batches(plan, self.vocab, share), -(-wanted // (micro_batch * world))):
-                sequences, _ = next(numbers)
-                beyond = [row for row, number in enumerate(sequences) if number >= wanted]
-                batch.labels[beyond] = -100
-                valid = batch.labels[batch.labels >= 0]
-                counts_M += torch.bincount(torch.from_numpy(self.vocab.modality_of_id)[valid], minlength=self._M)
-                sums_M += self.loss(batch.to(self.ranks.device))[1]
-            dist.all_reduce(counts_M)
-            values |= self.losses(f"val/{name}/", sums_M, counts_M)
+                batch = first_sequences(batch, wanted)
+                counts[:-1] += self._targets(batch)
+                counts[-1] += len(batch.latent_position)
+                sums += self.loss(batch, _VALIDATION_NOISE)[1]
+            dist.all_reduce(counts)
+            values |= self.losses(f"val/{name}/", sums, Counts(counts[:-1], int(counts[-1])))
         return values
 
     def save(self) -> float:

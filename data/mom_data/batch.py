@@ -28,6 +28,8 @@ class PackedBatch:
     latents          (P, C*p*p) fp16 patches in raster order
     latent_position  (P,) int64      flat position of each in B*L
     image_of_patch   (P,) int32      number of the picture within the batch
+    image_leads      (I,) bool       no text stands before the picture in its document, but some does after it
+    sequences        (B,) int64      numbers of the rows in the run's order: what random draws are derived from
     order            (B*L,) int32    time -> row of the stable sort by modality
     rows             (B*L,) int64    row -> time
     offsets          (M+1,) int64    segment bounds of the sorted rows; stays on the CPU
@@ -43,6 +45,8 @@ class PackedBatch:
     latents: Tensor
     latent_position: Tensor
     image_of_patch: Tensor
+    image_leads: Tensor
+    sequences: Tensor
     order: Tensor
     rows: Tensor
     offsets: Tensor
@@ -69,8 +73,8 @@ class PackedBatch:
 
 def assemble_document(
     segments: Sequence[TokenSegment], modalities: Sequence[str], vocab: VocabLayout
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray]]]:
-    """(ids int64 [A], modality uint8 [A], [(position, patches)]) of BOS, the segments, EOS.
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray, bool]]]:
+    """(ids int64 [A], modality uint8 [A], [(position, patches, leads its text)]) of BOS, the segments, EOS.
 
     `modalities` names the segments' modality numbers, which are the dataset's; the vocabulary's go out. Text
     segments follow one another bare; every other span stands between its brackets.
@@ -79,8 +83,9 @@ def assemble_document(
     ids: list[np.ndarray] = [np.array([specials["bos"]])]
     routes: list[np.ndarray] = [np.zeros(1, np.uint8)]
     patches = []
+    text = [i for i, s in enumerate(segments) if modalities[s.modality] == "text"]
     at = 1
-    for segment in segments:
+    for i, segment in enumerate(segments):
         name = modalities[segment.modality]
         number = vocab.modalities.index(name)
         n = len(segment.values)
@@ -91,7 +96,7 @@ def assemble_document(
             continue
         opening, closing = vocab.brackets(name)
         if segment.latent:
-            patches.append((at + 1, segment.values))
+            patches.append((at + 1, segment.values, bool(text) and i < text[0]))
             span = np.full(n, null)
         else:
             span = segment.values.astype(np.int64) + vocab.offsets[name]
@@ -104,7 +109,11 @@ def assemble_document(
 
 
 def build_batch(
-    rows: Sequence[Sequence[Piece]], sources: Sequence[Source], vocab: VocabLayout, length: int
+    rows: Sequence[Sequence[Piece]],
+    sources: Sequence[Source],
+    vocab: VocabLayout,
+    length: int,
+    sequences: Sequence[int],
 ) -> PackedBatch:
     """Read the pieces of B rows and lay them out. A damaged document is masked in place: pad tokens that carry no
     loss, so that nothing else moves."""
@@ -118,6 +127,7 @@ def build_batch(
     latents: list[np.ndarray] = []
     latent_position: list[np.ndarray] = []
     image_of_patch: list[np.ndarray] = []
+    image_leads: list[bool] = []
     damaged = []
     for b, pieces in enumerate(rows):
         at = 0
@@ -134,11 +144,12 @@ def build_batch(
                 modality[b, at:end] = routes[piece.start : piece.end]
                 labels[b, at : end - 1] = ids[piece.start + 1 : piece.end]
                 real[b, at:end] = True
-                for position, values in patches:
+                for position, values, leads in patches:
                     if piece.start <= position < piece.end:
                         start = at + position - piece.start
                         latents.append(values)
                         latent_position.append(b * length + np.arange(start, start + len(values)))
+                        image_leads.append(leads)
                         image_of_patch.append(np.full(len(values), len(image_of_patch), np.int32))
                         # neither a patch nor the token before one predicts a token
                         labels[b, max(start - 1, 0) : start + len(values)] = IGNORE
@@ -160,10 +171,31 @@ def build_batch(
         latents=tensor(np.concatenate(latents)) if latents else torch.zeros(0, 0, dtype=torch.float16),
         latent_position=tensor(np.concatenate(latent_position)) if latents else torch.zeros(0, dtype=torch.int64),
         image_of_patch=tensor(np.concatenate(image_of_patch)) if latents else torch.zeros(0, dtype=torch.int32),
+        image_leads=torch.tensor(image_leads, dtype=torch.bool),
+        sequences=torch.tensor(sequences, dtype=torch.int64),
         order=tensor(order),
         rows=tensor(order_of_rows),
         offsets=tensor(offsets),
         real_tokens=tensor(np.bincount(modality[real], minlength=M)),
         documents_read=sum(map(len, rows)),
         damaged=tuple(damaged),
+    )
+
+
+def first_sequences(batch: PackedBatch, number: int) -> PackedBatch:
+    """The batch with every row of a sequence beyond the first `number` left without labels and patches."""
+    beyond = batch.sequences >= number
+    if not beyond.any():
+        return batch
+    labels = torch.where(beyond[:, None], IGNORE, batch.labels)
+    kept = ~beyond[batch.latent_position // batch.tokens.shape[1]]
+    image_of_patch = batch.image_of_patch[kept]
+    pictures, image_of_patch = torch.unique_consecutive(image_of_patch, return_inverse=True)
+    return replace(
+        batch,
+        labels=labels,
+        latents=batch.latents[kept] if len(batch.latents) else batch.latents,
+        latent_position=batch.latent_position[kept],
+        image_of_patch=image_of_patch.to(torch.int32),
+        image_leads=batch.image_leads[pictures.long()],
     )

@@ -56,7 +56,7 @@ class PlannedBatches(IterableDataset):
                 row = next(islice(lane, i // self.plan.lanes - emitted, None))
                 lanes[i % self.plan.lanes] = lane, i // self.plan.lanes + 1
                 rows.append(row)
-            batch = build_batch(rows, self.plan.sources, self.vocab, self.plan.length)
+            batch = build_batch(rows, self.plan.sources, self.vocab, self.plan.length, sequences)
             yield replace(batch, end_sequence=end)
 
 

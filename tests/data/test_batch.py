@@ -34,7 +34,7 @@ def built(request, tmp_path):
         [Piece(0, 0, 2, 0, whole[2] if request.param else min(whole[2], 7))],  # latents are never cut
         [Piece(0, 0, d, 0, whole[d]) for d in (4, 5, 6)],
     ]
-    return build_batch(rows, sources, VOCAB, 1200), rows, truth, request.param
+    return build_batch(rows, sources, VOCAB, 1200, range(3)), rows, truth, request.param
 
 
 def test_labels_are_the_next_token_of_the_same_document_and_never_touch_patches(built):

@@ -10,14 +10,15 @@ from mom_train.config import PROJECTIONS, ModelConfig
 from mom_train.flops import forward_flops_per_token
 from mom_train.layout import RowLayout
 from mom_train.linear_cross_entropy import linear_cross_entropy
-from mom_train.model import MambaMixer, MixtureOfMamba, initialize
+from mom_train.mamba import MambaMixer
+from mom_train.model import LanguageModel, initialize
 
 SMALL = ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS)
 V, M = 96, 3
 
 
 def build(config=SMALL, seed=0, modalities=M):
-    model = MixtureOfMamba(config, V, modalities)
+    model = LanguageModel(config, V, modalities)
     initialize(model, seed)
     return model
 
@@ -34,8 +35,8 @@ def batch(B=2, L=24, seed=0, missing=None):
 
 def run(model, modality, document, tokens, labels):
     layout = RowLayout.sort(modality, document, M)
-    loss, rows = model(tokens.reshape(-1)[layout.rows], layout, labels.reshape(-1)[layout.rows])
-    return loss, rows[layout.order.long()].view_as(tokens)
+    losses = model(tokens.reshape(-1)[layout.rows], layout, labels.reshape(-1)[layout.rows])
+    return losses.tokens, losses.tokens_T[layout.order.long()].view_as(tokens)
 
 
 def algorithm_2(mixer: MambaMixer, x, modality, document):
@@ -81,7 +82,7 @@ def test_the_block_equals_algorithm_2_in_float64_outputs_and_gradients(decoupled
     elif native.library(16) is None:
         pytest.skip("NO C COMPILER: the C kernels are not tested on this machine")
     config = ModelConfig(dim=32, layers=1, decoupled=decoupled)
-    mixer = build(config).blocks[0].mixer
+    mixer = build(config).blocks[0].block.mixer
     modality, document, *_ = batch(missing=1)
     g = torch.Generator().manual_seed(1)
     x = torch.randn(2, 24, 32, generator=g, dtype=torch.float64, requires_grad=True)
@@ -109,7 +110,8 @@ def test_the_mixture_with_everything_shared_is_dense_mamba_to_the_bit():
     dense = build(ModelConfig(dim=32, layers=1, decoupled=()), modalities=1)
     _, mixed_rows = run(shared, modality, document, tokens, labels)
     layout = RowLayout.sort(torch.zeros_like(modality), document, 1)
-    plain, plain_rows = dense(tokens.reshape(-1), layout, labels.reshape(-1))
+    losses = dense(tokens.reshape(-1), layout, labels.reshape(-1))
+    plain, plain_rows = losses.tokens, losses.tokens_T
     torch.testing.assert_close(mixed_rows, plain_rows.view_as(mixed_rows), rtol=0, atol=1e-6)
     assert sum(p.numel() for p in shared.parameters()) == sum(p.numel() for p in dense.parameters())
     # and with the tokens all text, nothing at all may differ
@@ -159,12 +161,12 @@ def test_nothing_leaks_from_another_document_or_from_the_future():
 def test_the_residual_rescale_reaches_every_modality():
     model = build(ModelConfig(dim=64, layers=8, decoupled=PROJECTIONS))
     for block in model.blocks:
-        per_modality = block.mixer.out_proj.weight.view(M, 64, 128)
+        per_modality = block.block.mixer.out_proj.weight.view(M, 64, 128)
         expected = 128**-0.5 / math.sqrt(3) / math.sqrt(16)  # std of U(+-b) is b / sqrt(3)
         for weight in per_modality:
             assert weight.std().item() == pytest.approx(expected, rel=0.05)
         assert not torch.equal(per_modality[0], per_modality[1])
-    same = build(ModelConfig(dim=64, layers=1, decoupled=PROJECTIONS, identical_modalities=True)).blocks[0].mixer
+    same = build(ModelConfig(dim=64, layers=1, decoupled=PROJECTIONS, identical_modalities=True)).blocks[0].block.mixer
     for projection in (same.in_proj, same.x_proj, same.dt_proj, same.out_proj):
         first, *others = projection.weight.view(M, -1, projection.weight.shape[1])
         assert all(torch.equal(first, other) for other in others)
@@ -182,7 +184,7 @@ def test_the_residual_rescale_reaches_every_modality():
 def test_parameters_are_those_of_the_papers_sizes(dim, layers, vocabulary, dense, two, three):
     for decoupled, modalities, millions in ((), 2, dense), (PROJECTIONS, 2, two), (PROJECTIONS, 3, three):
         with torch.device("meta"):
-            model = MixtureOfMamba(ModelConfig(dim=dim, layers=layers, decoupled=decoupled), vocabulary, modalities)
+            model = LanguageModel(ModelConfig(dim=dim, layers=layers, decoupled=decoupled), vocabulary, modalities)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
 
 

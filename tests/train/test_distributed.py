@@ -33,13 +33,13 @@ def one_step(config):
             }
 
         before = whole(trainer.model.named_parameters())
-        labels_M, tokens_M, _ = trainer.agree(step, Stop())
-        sums_M = trainer.forward_backward(step, labels_M)
+        counts, tokens_M, _ = trainer.agree(step, Stop())
+        sums = trainer.forward_backward(step, counts)
         gradients = whole((n, p.grad) for n, p in trainer.model.named_parameters())
         norm = float(trainer.step())
         return {
             "present": present,
-            "losses": trainer.losses("", sums_M, labels_M),
+            "losses": trainer.losses("", sums, counts),
             "tokens": tokens_M.tolist(),
             "before": before,
             "gradients": gradients,

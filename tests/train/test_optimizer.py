@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mom_train.config import PROJECTIONS, ModelConfig, OptimizerConfig
-from mom_train.model import MixtureOfMamba
+from mom_train.model import LanguageModel
 from mom_train.optimizer import build_optimizer, learning_rate
 
 
@@ -21,7 +21,7 @@ def test_the_rate_warms_up_and_follows_half_a_cosine():
 
 
 def test_only_matrices_decay():
-    model = MixtureOfMamba(ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS), 96, 3)
+    model = LanguageModel(ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS), 96, 3)
     decayed, kept = (group["params"] for group in build_optimizer(model, OptimizerConfig(learning_rate=1)).param_groups)
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(kept) == len(names)

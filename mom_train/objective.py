@@ -1,0 +1,97 @@
+"""From a packed batch to what the model is asked: noised pictures, dropped conditions, and the step's mean loss."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mom_data.batch import IGNORE, PackedBatch
+from mom_train.config import DiffusionConfig, ObjectiveConfig
+from mom_train.diffusion import NoisedPatches, draw, noise
+from mom_train.layout import RowLayout
+from mom_train.model import Losses
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a loss is divided by, over a whole optimiser step (all ranks, all micro-batches)."""
+
+    targets_M: Tensor
+    """Targets of the cross-entropy by modality, int64 on the CPU."""
+    patches: int
+    """Latent patches."""
+
+    def objective(self, losses: Losses, config: ObjectiveConfig) -> Tensor:
+        """Chameleon: the mean cross-entropy. Transfusion: the same plus lambda times the mean squared error. Each rank
+        holds its own sums, so the ranks' gradients add up to the gradient of the means."""
+        loss = losses.tokens / max(1, int(self.targets_M.sum()))
+        if config.diffusion is not None:
+            loss = loss + config.diffusion.weight * losses.patches / max(1, self.patches * config.diffusion.patch_width)
+        return loss
+
+
+def row_layout(batch: PackedBatch, diffusion: DiffusionConfig | None) -> RowLayout:
+    picture_BL = None
+    if diffusion is not None:
+        picture_BL = torch.full_like(batch.document, -1)
+        picture_BL.view(-1)[batch.latent_position] = batch.image_of_patch
+    fields = (batch.modality, batch.document, batch.order, batch.rows, batch.offsets)
+    return RowLayout.build(*fields, picture_BL=picture_BL)
+
+
+def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> NoisedPatches:
+    """Each picture at a timestep and with noise that (seed, its sequence, its place there) decide; on the CPU.
+
+    `seed` is the run's for training; validation has its own, so that its noise is the same each time.
+    """
+    pictures = _pictures(batch)
+    timesteps, epsilon = [], []
+    for sequence, number, leads, patches in pictures:
+        t, generator = draw(seed, sequence, number, config, leads)
+        timesteps.append(t)
+        epsilon.append(torch.randn(patches, config.patch_width, generator=generator))
+    timestep_I = torch.tensor(timesteps, dtype=torch.int64)
+    epsilon_PW = torch.cat(epsilon) if epsilon else torch.zeros(0, config.patch_width)
+    latents_PW = batch.latents if len(pictures) else torch.zeros(0, config.patch_width)
+    assert latents_PW.shape[1] == config.patch_width
+    x, t_P, target = noise(latents_PW, batch.image_of_patch, timestep_I, epsilon_PW, config)
+    return NoisedPatches(x, t_P, target, batch.order.long()[batch.latent_position])
+
+
+def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, null: int) -> PackedBatch:
+    """For a share of pictures, replace what stands before them in their document by <null>, without loss there: the
+    unconditional half of classifier-free guidance."""
+    if not config.condition_dropout:
+        return batch
+    tokens, labels = batch.tokens.clone(), batch.labels.clone()
+    L = tokens.shape[1]
+    for i, (sequence, number, _, _) in enumerate(_pictures(batch)):
+        digest = hashlib.blake2b(f"condition/{seed}/{sequence}/{number}".encode(), digest_size=8).digest()
+        if int.from_bytes(digest, "little") >= config.condition_dropout * 2**64:
+            continue
+        row, at = divmod(int(batch.latent_position[batch.image_of_patch == i][0]), L)
+        document = batch.document[row]
+        start = int((document == document[at]).nonzero()[0])
+        before = slice(start, at - 1)  # the opening bracket stays
+        tokens[row, before] = torch.where(batch.modality[row, before] == 0, null, tokens[row, before])
+        labels[row, before] = IGNORE
+    return replace(batch, tokens=tokens, labels=labels)
+
+
+def _pictures(batch: PackedBatch) -> list[tuple[int, int, bool, int]]:
+    """(sequence, number within it, whether it leads its text, patches) of every picture."""
+    L = batch.tokens.shape[1]
+    counts = torch.bincount(batch.image_of_patch, minlength=len(batch.image_leads)).tolist()
+    rows = (batch.latent_position // L).tolist()
+    seen: dict[int, int] = {}
+    pictures, at = [], 0
+    for leads, n in zip(batch.image_leads.tolist(), counts, strict=True):
+        sequence = int(batch.sequences[rows[at]])
+        number = seen.get(sequence, 0)
+        seen[sequence] = number + 1
+        pictures.append((sequence, number, leads, n))
+        at += n
+    return pictures
