@@ -45,21 +45,21 @@ class RowLayout:
         rows: Tensor,
         offsets: Tensor,
         *,
-        continues_B: Tensor | None = None,
+        past_B: Tensor | None = None,
         picture_BL: Tensor | None = None,
     ) -> RowLayout:
         """From the fields of a PackedBatch.
 
-        `continues_B` (B,) bool: rows whose first document began in an earlier chunk (its state comes in as
-        h0); by default every row starts a document.
+        `past_B` (B,) int: how many tokens of the row's first document came in earlier chunks, whose state is carried
+        in; by default every row starts a document.
         """
         B, L = modality_BL.shape
         time = torch.arange(L, device=document_BL.device).expand(B, L)
         starts = torch.ones_like(document_BL, dtype=torch.bool)
         starts[:, 1:] = document_BL[:, 1:] != document_BL[:, :-1]
         begin = torch.where(starts, time, -255)
-        if continues_B is not None:
-            begin[:, 0] = torch.where(continues_B, -255, 0)
+        if past_B is not None:
+            begin[:, 0] = -past_B.clamp(max=255)
         position = (time - begin.cummax(1).values).clamp(max=255).to(torch.uint8)
         modality = modality_BL.reshape(-1).contiguous()  # the C kernels read raw memory
         picture = None if picture_BL is None else picture_BL.reshape(-1)

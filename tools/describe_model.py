@@ -121,11 +121,6 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         # of a discrete token; a latent patch has patch_in and patch_out in the head's place
         "flops_per_token": flops(None) | ({} if patch_width is None else {"patch": flops(patch_width)}),
         "tokens_per_batch": config.training.batch * length,
-        "training_flops": TRAINING_FACTOR
-        * sum(forward_flops_per_token(model, vocab.size, length).values())
-        * config.training.batch
-        * length
-        * config.training.steps,
         "ranks": ranks,
         "accumulation": accumulation,
         "memory_bytes_per_rank": bytes_by_use[chosen]["total"],
@@ -174,44 +169,43 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         rows = [(part, _millions(n), _millions(TRAINING_FACTOR * n)) for part, n in counted["by_part"].items()]
         rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
         said += ["", _table((title, "forward", "training"), rows)]
-    kinds = {"without": mem["without_checkpointing"], "with": mem["with_checkpointing"]}
-    rows = [(use, *(_gigabytes(kind[use]) for kind in kinds.values())) for use in kinds["with"] if "per" not in use]
-    rows.append(("kept per token (MB)", *(f"{kind['activations_per_token'] / 1e6:.3f}" for kind in kinds.values())))
-    config_has = "with" if mem["activation_checkpointing"] else "without"
+    kinds = (mem["without_checkpointing"], mem["with_checkpointing"])
+    uses = [use for use in mem["with_checkpointing"] if use != "activations_per_token"]
+    memory_rows = [[use, *(_gigabytes(kind[use]) for kind in kinds)] for use in uses]
+    memory_rows.append(["kept per token (MB)", *(f"{kind['activations_per_token'] / 1e6:.3f}" for kind in kinds)])
     header = ("predicted GB per rank", "no checkpointing", "activation checkpointing")
-    note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {config_has} checkpointing"
-    said += ["", _table(header, rows), "", note]
+    chosen = "with" if mem["activation_checkpointing"] else "without"
+    note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {chosen} checkpointing"
+    said += ["", _table(header, memory_rows), "", note]
     return "\n".join(said)
 
 
 def overview(described: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row per config."""
-    header = ("config", "total (M)", "active (M)", "forward (MFLOPs/token)", "training (MFLOPs/token)")
-    header += ("tokens per batch", "ranks", "predicted GB per rank")
+    """A row per config; where pictures are latents, FLOPs of a text token and of a patch."""
     rows = []
     for name, d in described.items():
-        flops = d["flops_per_token"]
+        kinds = [d["flops_per_token"], *([d["flops_per_token"]["patch"]] if "patch" in d["flops_per_token"] else [])]
         rows.append(
             (
                 name,
                 _millions(d["parameters"]["total"]),
                 _millions(d["parameters"]["active"]),
-                _millions(flops["forward"]) + (f" / {_millions(flops['patch']['forward'])}" if "patch" in flops else ""),
-                _millions(flops["training"])
-                + (f" / {_millions(flops['patch']['training'])}" if "patch" in flops else ""),
+                " / ".join(_millions(kind["forward"]) for kind in kinds),
+                " / ".join(_millions(kind["training"]) for kind in kinds),
                 f"{d['tokens_per_batch']:,}",
                 str(d["ranks"]),
                 _gigabytes(d["memory_bytes_per_rank"]),
             )
         )
-    return _table(header, rows)
+    header = ["config", "total (M)", "active (M)", "forward (MFLOPs/token)", "training (MFLOPs/token)"]
+    return _table([*header, "tokens per batch", "ranks", "predicted GB per rank"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="configs, and overrides for all of them")
+    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for all CONFIGs")
     parser.add_argument("--ranks", type=int, help="ranks that share the model (default: batch / micro_batch)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="figures as JSON, to OUT or standard output")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
     parser.add_argument("--by-part", action="store_true", help="several configs in detail too, not a row for each")
     arguments = parser.parse_intermixed_args()
     with exit_clearly("describe_model"):

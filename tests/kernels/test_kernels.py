@@ -57,7 +57,7 @@ def test_scan_and_all_its_gradients_equal_the_float64_recurrence(backend, B, L, 
     wanted = [*leaves, *([h0_leaf] if carried else [])]
     grads_ref = torch.autograd.grad([y_ref, hT_ref], wanted, [gy, ghT])
 
-    layout = RowLayout.sort(modality, document, M, continues_B=torch.full((B,), carried))
+    layout = RowLayout.sort(modality, document, M, past_B=torch.full((B,), 255 * carried))
     into_rows = lambda t, to: t.reshape(T, -1)[layout.rows].to(to).requires_grad_()  # noqa: E731
     row_inputs = {i: into_rows(t, dtype) for i, t in zip((0, 1, 3, 4, 6), (x, dt, Bm, Cm, z), strict=True)}
     fp32 = {i: t.float().requires_grad_() for i, t in zip((2, 5, 7), (A, D_, bias), strict=True)}
@@ -86,7 +86,7 @@ def test_convolution_and_its_gradients_equal_the_float64_definition(backend, B, 
         pytest.skip("the C convolution starts rows from nothing; carried rows take the PyTorch one")
     g = torch.Generator().manual_seed(L)
     modality, document = geometry(B, L, 2, seed=L)
-    layout = RowLayout.sort(modality, document, 2, continues_B=torch.full((B,), carried))
+    layout = RowLayout.sort(modality, document, 2, past_B=torch.full((B,), 255 * carried))
     x, w, b = (torch.randn(*s, generator=g).double() for s in ((B, L, D), (D, 4), (D,)))
     init = torch.randn(B, 3, D, generator=g).double() if carried else None
     gy = torch.randn(B, L, D, generator=g).double()
@@ -124,7 +124,7 @@ def test_a_sequence_cut_anywhere_carries_on_exactly(backend):
 
     def run(s, e, h):
         layout = RowLayout.sort(
-            modality[:, s:e], document[:, s:e], M, continues_B=document[:, s] == document[:, max(s - 1, 0)]
+            modality[:, s:e], document[:, s:e], M, past_B=255 * (document[:, s] == document[:, max(s - 1, 0)])
         )
         rows = {k: v[:, s:e].reshape(B * (e - s), -1)[layout.rows] for k, v in t.items()}
         args = (rows["x"], rows["dt"], A, rows["B"], rows["C"], skip, rows["z"], bias)

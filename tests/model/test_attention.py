@@ -1,0 +1,131 @@
+import cmath
+import math
+
+import pytest
+import torch
+
+from mom_train.attention import TransformerBlock, attention_mask
+from mom_train.config import ModelConfig
+from mom_train.layout import RowLayout
+from mom_train.model import LanguageModel, initialize
+
+M, D, HEADS = 3, 32, 2
+MOT = ("attention", "feed_forward", "norm")
+
+
+def config(decoupled=MOT, layers=1):
+    return ModelConfig(architecture="transformer", dim=D, layers=layers, heads=HEADS, decoupled=decoupled)
+
+
+def model(decoupled=MOT, layers=1):
+    m = LanguageModel(config(decoupled, layers), 96, M)
+    initialize(m, 0)
+    with torch.no_grad():  # scales that differ, or a norm with the wrong modality's scale would go unseen
+        for name, p in m.named_parameters():
+            if "norm" in name:
+                p.copy_(torch.rand(p.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+    return m
+
+
+def rows(B=2, L=14, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    modality = torch.randint(0, M, (B, L), generator=g)
+    modality[modality == 2] = 0
+    document = (torch.rand(B, L, generator=g) < 0.15).cumsum(1).to(torch.int32)
+    picture = torch.full((B, L), -1, dtype=torch.int32)
+    picture[0, 3:7], picture[0, 9:12], picture[1, 2:6] = 0, 1, 2
+    document[0, 3:7], document[0, 9:12], document[1, 2:6] = document[0, 3], document[0, 9], document[1, 2]
+    document = document.cummax(1).values
+    return modality.to(torch.uint8), document, picture
+
+
+def reference(block: TransformerBlock, x, modality, document, picture):
+    """One query at a time, in float64, RoPE by complex numbers."""
+    w = {n: p.detach().double().requires_grad_() for n, p in block.named_parameters()}
+    hidden, head = block.feed_forward.down_proj.weight.shape[1], D // HEADS
+
+    def matrix(name, m, outputs):
+        weight = w[f"{name}.weight"]
+        return weight.view(-1, outputs, weight.shape[1])[m if weight.shape[0] > outputs else 0]
+
+    def normed(name, v, m):
+        weight = w[f"{name}.weight"].view(-1, D)
+        return v / torch.sqrt((v * v).mean() + 1e-5) * weight[m if weight.shape[0] > 1 else 0]
+
+    def turned(v, t):
+        pairs = [cmath.exp(1j * t * 10000.0 ** (-i / (head // 2))) for i in range(head // 2)]
+        z = torch.complex(v[: head // 2], v[head // 2 :]) * torch.tensor(pairs, dtype=torch.complex128)
+        return torch.cat([z.real, z.imag])
+
+    out = []
+    for b in range(x.shape[0]):
+        L = x.shape[1]
+        m = [int(modality[b, t]) for t in range(L)]
+        qkv = [matrix("attention.qkv_proj", m[t], 3 * D) @ normed("attention_norm", x[b, t], m[t]) for t in range(L)]
+        for t in range(L):
+            heads = []
+            for h in range(HEADS):
+                at = slice(h * head, (h + 1) * head)
+                q = turned(qkv[t][:D][at], t)
+                seen = [
+                    s
+                    for s in range(L)
+                    if document[b, s] == document[b, t]
+                    and (s <= t or (picture[b, t] >= 0 and picture[b, s] == picture[b, t]))
+                ]
+                scores = torch.stack([q @ turned(qkv[s][D : 2 * D][at], s) / math.sqrt(head) for s in seen])
+                weights = torch.exp(scores - scores.max())
+                weights = weights / weights.sum()
+                heads.append(sum(a * qkv[s][2 * D :][at] for a, s in zip(weights, seen, strict=True)))
+            y = x[b, t] + matrix("attention.out_proj", m[t], D) @ torch.cat(heads)
+            gate_up = matrix("feed_forward.gate_up_proj", m[t], 2 * hidden) @ normed("feed_forward_norm", y, m[t])
+            inner = gate_up[:hidden] * torch.sigmoid(gate_up[:hidden]) * gate_up[hidden:]
+            out.append(y + matrix("feed_forward.down_proj", m[t], D) @ inner)
+    return torch.stack(out).view_as(x), w
+
+
+@pytest.mark.parametrize("decoupled", [(), MOT, ("attention",), ("feed_forward", "norm")])
+def test_the_block_equals_the_float64_definition_outputs_and_gradients(decoupled):
+    block = model(decoupled).blocks[0].block
+    modality, document, picture = rows()
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 14, D, generator=g, dtype=torch.float64, requires_grad=True)
+    gy = torch.randn(2, 14, D, generator=g, dtype=torch.float64)
+    expected, weights = reference(block, x, modality, document, picture)
+    expected_grads = torch.autograd.grad(expected, [x, *weights.values()], gy)
+    layout = RowLayout.sort(modality, document, M, picture_BL=picture)
+    ours = x.detach().float().view(28, D)[layout.rows].requires_grad_()
+    y = block(ours, layout, None, attention_mask(layout))
+    order = layout.order.long()
+    assert (y.detach()[order].view(2, 14, D) - expected).abs().max() < 1e-5
+    grads = torch.autograd.grad(y, [ours, *block.parameters()], gy.view(28, D)[layout.rows].float())
+    assert (grads[0][order].view(2, 14, D) - expected_grads[0]).abs().max() < 2e-5
+    for name, a, b in zip(weights, grads[1:], expected_grads[1:], strict=True):
+        assert (a - b).abs().max() / b.abs().max().clamp_min(1) < 1e-5, name
+
+
+def test_equal_weights_for_every_modality_are_the_dense_transformer():
+    modality, document, _ = rows()
+    layout = RowLayout.sort(modality, document, M)
+    mixture, dense = model(), model(())
+    with torch.no_grad():
+        plain = dict(dense.named_parameters())
+        for name, p in mixture.named_parameters():
+            p.copy_(plain[name].repeat(p.shape[0] // plain[name].shape[0], *[1] * (p.dim() - 1)))
+    tokens = torch.arange(28) % 96
+    torch.testing.assert_close(mixture(tokens, layout)[0], dense(tokens, layout)[0], atol=2e-6, rtol=0)
+
+
+def test_nothing_leaks_from_another_document():
+    modality, document, picture = rows()
+    layout = RowLayout.sort(modality, document, M, picture_BL=picture)
+    m = model(layers=2)
+    tokens = torch.arange(28) % 96
+    before = m(tokens[layout.rows], layout)[0][layout.order.long()].view(2, 14, -1)
+    first = document[1] == document[1, 0]
+    assert 0 < int(first.sum()) < 14
+    changed = tokens.view(2, 14).clone()
+    changed[1, first] += 5
+    after = m(changed.view(-1)[layout.rows], layout)[0][layout.order.long()].view(2, 14, -1)
+    torch.testing.assert_close(after[1, ~first], before[1, ~first], rtol=0, atol=1e-6)
+    assert (after[1, first] - before[1, first]).abs().max() > 1e-3

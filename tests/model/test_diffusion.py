@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+from corpus import VOCAB, write_dataset
+from diffusers import DDPMScheduler
+
+from mom_data.batch import first_sequences
+from mom_data.loader import Share, batches
+from mom_data.plan import Plan, Source
+from mom_data.shards import TokenDataset, TokenSegment
+from mom_train.config import DiffusionConfig, ModelConfig, ObjectiveConfig
+from mom_train.diffusion import cosine_alpha_bar, noise
+from mom_train.model import LanguageModel, initialize
+from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout
+
+WIDTH = 8
+CONFIG = DiffusionConfig(patch_width=WIDTH)
+
+
+def document(rng, latent_width):
+    text = TokenSegment(0, rng.integers(0, 100, int(rng.integers(3, 20))).astype(np.uint16))
+    picture = TokenSegment(1, rng.standard_normal((16, latent_width)).astype(np.float16))
+    return [text, picture] if rng.random() < 0.5 else [picture, text, picture]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("d") / "d"
+    write_dataset(folder, documents=60, shards=1, latent_width=WIDTH, make=document)
+    return Plan((Source(TokenDataset(folder), 1.0),), 96, 2, 32, 0)
+
+
+def batch(plan, rows=6, start=0):
+    return next(batches(plan, VOCAB, Share(0, 1, rows, rows), start))
+
+
+def test_the_schedule_is_diffusers_cosine():
+    theirs = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    torch.testing.assert_close(cosine_alpha_bar(1000), theirs, atol=2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_noising_and_targets_are_diffusers(prediction):
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(40, WIDTH, generator=g), torch.randn(40, WIDTH, generator=g)
+    picture = torch.arange(10).repeat_interleave(4).to(torch.int32)
+    t = torch.randint(0, 990, (10,), generator=g)
+    config = DiffusionConfig(patch_width=WIDTH, prediction=prediction, latent_scale=0.5, latent_shift=0.25)
+    x, t_P, target = noise(x0, picture, t, eps, config)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+    scaled = (x0 - 0.25) * 0.5
+    torch.testing.assert_close(x, scheduler.add_noise(scaled, eps, t_P), atol=2e-5, rtol=1e-4)
+    expected = eps if prediction == "epsilon" else scheduler.get_velocity(scaled, eps, t_P)
+    torch.testing.assert_close(target, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_flow_interpolates_and_its_target_is_the_velocity():
+    config = DiffusionConfig(patch_width=1, prediction="flow", steps=10)
+    x0, eps = torch.tensor([[2.0], [2.0]]), torch.tensor([[5.0], [5.0]])
+    x, _, target = noise(x0, torch.tensor([0, 1]), torch.tensor([9, 4]), eps, config)
+    assert x.flatten().tolist() == pytest.approx([5.0, 3.5])
+    assert target.flatten().tolist() == pytest.approx([3.0, 3.0])
+
+
+def test_half_precision_latents_are_noised_in_fp32_even_at_the_first_timesteps():
+    latents = torch.zeros(4, WIDTH, dtype=torch.float16)
+    x, _, _ = noise(latents, torch.zeros(4, dtype=torch.int32), torch.tensor([0]), torch.ones(4, WIDTH), CONFIG)
+    assert x.dtype == torch.float32
+    assert x.min() > 0.005  # bf16 arithmetic would give exactly 0
+
+
+def test_noise_belongs_to_the_picture_not_to_the_batch_it_comes_in(plan):
+    """So neither ranks, micro-batches nor a resume change it."""
+    whole = batch(plan, 6)
+    patches = noised_patches(whole, 0, CONFIG)
+    at = 0
+    for start in (0, 2, 4):
+        part = batch(plan, 2, start)
+        some = noised_patches(part, 0, CONFIG)
+        assert torch.equal(some.x, patches.x[at : at + len(some.x)])
+        assert torch.equal(some.timestep, patches.timestep[at : at + len(some.x)])
+        at += len(some.x)
+    assert at == len(patches.x)
+    assert not torch.equal(noised_patches(whole, 1, CONFIG).x, patches.x)
+    per_picture = patches.timestep.view(-1, 16)
+    assert (per_picture == per_picture[:, :1]).all()  # one timestep per picture
+    assert len(per_picture[:, 0].unique()) > 3
+
+
+def test_pictures_that_lead_their_text_stay_below_the_noise_limit(plan):
+    limited = DiffusionConfig(patch_width=WIDTH, noise_limit=50)
+    some = batch(plan, 20)
+    timestep = noised_patches(some, 0, limited).timestep.view(-1, 16)[:, 0]
+    assert some.image_leads.any()
+    assert not some.image_leads.all()
+    assert (timestep[some.image_leads] < 50).all()
+    assert (timestep[~some.image_leads] >= 50).any()
+    null = VOCAB.specials["null"]
+    for i, leads in enumerate(some.image_leads):  # and it is those that do lead
+        row, at = divmod(int(some.latent_position[some.image_of_patch == i][0]), 96)
+        same = some.document[row] == some.document[row, at]
+        before = some.tokens[row, :at][same[:at]]
+        text = (before < 100).sum()
+        assert bool(leads) == (text == 0)
+        assert null in some.tokens[row]
+
+
+def test_dropped_conditions_are_the_configured_share_and_lose_their_labels(plan):
+    null, some = VOCAB.specials["null"], batch(plan, 40)
+    dropped = drop_conditions(some, 0, DiffusionConfig(patch_width=WIDTH, condition_dropout=0.5), null)
+    changed = dropped.tokens != some.tokens
+    assert (dropped.tokens[changed] == null).all()
+    assert (dropped.labels[changed] == -100).all()
+    hit = 0
+    pictures = int(some.image_of_patch.max()) + 1
+    for i in range(pictures):
+        row, at = divmod(int(some.latent_position[some.image_of_patch == i][0]), 96)
+        before = (some.document[row] == some.document[row, at]) & (torch.arange(96) < at - 1)
+        before &= some.modality[row] == 0
+        hit += bool((dropped.tokens[row][before] == null).all() and before.any())
+    assert 0.3 < hit / pictures < 0.8  # a picture whose neighbour in the document was hit counts as well
+    assert drop_conditions(some, 0, CONFIG, null) is some
+
+
+def test_the_objective_is_the_mean_cross_entropy_plus_five_times_the_mean_square(plan):
+    some = batch(plan)
+    config = ModelConfig(dim=32, layers=1, decoupled=("in_proj",))
+    model = LanguageModel(config, VOCAB.size, 3, diffusion=CONFIG)
+    initialize(model, 0)
+    torch.nn.init.normal_(model.patch_head.patch_out.weight, std=0.1)
+    patches, layout = noised_patches(some, 0, CONFIG), row_layout(some, CONFIG)
+    tokens, labels = some.tokens.view(-1)[some.rows], some.labels.view(-1)[some.rows]
+    logits, predicted = model(tokens, layout, None, patches)
+    losses = model(tokens, layout, labels, patches)
+    targets = torch.bincount(torch.from_numpy(VOCAB.modality_of_id)[some.labels[some.labels >= 0]], minlength=3)
+    assert targets.tolist()[1] == 0  # no code of a picture is ever a target
+    counts = Counts(targets, len(some.latent_position))
+    total = counts.objective(losses, ObjectiveConfig(diffusion=CONFIG))
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels)
+    expected = expected + 5 * torch.nn.functional.mse_loss(predicted.double(), patches.target.double())
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    total.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+
+    # a batch without pictures runs the same modules on zero rows
+    empty = first_sequences(some, 0)
+    assert len(empty.latent_position) == 0
+    losses = model(tokens, row_layout(empty, CONFIG), labels, noised_patches(empty, 0, CONFIG))
+    assert losses.patches.item() == 0
+    model.zero_grad()
+    (losses.tokens + losses.patches).backward()
+    assert model.patch_embedding.patch_in.weight.grad.abs().sum() == 0
+
+
+def test_rows_beyond_the_wanted_sequences_lose_labels_and_patches(plan):
+    some = batch(plan, 6)
+    cut = first_sequences(some, 4)
+    assert (cut.labels[4:] == -100).all()
+    assert torch.equal(cut.labels[:4], some.labels[:4])
+    kept = some.latent_position // 96 < 4
+    assert torch.equal(cut.latents, some.latents[kept])
+    assert torch.equal(noised_patches(cut, 0, CONFIG).x, noised_patches(some, 0, CONFIG).x[kept])
