@@ -23,12 +23,14 @@ TIME_WIDTH = 256
 
 @dataclass(frozen=True)
 class NoisedPatches:
-    """Patches (P, W) fp32 at their timesteps (P,), what to predict (P, W) fp32, and the rows (P,) that hold them."""
+    """Patches x (P, W) fp32, what to predict (P, W) fp32, the row (P,) and the picture (P,) of each, and the timestep
+    of each picture (I,)."""
 
     x: Tensor
-    timestep: Tensor
     target: Tensor
     row: Tensor
+    picture: Tensor
+    timestep: Tensor
 
 
 def cosine_alpha_bar(steps: int) -> Tensor:
@@ -54,18 +56,17 @@ def noise(
     timestep_I: Tensor,
     epsilon_PW: Tensor,
     config: DiffusionConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(noised patches, timestep of each patch, target), all fp32: in bf16 the first ten timesteps would have no
-    noise at all."""
+) -> tuple[Tensor, Tensor]:
+    """(noised patches, target), both fp32: in bf16 the first ten timesteps would have no noise at all."""
     x0 = (latents_PW.float() - config.latent_shift) * config.latent_scale
     t_P = timestep_I[picture_P.long()]
     if config.prediction == "flow":
         s = ((t_P + 1) / config.steps).unsqueeze(1)
-        return (1 - s) * x0 + s * epsilon_PW, t_P, epsilon_PW - x0
+        return (1 - s) * x0 + s * epsilon_PW, epsilon_PW - x0
     abar = cosine_alpha_bar(config.steps).to(x0.device)[t_P].unsqueeze(1)
     x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * epsilon_PW
     target = epsilon_PW if config.prediction == "epsilon" else abar.sqrt() * epsilon_PW - (1 - abar).sqrt() * x0
-    return x_t, t_P, target
+    return x_t, target
 
 
 class PatchEmbedding(nn.Module):
@@ -77,13 +78,13 @@ class PatchEmbedding(nn.Module):
         self.time_in = nn.Linear(TIME_WIDTH, dim)
         self.time_out = nn.Linear(dim, dim)
 
-    def forward(self, x_PW: Tensor, timestep_P: Tensor) -> Tensor:
+    def forward(self, patches: NoisedPatches) -> Tensor:
         """(P, dim). P = 0 runs too, so that a rank without pictures makes the same collectives."""
         half = TIME_WIDTH // 2
-        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=x_PW.device) / half)
-        angle = timestep_P.float().unsqueeze(1) * frequency
-        time = self.time_out(F.silu(self.time_in(torch.cat([angle.cos(), angle.sin()], 1))))
-        return self.patch_in(x_PW) + time
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=patches.x.device) / half)
+        angle = patches.timestep.float().unsqueeze(1) * frequency
+        time_Id = self.time_out(F.silu(self.time_in(torch.cat([angle.cos(), angle.sin()], 1))))
+        return self.patch_in(patches.x) + time_Id.index_select(0, patches.picture)
 
 
 class PatchHead(nn.Module):

@@ -115,7 +115,7 @@ class LanguageModel(nn.Module):
         x_Td = self.embedding(tokens_T)
         if patches is not None:
             assert self.patch_embedding is not None, "this model has no latents"
-            x_Td = x_Td.index_copy(0, patches.row, self.patch_embedding(patches.x, patches.timestep).to(x_Td.dtype))
+            x_Td = x_Td.index_copy(0, patches.row, self.patch_embedding(patches).to(x_Td.dtype))
         more: tuple[Any, ...] = ()
         if self.config.architecture == "transformer":
             past = state[0].k.shape[2] if state and isinstance(state[0], AttentionState) else 0

@@ -57,8 +57,8 @@ def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> No
     epsilon_PW = torch.cat(epsilon) if epsilon else torch.zeros(0, config.patch_width)
     latents_PW = batch.latents if len(pictures) else torch.zeros(0, config.patch_width)
     assert latents_PW.shape[1] == config.patch_width
-    x, t_P, target = noise(latents_PW, batch.image_of_patch, timestep_I, epsilon_PW, config)
-    return NoisedPatches(x, t_P, target, batch.order.long()[batch.latent_position])
+    x, target = noise(latents_PW, batch.image_of_patch, timestep_I, epsilon_PW, config)
+    return NoisedPatches(x, target, batch.order.long()[batch.latent_position], batch.image_of_patch, timestep_I)
 
 
 def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, null: int) -> PackedBatch:

@@ -86,7 +86,12 @@ class Trainer:
             initialize(self.model, config.seed)
         else:
             checkpoint.load(resume_from, self.model, self.optimizer)
-        self.flops_per_token = training_flops_per_token(config.model, self.vocab.size)
+        diffusion = config.objective.diffusion
+        length = config.data.sequence_length
+        self.flops_per_token = training_flops_per_token(config.model, self.vocab.size, length)
+        self.flops_per_patch = training_flops_per_token(
+            config.model, self.vocab.size, length, diffusion.patch_width if diffusion else 0
+        )
         self.modality_of_id = torch.from_numpy(self.vocab.modality_of_id).to(ranks.device)
         self.read = self.damaged = 0
 
@@ -143,7 +148,7 @@ class Trainer:
                     break
                 sums = self.forward_backward(step_batches, counts)
                 grad_norm = self.step()
-                self.advance(step_batches, tokens_M)
+                self.advance(step_batches, counts, tokens_M)
                 if state.step % config.log_every == 0 or state.step == last:
                     now = time.perf_counter()
                     tokens = sum(self._tokens.values())
@@ -272,12 +277,13 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def advance(self, step_batches: Sequence[PackedBatch], tokens_M: Tensor) -> None:
+    def advance(self, step_batches: Sequence[PackedBatch], counts: Counts, tokens_M: Tensor) -> None:
         self.state.step += 1
         self.state.sequence = step_batches[-1].end_sequence
         for modality, n in zip(self.modalities, tokens_M.tolist(), strict=True):
             self._tokens[modality] += n
-        self.state.flops += self.flops_per_token * int(tokens_M.sum())
+        discrete = int(tokens_M.sum()) - counts.patches
+        self.state.flops += self.flops_per_token * discrete + self.flops_per_patch * counts.patches
 
     # ---- what is said and kept ----------------------------------------------------------------------------
 

@@ -59,15 +59,15 @@ def test_a_picture_denoised_from_the_saved_state_equals_the_whole_sequence(name)
     picture = torch.full((1, L), -1, dtype=torch.int32)
     picture[0, 12:21] = 0
     document = torch.zeros(1, L, dtype=torch.int32)
-    x, t = torch.randn(9, 4, generator=g), torch.full((9,), 700)
+    x, zeros, t = torch.randn(9, 4, generator=g), torch.zeros(9, dtype=torch.int64), torch.tensor([700])
     with torch.no_grad():
         layout = RowLayout.sort(modality, document, M, picture_BL=picture)
         at = layout.order.long()[12:21]
-        _, expected = model(tokens[0][layout.rows], layout, None, NoisedPatches(x, t, x, at))
+        _, expected = model(tokens[0][layout.rows], layout, None, NoisedPatches(x, x, at, zeros, t))
         state = model.empty_state(1)
         past = torch.tensor([12])
         first = RowLayout.sort(modality[:, :12], document[:, :12], M)
         model(tokens[0, :12][first.rows], first, state=state)
         part = RowLayout.sort(modality[:, 12:21], document[:, :9], M, past_B=past, picture_BL=picture[:, 12:21])
-        _, got = model(tokens[0, 12:21], part, None, NoisedPatches(x, t, x, part.order.long()), state)
+        _, got = model(tokens[0, 12:21], part, None, NoisedPatches(x, x, part.order.long(), zeros, t), state)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
