@@ -66,7 +66,7 @@ class RowLayout:
         return cls(B, L, order, rows, offsets, modality, position.reshape(-1), document_BL.reshape(-1), picture)
 
     @classmethod
-    def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Tensor) -> RowLayout:
+    def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Tensor | None) -> RowLayout:
         """The same from modality (B, L) and document (B, L) alone; the loader has `order` and `rows` already."""
         flat = modality_BL.reshape(-1).long()
         rows = torch.argsort(flat, stable=True)

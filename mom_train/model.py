@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        self.config = config
+        self.config, self.diffusion = config, diffusion
         self.embedding = nn.Embedding(vocabulary, config.dim)
         self.blocks = nn.ModuleList(Block(config, modalities, recompute) for _ in range(config.blocks))
         self.norm = Norm(config.dim, modalities if "norm" in config.decoupled else 1, config.norm_eps)

@@ -1,0 +1,242 @@
+"""Sampling interleaved documents from a trained model: text, pictures (codes or denoised latents), speech units.
+
+    text --BOI--> exactly one picture --EOI--> text --BOSP--> speech units --EOSP--> text ... --EOS
+
+Inside a span only the ids that may stand there can be sampled, so every picture is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from mom_data.shards import TokenSegment
+from mom_tokenizers.vocab import VocabLayout
+from mom_train import checkpoint
+from mom_train.config import DiffusionConfig, RunConfig
+from mom_train.diffusion import NoisedPatches, cosine_alpha_bar
+from mom_train.layout import RowLayout
+from mom_train.model import LanguageModel, State
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.9
+    """0 takes the likeliest id."""
+    top_p: float = 0.95
+    """Sample from the likeliest ids that together have this probability."""
+    max_tokens: int = 512
+    """End of the document at the latest after so many positions."""
+    patches_per_picture: int = 64
+    """Codes, or latent patches, of a picture."""
+    max_units: int = 250
+    """Longest speech span (25 units a second)."""
+    denoising_steps: int = 50
+    """Of DDIM (or of Euler's method, for a rectified flow)."""
+    guidance: float = 1.0
+    """Classifier-free guidance of pictures: 1 is none. Needs a model trained with objective.diffusion.
+    condition_dropout."""
+
+
+def load_model(run_dir: Path, step: int | None = None, device: str = "cpu") -> tuple[LanguageModel, RunConfig]:
+    """The model of a run's newest checkpoint, or of one step, in one process. Raises ValueError where there is none."""
+    path = checkpoint.latest(run_dir) if step is None else run_dir / "checkpoints" / f"step-{step}"
+    if path is None or not (path / ".metadata").is_file():
+        raise ValueError(f"{path or run_dir}: no committed checkpoint there")
+    config = RunConfig.model_validate(checkpoint.read_train_state(path).config)
+    vocab = VocabLayout(config.vocabulary)
+    with torch.device("meta"):
+        diffusion = config.objective.diffusion
+        model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
+    model.to_empty(device=device)
+    values = {"model": model.state_dict()}
+    dcp.load(values, checkpoint_id=str(path), no_dist=True)
+    model.load_state_dict(values["model"])
+    return model.eval(), config
+
+
+class Sampler:
+    """One document being written: the ids so far and the model's state after them."""
+
+    def __init__(self, model: LanguageModel, vocab: VocabLayout, sampling: Sampling, seed: int):
+        self.model, self.vocab, self.sampling = model, vocab, sampling
+        self.device = model.head.weight.device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.state: State = model.empty_state(1)
+        self.unconditional: State = model.empty_state(1)
+        """After the same positions with <null> for text: the other side of classifier-free guidance."""
+        self.position = 0
+        self.logits_V = torch.empty(0)
+
+    # ---- reading ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int], modality: int = 0) -> None:
+        """Take in ids of one modality."""
+        layout = self._layout(len(ids), modality)
+        tokens = torch.tensor(ids, device=self.device)
+        logits_TV, _ = self.model(tokens, layout, state=self.state)
+        if self._guided:
+            nulls = torch.full_like(tokens, self.vocab.specials["null"])
+            kept = torch.tensor([i in self._structure for i in ids], device=self.device)
+            self.model(torch.where(kept, tokens, nulls), layout, state=self.unconditional)
+        self.position += len(ids)
+        self.logits_V = logits_TV[-1].float().cpu()
+
+    @property
+    def _guided(self) -> bool:
+        return self.sampling.guidance != 1.0 and self.model.patch_head is not None
+
+    @property
+    def _structure(self) -> set[int]:
+        return set(self.vocab.specials.values())
+
+    def _layout(self, length: int, modality: int, picture: bool = False) -> RowLayout:
+        """A chunk of one row and one modality, continuing the document."""
+        shape = (1, length)
+        return RowLayout.sort(
+            torch.full(shape, modality, dtype=torch.uint8, device=self.device),
+            torch.zeros(shape, dtype=torch.int32, device=self.device),
+            len(self.vocab.modalities),
+            past_B=torch.tensor([self.position], device=self.device),
+            picture_BL=torch.zeros(shape, dtype=torch.int32, device=self.device) if picture else None,
+        )
+
+    # ---- writing ------------------------------------------------------------------------------------------
+
+    def choose(self, allowed: Tensor) -> int:
+        """An id among `allowed` (V,) bool, by temperature and top-p."""
+        logits_V = self.logits_V.masked_fill(~allowed, -torch.inf)
+        if self.sampling.temperature == 0:
+            return int(logits_V.argmax())
+        p, ids = torch.softmax(logits_V / self.sampling.temperature, -1).sort(descending=True)
+        p[p.cumsum(0) - p >= self.sampling.top_p] = 0
+        return int(ids[torch.multinomial(p, 1, generator=self.generator)])
+
+    def spans(self) -> Iterator[tuple[str, list[int] | Tensor]]:
+        """(modality, local ids) or ("image", latents (P, W)) of the spans that follow what was read, until EOS or
+        `max_tokens`."""
+        vocab, specials = self.vocab, self.vocab.specials
+        openings = {vocab.brackets(m)[0]: m for m in vocab.modalities[1:]}
+        free = torch.zeros(vocab.size, dtype=torch.bool)
+        free[: vocab.sizes[0][1]] = True
+        free[[specials["eos"], *openings]] = True
+        text: list[int] = []
+        while self.position < self.sampling.max_tokens:
+            token = self.choose(free)
+            if token == specials["eos"]:
+                break
+            self.read([token])
+            if token not in openings:
+                text.append(token)
+                continue
+            if text:
+                yield "text", text
+                text = []
+            modality = openings[token]
+            if modality == "image" and self.model.patch_head is not None:
+                yield "image", self.picture()
+            else:
+                yield modality, self.codes(modality)
+            self.read([vocab.brackets(modality)[1]])
+        if text:
+            yield "text", text
+
+    def codes(self, modality: str) -> list[int]:
+        """Local ids of one span: a whole picture, or units until the closing bracket."""
+        number = self.vocab.modalities.index(modality)
+        offset, size = self.vocab.offsets[modality], self.vocab.sizes[number][1]
+        allowed = torch.zeros(self.vocab.size, dtype=torch.bool)
+        allowed[offset : offset + size] = True
+        fixed = modality == "image"
+        closing = self.vocab.brackets(modality)[1]
+        ids: list[int] = []
+        for i in range(self.sampling.patches_per_picture if fixed else self.sampling.max_units):
+            allowed[closing] = not fixed and i > 0
+            token = self.choose(allowed)
+            if token == closing:
+                break
+            ids.append(token - offset)
+            self.read([token], number)
+        return ids
+
+    @torch.no_grad()
+    def picture(self) -> Tensor:
+        """Latents (P, W) of one picture, denoised from the state after its opening bracket; then taken in, clean."""
+        config = self.model.diffusion
+        assert config is not None
+        P = self.sampling.patches_per_picture
+        layout = self._layout(P, self.vocab.modalities.index("image"), picture=True)
+        tokens = torch.full((P,), self.vocab.specials["null"], device=self.device)
+        zeros = torch.zeros(P, dtype=torch.int64, device=self.device)
+
+        def predict(x_PW: Tensor, t: int, state: State) -> Tensor:
+            timestep = torch.tensor([t], device=self.device)
+            patches = NoisedPatches(x_PW, x_PW, layout.order.long(), zeros, timestep)
+            _, predicted = self.model(tokens, layout, None, patches, [replace(s) for s in state])
+            return predicted
+
+        def guided(x_PW: Tensor, t: int) -> Tensor:
+            conditional = predict(x_PW, t, self.state)
+            if not self._guided:
+                return conditional
+            without = predict(x_PW, t, self.unconditional)
+            return without + self.sampling.guidance * (conditional - without)
+
+        x = torch.randn(P, config.patch_width, generator=self.generator).to(self.device)
+        for t, following in timesteps(config, self.sampling.denoising_steps):
+            x = denoise(x, guided(x, t), t, following, config)
+        for state in (self.state, self.unconditional) if self._guided else (self.state,):
+            clean = NoisedPatches(x, x, layout.order.long(), zeros, torch.tensor([0], device=self.device))
+            self.model(tokens, layout, None, clean, state)
+        self.position += P
+        return (x / config.latent_scale + config.latent_shift).cpu()
+
+
+def timesteps(config: DiffusionConfig, steps: int) -> list[tuple[int, int]]:
+    """(t, next t) from T-1 down to -1, which stands for no noise: "trailing" spacing."""
+    at = [round(config.steps - i * config.steps / steps) - 1 for i in range(steps)]
+    return list(zip(at, [*at[1:], -1], strict=True))
+
+
+def denoise(x: Tensor, predicted: Tensor, t: int, following: int, config: DiffusionConfig) -> Tensor:
+    """One deterministic step from timestep `t` to `following`: DDIM (eta = 0), or Euler for a rectified flow."""
+    if config.prediction == "flow":
+        return x - (t - following) / config.steps * predicted
+    table = cosine_alpha_bar(config.steps)
+    a, b = float(table[t]), float(table[following]) if following >= 0 else 1.0
+    if config.prediction == "v":
+        x0, epsilon = a**0.5 * x - (1 - a) ** 0.5 * predicted, a**0.5 * predicted + (1 - a) ** 0.5 * x
+    else:
+        x0, epsilon = (x - (1 - a) ** 0.5 * predicted) / a**0.5, predicted
+    return b**0.5 * x0 + (1 - b) ** 0.5 * epsilon
+
+
+def sample_document(
+    model: LanguageModel, vocab: VocabLayout, prompt: Sequence[TokenSegment], sampling: Sampling, seed: int
+) -> Iterator[tuple[str, list[int] | Tensor]]:
+    """What the model writes after BOS and a prompt of segments (modality numbers of the vocabulary, local ids). A
+    prompt that names a modality with no ids opens its span: the model fills it."""
+    sampler = Sampler(model, vocab, sampling, seed)
+    sampler.read([vocab.specials["bos"]])
+    for segment in prompt:
+        name = vocab.modalities[segment.modality]
+        ids = [int(i) + vocab.offsets[name] for i in segment.values]
+        if segment.modality == 0:
+            sampler.read(ids)
+            continue
+        opening, closing = vocab.brackets(name)
+        sampler.read([opening])
+        if ids:
+            sampler.read(ids, segment.modality)
+        elif name == "image" and model.patch_head is not None:
+            yield name, sampler.picture()
+        else:
+            yield name, sampler.codes(name)
+        sampler.read([closing])
+    yield from sampler.spans()
