@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mom_tokenizers.vocab import VocabLayout
-from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig, load_config
+from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig, Part, load_config
 from mom_train.flops import forward_flops_per_token, parameters, training_flops_per_token
 from mom_train.model import LanguageModel
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MOT = ("attention", "feed_forward", "norm")
+MOT: tuple[Part, ...] = ("attention", "feed_forward", "norm")
 # scale: dim, layers, heads, vocabulary, patch width, millions of parameters: dense Mamba, Transformer, MoM with 2 and 3
 # modalities
 SCALES = {
@@ -121,7 +121,7 @@ def test_every_subset_of_parts_is_counted_as_built(decoupled):
 @pytest.mark.parametrize("decoupled", [c for n in range(4) for c in combinations(MOT, n)])
 def test_every_subset_of_a_transformers_parts_is_counted_as_built(decoupled):
     config = ModelConfig(architecture="transformer", heads=2, dim=48, layers=3, decoupled=decoupled)
-    diffusion = DiffusionConfig(patch_width=12)
+    diffusion = DiffusionConfig.model_validate({"patch_width": 12})
     assert sum(parameters(config, 128, 3, 12).values()) == size(built(config, 128, 3, diffusion))
 
 
@@ -163,11 +163,10 @@ class PlainTransformer(nn.Module):
         self.head = linear(d, vocabulary)
 
     def forward(self, x_Ld):
-        for q, k, v, o, w1, w3, w2 in self.layers:
+        for layer in self.layers:
+            q, k, v, o, w1, w3, w2 = layer.children()
             queries, keys, values = q(x_Ld), k(x_Ld), v(x_Ld)
-            rows = [
-                (queries[t : t + 1] @ keys[: t + 1].T).softmax(-1) @ values[: t + 1] for t in range(x_Ld.shape[0])
-            ]
+            rows = [(queries[t : t + 1] @ keys[: t + 1].T).softmax(-1) @ values[: t + 1] for t in range(x_Ld.shape[0])]
             x_Ld = x_Ld + o(torch.cat(rows))
             x_Ld = x_Ld + w2(nn.functional.silu(w1(x_Ld)) * w3(x_Ld))
         return self.head(x_Ld)

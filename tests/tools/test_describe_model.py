@@ -18,13 +18,13 @@ from mom_train.model import LanguageModel, initialize
 
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "tools"))
-from describe_model import block_activation_bytes, describe, memory  # noqa: E402
+from describe_model import block_activation_bytes, describe, memory, overview  # noqa: E402
 
 CONFIGS = CHECKOUT / "configs"
 
 
 def tool(*arguments, cwd=CHECKOUT):
-    command = [sys.executable, CHECKOUT / "tools/describe_model.py", *map(str, arguments)]
+    command = [sys.executable, str(CHECKOUT / "tools/describe_model.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -97,8 +97,12 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, message):
 
 
 def test_it_neither_builds_a_model_nor_waits_for_torch():
-    code = "import sys; sys.path.insert(0, 'tools'); import describe_model as d; from mom_train.config import load_config\n"
-    code += "d.describe(load_config('configs/chameleon/1.5b-mom.yaml')); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; sys.path.insert(0, 'tools')\n"
+        "from describe_model import describe, load_config\n"
+        "describe(load_config('configs/chameleon/1.5b-mom.yaml'))\n"
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
 
 
@@ -111,39 +115,64 @@ TRANSFORMER = ModelConfig(
 @pytest.mark.parametrize("config", [MAMBA, TRANSFORMER], ids=lambda c: c.architecture)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_block_keeps_as_many_bytes_per_token_as_predicted(config, precision):
-    """What autograd really saves in one block's forward pass, by storage: weights, their bf16 copies and what is one
-    for the whole batch (layout, mask, RoPE table) apart."""
+    """What autograd really saves in one block's forward pass, storage by storage, apart from weights, their bf16
+    copies, and what all blocks share (layout, mask, RoPE's angles)."""
     if config is MAMBA and native.library(16) is None:
         pytest.skip("NO C COMPILER: the prediction is for the C scan's chunks")
-    B, L, modalities = 2, 512, 2
+    B, L, modalities = 2, 480, 2
     model = LanguageModel(config, 64, modalities)
     initialize(model, 0)
     modality = torch.randint(0, modalities, (B, L), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     layout = RowLayout.sort(modality, torch.zeros(B, L, dtype=torch.int32), modalities)
     more = (attention_mask(layout),) if config is TRANSFORMER else ()
-    element = 4
     saved, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(t):
-        if t.untyped_storage().data_ptr() not in weights:
-            saved[t.untyped_storage().data_ptr()] = t
+        saved[t.untyped_storage().data_ptr()] = t
         return t
 
-    autocast = nullcontext()
-    if precision == "bf16":
-        element, autocast = 2, torch.autocast("cpu", torch.bfloat16)
     x_Td = torch.randn(B * L, config.dim, requires_grad=True)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
     with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.blocks[0](x_Td, layout, None, *more)
-    shared = {(B, 1, L, L)}  # the mask, the same in every block
-    shapes = {tuple(p.shape) for p in model.blocks.parameters()}
-    weight_like = [
-        t for t in saved.values() if t.dim() == 2 and t.shape[0] < B * L and tuple(t.t().shape) in shapes | {*shapes}
-    ]
-    assert weight_like is not None
-    per_token = [
+    ours = {tuple(p.shape) for p in model.blocks.parameters()}
+    copies = {*ours, *(shape[::-1] for shape in ours)}  # of the weights, in bf16, perhaps transposed
+    shared = {(B, 1, L, L), (L, config.dim // (config.heads or 1) // 2)}
+    per_token = sum(
         t.untyped_storage().nbytes()
-        for t in saved.values()
-        if t.is_floating_point() and tuple(t.shape) not in shared and t.untyped_storage().nbytes() % (B * L) == 0
-    ]
-    assert sum(per_token) / (B * L) == pytest.approx(block_activation_bytes(config, element), rel=0.05)
+        for pointer, t in saved.items()
+        if pointer not in weights and t.is_floating_point() and tuple(t.shape) not in copies | shared
+    ) / (B * L)
+    element = 2 if precision == "bf16" else 4
+    assert per_token == pytest.approx(block_activation_bytes(config, element), rel=0.02)
+
+
+def test_memory_sums_what_it_says_and_checkpointing_keeps_one_blocks_activations():
+    """1.5B with three modalities on 128 ranks, one sequence each, by hand."""
+    config = load_config(CONFIGS / "chameleon_speech/1.5b-mom.yaml")
+    counts = parameters(config.model, 65_536, 3)
+    predicted = memory(config, counts, 128)
+    plain, recomputing = predicted["without_checkpointing"], predicted["with_checkpointing"]
+    assert plain["states"] == pytest.approx(16 * 4067.2e6 / 128, rel=0.005)
+    assert plain["largest_unit"] == 10 * 65_536 * 2048  # the head, larger than a block
+    assert plain["weight_casts"] == 2 * counts["projections"] == 48 * recomputing["weight_casts"]
+    block = block_activation_bytes(config.model, 2)
+    difference = plain["activations"] - recomputing["activations"]
+    assert difference == 4096 * (47 * block - 48 * 4 * 2048)
+    for kind in (plain, recomputing):
+        uses = ("states", "largest_unit", "weight_casts", "activations")
+        assert kind["total"] == sum(kind[use] for use in uses)
+    assert describe(config)["memory_bytes_per_rank"] == plain["total"]
+    checkpointed = load_config(CONFIGS / "chameleon_speech/1.5b-mom.yaml", ["training.activation_checkpointing=true"])
+    assert describe(checkpointed)["memory_bytes_per_rank"] == recomputing["total"]
+
+
+def test_the_tables_of_the_docs_are_what_the_tool_prints_today():
+    shown = {line for line in (CHECKOUT / "docs/models.md").read_text().splitlines() if line.startswith("| configs/")}
+    paths = [p.relative_to(CHECKOUT) for p in sorted(CONFIGS.glob("*/[!_]*.yaml"))]
+    printed = set()
+    for setting in {p.parent for p in paths}:
+        rows = {str(p): describe(load_config(CHECKOUT / p)) for p in paths if p.parent == setting}
+        printed |= set(overview(rows).splitlines()[2:])
+    assert len(printed) == 68
+    assert shown == printed

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from mom_data.batch import assemble_document
+from mom_data.shards import TokenSegment
+from mom_tokenizers.vocab import VocabLayout
+from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig
+from mom_train.diffusion import NoisedPatches
+from mom_train.generation import Sampler, Sampling, denoise, sample_document, timesteps
+from mom_train.layout import RowLayout
+from mom_train.model import LanguageModel, initialize
+
+VOCAB = VocabLayout({"text": 40, "image": 16, "speech": 8})
+MAMBA = ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS)
+TRANSFORMER = ModelConfig(architecture="transformer", dim=32, layers=2, heads=2, decoupled=())
+
+
+def build(config, diffusion=None):
+    model = LanguageModel(config, VOCAB.size, 3, diffusion=diffusion).eval()
+    initialize(model, 0)
+    with torch.no_grad():  # brackets likely enough that every kind of span comes up
+        model.head.weight[[VOCAB.specials["boi"], VOCAB.specials["bosp"]]] += 0.5
+    return model
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_denoising_is_diffusers_ddim(prediction):
+    config = DiffusionConfig(patch_width=6, prediction=prediction)
+    theirs = DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True,
+        prediction_type="epsilon" if prediction == "epsilon" else "v_prediction", timestep_spacing="trailing",
+    )  # fmt: skip
+    theirs.set_timesteps(20)
+    pairs = timesteps(config, 20)
+    assert [t for t, _ in pairs] == theirs.timesteps.tolist()
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    for t, following in pairs:
+        x = denoise(x, torch.sin(3 * x + t), t, following, config)
+        y = theirs.step(torch.sin(3 * y + t), t, y).prev_sample
+    torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
+
+
+def test_euler_steps_of_a_flow_reach_the_data_along_a_straight_line():
+    config = DiffusionConfig(patch_width=1, prediction="flow", steps=100)
+    data, eps = torch.tensor([[2.0]]), torch.tensor([[-1.0]])
+    x = eps.clone()
+    for t, following in timesteps(config, 7):
+        x = denoise(x, eps - data, t, following, config)
+    assert x.item() == pytest.approx(2.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("config", [MAMBA, TRANSFORMER], ids=["mamba", "transformer"])
+@pytest.mark.parametrize("diffusion", [None, DiffusionConfig(patch_width=4)], ids=["codes", "latents"])
+def test_sampled_documents_are_well_formed_and_repeat_with_their_seed(config, diffusion):
+    model = build(config, diffusion)
+    sampling = Sampling(max_tokens=150, patches_per_picture=9, max_units=12, denoising_steps=3)
+    prompt = [TokenSegment(0, np.array([1, 2, 3])), TokenSegment(1, np.zeros(0, np.uint32))]
+    kinds = set()
+    for seed in range(6):
+        spans = list(sample_document(model, VOCAB, prompt, sampling, seed))
+        assert spans[0][0] == "image"
+        for modality, values in spans:
+            kinds.add(modality)
+            if isinstance(values, torch.Tensor):
+                assert modality == "image"
+                assert values.shape == (9, 4)
+                assert values.isfinite().all()
+                continue
+            size = dict(VOCAB.sizes)[modality]
+            extra = len(VOCAB.specials) if modality == "text" else 0
+            assert all(0 <= i < size + extra for i in values)
+            if modality == "image":
+                assert len(values) == 9
+            if modality == "speech":
+                assert 1 <= len(values) <= 12
+        again = list(sample_document(model, VOCAB, prompt, sampling, seed))
+        assert [m for m, _ in again] == [m for m, _ in spans]
+        for (_, a), (_, b) in zip(spans, again, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert kinds == {"text", "image", "speech"}
+
+
+def test_greedy_sampling_follows_the_full_forward():
+    model = build(MAMBA)
+    sampler = Sampler(model, VOCAB, Sampling(temperature=0), 0)
+    ids, routes, _ = assemble_document(
+        [TokenSegment(0, np.array([5, 6])), TokenSegment(1, np.arange(9)), TokenSegment(0, np.array([7]))],
+        VOCAB.modalities,
+        VOCAB,
+    )
+    for token, modality in zip(ids[:-1].tolist(), routes.tolist(), strict=False):
+        sampler.read([token], modality)
+    modality = torch.from_numpy(routes[:-1])[None]
+    layout = RowLayout.sort(modality, torch.zeros(modality.shape, dtype=torch.int32), 3)
+    with torch.no_grad():
+        logits, _ = model(torch.from_numpy(ids[:-1])[layout.rows], layout)
+    expected = logits[layout.order.long()[-1]]
+    torch.testing.assert_close(sampler.logits_V, expected, atol=1e-4, rtol=1e-4)
+    allowed = torch.ones(VOCAB.size, dtype=torch.bool)
+    assert sampler.choose(allowed) == int(expected.argmax())
+    allowed[int(expected.argmax())] = False
+    assert sampler.choose(allowed) == int(expected.topk(2).indices[1])
+
+
+def test_top_p_samples_only_the_likeliest():
+    sampler = Sampler(build(MAMBA), VOCAB, Sampling(temperature=1.0, top_p=0.6), 0)
+    sampler.logits_V = torch.full((VOCAB.size,), -10.0)
+    sampler.logits_V[[3, 4, 5]] = torch.log(torch.tensor([0.5, 0.3, 0.2]))
+    drawn = {sampler.choose(torch.ones(VOCAB.size, dtype=torch.bool)) for _ in range(200)}
+    assert drawn == {3, 4}
+
+
+def test_guidance_moves_the_prediction_away_from_the_unconditional_one():
+    """Guided by w, the first step's prediction is u + w (c - u), with u from the same positions with <null>."""
+    diffusion = DiffusionConfig(patch_width=4)
+    model = build(MAMBA, diffusion)
+    torch.nn.init.normal_(model.patch_head.patch_out.weight)
+    results = {}
+    for w in (1.0, 3.0):
+        sampler = Sampler(model, VOCAB, Sampling(guidance=w, patches_per_picture=4, denoising_steps=1), 0)
+        sampler.read([VOCAB.specials["bos"], 1, 2, 3, VOCAB.specials["boi"]])
+        results[w] = sampler.picture()
+    nulls = [VOCAB.specials[k] for k in ("bos", "null", "null", "null", "boi")]
+
+    def first_prediction(ids):
+        sampler = Sampler(model, VOCAB, Sampling(patches_per_picture=4), 0)
+        sampler.read(ids)
+        layout = sampler._layout(4, 1, picture=True)
+        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+        patches = NoisedPatches(x, x, layout.order.long(), torch.zeros(4, dtype=torch.int64), torch.tensor([999]))
+        with torch.no_grad():
+            predicted = model(torch.full((4,), VOCAB.specials["null"]), layout, None, patches, sampler.state)[1]
+        return x, predicted
+
+    x, conditional = first_prediction([VOCAB.specials["bos"], 1, 2, 3, VOCAB.specials["boi"]])
+    _, without = first_prediction(nulls)
+    for w, result in results.items():
+        expected = denoise(x, without + w * (conditional - without), 999, -1, diffusion)
+        torch.testing.assert_close(result, expected, atol=1e-2, rtol=1e-3)
