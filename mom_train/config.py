@@ -202,6 +202,9 @@ class RunConfig(Section):
     """Number of ids of each modality, text first; this order numbers the modalities."""
     tokenizers: Path | None = None
     """tokenizers.yaml of the tokenizers meant for this run: their fingerprints must be the shards'."""
+    init_from: Path | None = None
+    """Weights to start from: another run, or safetensors of ours or of a published Mamba-1. A dense model's weights
+    fill every modality of a mixture (upcycling)."""
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig

@@ -27,6 +27,7 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train import checkpoint
 from mom_train.checkpoint import TrainState
 from mom_train.config import RunConfig, SourceConfig
+from mom_train.convert import load_weights, open_weights
 from mom_train.diffusion import NoisedPatches
 from mom_train.flops import training_flops_per_token
 from mom_train.metrics import MetricsWriter, progress_bar, short
@@ -84,6 +85,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if resume_from is None:
             initialize(self.model, config.seed)
+            if (source := config.init_from) is not None:
+                load_weights(self.model, agreed(lambda: open_weights(source)), source)
         else:
             checkpoint.load(resume_from, self.model, self.optimizer)
         diffusion = config.objective.diffusion

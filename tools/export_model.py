@@ -1,0 +1,45 @@
+"""A run's model as safetensors: in our own names, or a dense Mamba as Transformers' MambaForCausalLM.
+
+    python tools/export_model.py runs/mine --out exported/
+    python tools/export_model.py runs/dense --out exported/ --format transformers
+
+The way back is `init_from: exported/` in a config, which reads both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from mom_data.errors import exit_clearly
+from mom_tokenizers.vocab import VocabLayout
+from mom_train.convert import mamba_name, to_mamba, transformers_config
+from mom_train.generation import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    parser.add_argument("--format", choices=["safetensors", "transformers"], default="safetensors")
+    arguments = parser.parse_args()
+    with exit_clearly("export_model"):
+        model, config = load_model(arguments.run, arguments.step)
+        values = {name: value.detach() for name, value in model.named_parameters()}
+        texts = {"config.yaml": config.to_yaml(), "vocab.json": VocabLayout(config.vocabulary).to_json() + "\n"}
+        if arguments.format == "transformers":
+            texts["config.json"] = transformers_config(model)
+            values = {mamba_name(name): to_mamba(name, value).contiguous() for name, value in values.items()}
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        save_file(values, arguments.out / "model.safetensors", metadata={"format": "pt"})
+        for name, text in texts.items():
+            (arguments.out / name).write_text(text)
+        size = sum(value.nbytes for value in values.values())
+        print(f"{arguments.out}: {len(values)} tensors, {size / 1e6:.1f} MB, {', '.join(texts)}")
+
+
+if __name__ == "__main__":
+    main()
