@@ -139,6 +139,9 @@ class DataConfig(Section):
     """Pieces of documents packed together, best fit first. Part of the order."""
     workers: int = Field(1, ge=0)
     """Loader processes per rank; 0 reads in the training process. Not part of the order."""
+    corrupt_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of tokens routed as another modality than their own, in training and validation: an experiment on how
+    much the modality mask matters."""
     max_bad_fraction: float = Field(1e-3, ge=0, le=1)
     """Documents that fail their checksum are masked and counted; past this share of those read, the run stops."""
 
@@ -175,6 +178,8 @@ class TrainingConfig(Section):
     """Of the matrix products (autocast). Parameters, norms, scan, time steps and losses are fp32 in any case."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """torch.compile each block."""
 
 
 class ValidationConfig(Section):

@@ -53,12 +53,16 @@ def process_group() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
-    """FSDP2: one unit per block, one each for embeddings and heads.
+def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False) -> LanguageModel:
+    """FSDP2: one unit per block, one each for embeddings and heads. `compiled` blocks go through torch.compile first;
+    the kernels are opaque operators to it.
 
     Gradients are summed over ranks, not averaged: the loss is divided by the global count of targets before the
     backward pass, so the sum is the gradient of the global mean whatever each rank holds.
     """
+    if compiled:
+        for block in model.blocks:
+            block.compile()
     for module in (model.embedding, model.patch_embedding, *model.blocks, model.patch_head, model.head, model):
         if module is not None:
             fully_shard(module, mesh=mesh)

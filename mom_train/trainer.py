@@ -80,7 +80,7 @@ class Trainer:
                 z_loss=config.objective.z_loss,
                 recompute=config.training.activation_checkpointing,
             )
-        self.model = shard(model, ranks.mesh)
+        self.model = shard(model, ranks.mesh, compiled=config.training.compile)
         self.model.to_empty(device=ranks.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if resume_from is None:
@@ -131,7 +131,10 @@ class Trainer:
         writer = MetricsWriter(config.run_dir, state.step) if self.ranks.main else None
         bar = progress_bar(last, state.step) if self.ranks.main else None
         pin = self.ranks.device.type == "cuda"
-        stream = batches(self.train_plan, self.vocab, share, state.sequence, config.data.workers, pin)
+        stream = batches(
+            self.train_plan, self.vocab, share, state.sequence,
+            workers=config.data.workers, pin=pin, corrupt_share=config.data.corrupt_share,
+        )  # fmt: skip
         saved_at = state.step
         since = time.perf_counter()
         tokens_logged = sum(self._tokens.values())
@@ -317,7 +320,8 @@ class Trainer:
             share = Share(self.ranks.rank, world, micro_batch * world, micro_batch)
             sums = torch.zeros(self._M + 1, dtype=torch.float64, device=self.ranks.device)
             counts = torch.zeros(self._M + 1, dtype=torch.int64)
-            for batch in islice(batches(plan, self.vocab, share), -(-wanted // (micro_batch * world))):
+            stream = batches(plan, self.vocab, share, corrupt_share=self.config.data.corrupt_share)
+            for batch in islice(stream, -(-wanted // (micro_batch * world))):
                 batch = first_sequences(batch, wanted)
                 counts[:-1] += self._targets(batch)
                 counts[-1] += len(batch.latent_position)

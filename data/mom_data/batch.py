@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mom_data.plan import Piece, Source
+from mom_data.plan import Piece, Source, hashed
 from mom_data.shards import TokenSegment
 from mom_tokenizers.vocab import VocabLayout
 
@@ -114,9 +114,14 @@ def build_batch(
     vocab: VocabLayout,
     length: int,
     sequences: Sequence[int],
+    corrupt_share: float = 0.0,
 ) -> PackedBatch:
     """Read the pieces of B rows and lay them out. A damaged document is masked in place: pad tokens that carry no
-    loss, so that nothing else moves."""
+    loss, so that nothing else moves.
+
+    `corrupt_share` of the positions, chosen by (sequence, position), are routed as another modality than their own:
+    an experiment on how much the rule's mask matters. Tokens and labels stay.
+    """
     B, M = len(rows), len(vocab.modalities)
     pad = vocab.specials["pad"]
     tokens = np.full((B, length), pad, np.int64)
@@ -156,6 +161,12 @@ def build_batch(
             at = end
         document[b, at:] = len(pieces)
 
+    real_tokens = np.bincount(modality[real], minlength=M)
+    if corrupt_share and M > 1:
+        for b, sequence in enumerate(sequences):
+            hit = hashed(length, "corrupt", int(sequence)) < np.uint64(corrupt_share * (2**64 - 1))
+            shift = 1 + hashed(length, "corrupt to", int(sequence)) % np.uint64(M - 1)
+            modality[b] = np.where(hit, (modality[b] + shift) % M, modality[b])
     flat = modality.reshape(-1)
     order_of_rows = np.argsort(flat, kind="stable")
     order = np.empty(flat.size, np.int32)
@@ -176,7 +187,7 @@ def build_batch(
         order=tensor(order),
         rows=tensor(order_of_rows),
         offsets=tensor(offsets),
-        real_tokens=tensor(np.bincount(modality[real], minlength=M)),
+        real_tokens=tensor(real_tokens),
         documents_read=sum(map(len, rows)),
         damaged=tuple(damaged),
     )

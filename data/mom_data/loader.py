@@ -42,8 +42,9 @@ class PlannedBatches(IterableDataset):
     Sequences that others take are planned and not read, so the order never depends on who reads.
     """
 
-    def __init__(self, plan: Plan, vocab: VocabLayout, share: Share, start: int = 0):
+    def __init__(self, plan: Plan, vocab: VocabLayout, share: Share, start: int = 0, *, corrupt_share: float = 0.0):
         self.plan, self.vocab, self.share, self.start = plan, vocab, share, start
+        self.corrupt_share = corrupt_share
 
     def __iter__(self) -> Iterator[PackedBatch]:
         info = get_worker_info()
@@ -56,14 +57,23 @@ class PlannedBatches(IterableDataset):
                 row = next(islice(lane, i // self.plan.lanes - emitted, None))
                 lanes[i % self.plan.lanes] = lane, i // self.plan.lanes + 1
                 rows.append(row)
-            batch = build_batch(rows, self.plan.sources, self.vocab, self.plan.length, sequences)
+            plan = self.plan
+            batch = build_batch(rows, plan.sources, self.vocab, plan.length, sequences, self.corrupt_share)
             yield replace(batch, end_sequence=end)
 
 
 def batches(
-    plan: Plan, vocab: VocabLayout, share: Share, start: int = 0, workers: int = 0, pin: bool = False
+    plan: Plan,
+    vocab: VocabLayout,
+    share: Share,
+    start: int = 0,
+    *,
+    workers: int = 0,
+    pin: bool = False,
+    corrupt_share: float = 0.0,
 ) -> Iterator[PackedBatch]:
     """An endless stream of the rank's micro-batches. The state to resume from is the `end_sequence` of the last
     batch of a finished step; what was prefetched beyond it is made again."""
-    pipeline = webdataset.DataPipeline(PlannedBatches(plan, vocab, share, start))
+    source = PlannedBatches(plan, vocab, share, start, corrupt_share=corrupt_share)
+    pipeline = webdataset.DataPipeline(source)
     return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin))

@@ -77,8 +77,8 @@ class Plan:
         ]
 
 
-def permutation(n: int, *key: int | str) -> np.ndarray:
-    """A permutation of range(n) by hashing (splitmix64): the same in any version of any library."""
+def hashed(n: int, *key: int | str) -> np.ndarray:
+    """uint64[n], uniform, by hashing (splitmix64): the same in any version of any library."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     x = np.arange(n, dtype=np.uint64) ^ np.uint64(int.from_bytes(digest, "little"))
     with np.errstate(over="ignore"):
@@ -86,7 +86,12 @@ def permutation(n: int, *key: int | str) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    return np.argsort(x, kind="stable")
+    return x
+
+
+def permutation(n: int, *key: int | str) -> np.ndarray:
+    """A permutation of range(n), a function of the key alone."""
+    return np.argsort(hashed(n, *key), kind="stable")
 
 
 def cut(lengths: Sequence[int], modalities: Sequence[int], latent: Sequence[bool], row: int) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ def causal_conv(
         native_fits = x_TD.device.type == "cpu" and x_TD.dtype != torch.float64 and initial_BKD is None
         native_fits = native_fits and x_TD.shape[1] % native.LANES == 0
         # the library is built per state size; the convolution is the same in all of them
-        backend = "c" if native_fits and native.library(16) is not None else "torch"
+        backend = "c" if native_fits and native.available(16) else "torch"
     y_TD = _conv(
         x_TD,
         weight_DK,

@@ -46,6 +46,12 @@ def library(state: int) -> ctypes.CDLL | None:
         return None
 
 
+@torch.compiler.assume_constant_result
+def available(state: int) -> bool:
+    """Whether `library` has kernels for this state size; torch.compile asks once and does not look inside."""
+    return library(state) is not None
+
+
 def _build(compiler: str, state: int) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mom_train"
     cache.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def choose_backend(x_TD: Tensor, state: int) -> str:
     """The C kernels where they apply: CPU, not float64, channels in whole vectors, a compiler present."""
     if x_TD.device.type != "cpu" or x_TD.dtype == torch.float64 or x_TD.shape[1] % native.LANES:
         return "torch"
-    return "torch" if native.library(state) is None else "c"
+    return "c" if native.available(state) else "torch"
 
 
 def _chunk(backend: str, B: int, L: int, D: int, N: int) -> int:

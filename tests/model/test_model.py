@@ -219,6 +219,31 @@ def test_chunked_cross_entropy_equals_torchs(rows, monkeypatch):
         torch.testing.assert_close(a, r)
 
 
+@pytest.mark.parametrize("architecture", ["mamba", "transformer"])
+def test_compiled_and_eager_blocks_agree(architecture):
+    """Through dynamo and AOT autograd, over batches whose modalities differ, without recompiling for each."""
+    import torch._dynamo.testing
+
+    more = {"heads": 2, "decoupled": ("attention", "feed_forward")} if architecture == "transformer" else {}
+    config = ModelConfig(architecture=architecture, dim=32, layers=1, **{"decoupled": PROJECTIONS, **more})
+    model = build(config)
+    eager = [run(model, *batch(seed=s, missing=m)) for s, m in ((0, None), (1, 1), (2, 2))]
+    eager[0][0].backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    compiled = [run(model, *batch(seed=s, missing=m)) for s, m in ((0, None), (1, 1), (2, 2))]
+    compiled[0][0].backward()
+    for (a, _), (b, _) in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert counter.frame_count <= 2 * len(model.blocks)
+
+
 def test_transformers_imports_from_the_checkout():
     """A top-level package named `tokenizers` would break it."""
     checkout = Path(__file__).parents[2]
