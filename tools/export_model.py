@@ -1,9 +1,11 @@
-"""A run's model as safetensors: in our own names, or a dense Mamba as Transformers' MambaForCausalLM.
+"""A run's model as safetensors in our own names, or for Transformers.
 
     python tools/export_model.py runs/mine --out exported/
-    python tools/export_model.py runs/dense --out exported/ --format transformers
+    python tools/export_model.py runs/mine --out exported/ --format transformers
 
-The way back is `init_from: exported/` in a config, which reads both.
+For Transformers, a dense Mamba becomes its own MambaForCausalLM; every other model of discrete tokens loads with
+AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) where this package is installed. The way back is
+`init_from: exported/` in a config, for safetensors of ours and dense Mamba.
 """
 
 from __future__ import annotations
@@ -30,9 +32,26 @@ def main() -> None:
         model, config = load_model(arguments.run, arguments.step)
         values = {name: value.detach() for name, value in model.named_parameters()}
         texts = {"config.yaml": config.to_yaml(), "vocab.json": VocabLayout(config.vocabulary).to_json() + "\n"}
-        if arguments.format == "transformers":
+        dense = config.model.architecture == "mamba" and not config.model.decoupled
+        if arguments.format == "transformers" and dense and config.objective.diffusion is None:
             texts["config.json"] = transformers_config(model)
             values = {mamba_name(name): to_mamba(name, value).contiguous() for name, value in values.items()}
+        elif arguments.format == "transformers":
+            if config.objective.diffusion is not None:
+                raise ValueError("Transformers has no interface for latent patches: export as safetensors")
+            from mom_train.transformers_model import REMOTE_CODE, REMOTE_MODULE, MixtureOfMambaConfig
+
+            exported = MixtureOfMambaConfig(
+                model=config.model.model_dump(mode="json"),
+                vocabulary=[[name, size] for name, size in config.vocabulary.items()],
+                architectures=["MixtureOfMambaForCausalLM"],
+                auto_map={
+                    "AutoConfig": f"{REMOTE_MODULE}.MixtureOfMambaConfig",
+                    "AutoModelForCausalLM": f"{REMOTE_MODULE}.MixtureOfMambaForCausalLM",
+                },
+            )
+            texts |= {"config.json": exported.to_json_string(use_diff=False), f"{REMOTE_MODULE}.py": REMOTE_CODE}
+            values = {f"model.{name}": value for name, value in values.items()}
         arguments.out.mkdir(parents=True, exist_ok=True)
         save_file(values, arguments.out / "model.safetensors", metadata={"format": "pt"})
         for name, text in texts.items():

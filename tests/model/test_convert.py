@@ -113,3 +113,32 @@ def test_an_upcycled_mixture_starts_with_the_dense_models_loss(tmp_path):
     tokens = torch.arange(30)[None] % VOCAB.size
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens[0], text_layout(30))[0], theirs(tokens).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_mixture_loads_through_transformers_with_its_logits(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = write_config(tmp_path, training__steps=3)
+    for command in (
+        ["-m", "mom_train", str(config)],
+        ["tools/export_model.py", str(tmp_path / "run"), "--out", str(tmp_path / "hf"), "--format", "transformers"],
+    ):
+        subprocess.run([sys.executable, *command], cwd=CHECKOUT, check=True, capture_output=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    ours = LanguageModel(tiny_config(tmp_path).model, VOCAB.size, 3).eval()
+    load_weights(ours, open_weights(tmp_path / "run"), tmp_path)
+    ids = torch.randint(0, VOCAB.used, (2, 30), generator=torch.Generator().manual_seed(0))
+    modality = torch.from_numpy(VOCAB.modality_of_id)[ids]
+    layout = RowLayout.sort(modality, torch.zeros(2, 30, dtype=torch.int32), 3)
+    with torch.no_grad():
+        expected = ours(ids.reshape(-1)[layout.rows], layout)[0][layout.order.long()].view(2, 30, -1)
+        got = theirs(ids, labels=ids)
+        torch.testing.assert_close(got.logits, expected, atol=1e-5, rtol=1e-5)
+        shifted = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert got.loss.item() == pytest.approx(shifted.item(), rel=1e-5)
+        padded = torch.cat([torch.full((2, 4), VOCAB.specials["pad"]), ids], 1)
+        mask = torch.cat([torch.zeros(2, 4, dtype=torch.int64), torch.ones_like(ids)], 1)
+        torch.testing.assert_close(theirs(padded, mask).logits[:, 4:], expected, atol=1e-5, rtol=1e-5)
+        written = theirs.generate(ids[:1], max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert written.shape == (1, 33)
+    assert int(written[0, 30]) == int(expected[0, -1].argmax())
