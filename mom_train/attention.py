@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mom_train.config import ModelConfig
 from mom_train.layout import RowLayout
-from mom_train.routed import Norm, Projection
+from mom_train.routed import Norm, projection
 
 
 @dataclass
@@ -79,9 +79,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
         assert config.heads is not None
-        self.heads, self.base = config.heads, config.rope_base
-        self.qkv_proj = Projection(config.dim, 3 * config.dim, modalities)
-        self.out_proj = Projection(config.dim, config.dim, modalities)
+        self.dim, self.heads, self.base = config.dim, config.heads, config.rope_base
+        self.qkv_proj = projection(config, "attention", config.dim, 3 * config.dim, modalities)
+        self.out_proj = projection(config, "attention", config.dim, config.dim, modalities)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, mask: Any, state: AttentionState | None = None) -> Tensor:
         B, L, d = layout.batch, layout.length, x_Td.shape[1]
@@ -105,8 +105,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
-        self.gate_up_proj = Projection(config.dim, 2 * config.feed_forward, modalities)
-        self.down_proj = Projection(config.feed_forward, config.dim, modalities)
+        self.gate_up_proj = projection(config, "feed_forward", config.dim, 2 * config.feed_forward, modalities)
+        self.down_proj = projection(config, "feed_forward", config.feed_forward, config.dim, modalities)
 
     def forward(self, x_Td: Tensor, layout: RowLayout) -> Tensor:
         gate, up = self.gate_up_proj(x_Td, layout).chunk(2, dim=1)
@@ -118,18 +118,17 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
-        count = {p: modalities if p in config.decoupled else 1 for p in ("attention", "feed_forward", "norm")}
-        self.attention_norm = Norm(config.dim, count["norm"], config.norm_eps)
-        self.attention = Attention(config, count["attention"])
-        self.feed_forward_norm = Norm(config.dim, count["norm"], config.norm_eps)
-        self.feed_forward = FeedForward(config, count["feed_forward"])
+        norms = modalities if "norm" in config.decoupled else 1
+        self.attention_norm = Norm(config.dim, norms, config.norm_eps)
+        self.attention = Attention(config, modalities)
+        self.feed_forward_norm = Norm(config.dim, norms, config.norm_eps)
+        self.feed_forward = FeedForward(config, modalities)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, state: AttentionState | None = None, mask: Any = None) -> Tensor:
         x_Td = x_Td + self.attention(self.attention_norm(x_Td, layout), layout, mask, state)
         return x_Td + self.feed_forward(self.feed_forward_norm(x_Td, layout), layout)
 
     def empty_state(self, batch: int) -> AttentionState:
-        width = self.attention.out_proj.weight.shape[1]
-        shape = (batch, self.attention.heads, 0, width // self.attention.heads)
-        device = self.attention.out_proj.weight.device
+        attention, device = self.attention, self.attention_norm.weight.device
+        shape = (batch, attention.heads, 0, attention.dim // attention.heads)
         return AttentionState(torch.zeros(shape, device=device), torch.zeros(shape, device=device))

@@ -40,6 +40,11 @@ class ModelConfig(Section):
     """Parts with weights of their own for each modality. Mixture-of-Mamba: all four *_proj; dense: []. Transformer:
     attention, feed_forward and norm together make the Mixture-of-Transformers. `norm` gives Mamba per-modality norms
     as well."""
+    router: Literal["rule", "learned"] = "rule"
+    """Who chooses a decoupled projection's matrix: the token's modality, or a learned top-1 router per projection."""
+    experts: PositiveInt = 1
+    """Matrices per modality. More than one makes a mixture of experts inside each modality (`rule`), or a larger pool
+    (`learned`)."""
     heads: PositiveInt | None = None
     """Attention heads (Transformer only); must divide `dim`."""
     rope_base: float = 10000.0
@@ -103,13 +108,16 @@ class DiffusionConfig(Section):
     """Largest timestep (exclusive) for a picture that precedes text in its document; null, as the paper is silent."""
     condition_dropout: float = Field(0.0, ge=0, le=1)
     """Share of pictures whose preceding text is replaced by <null>, for classifier-free guidance."""
-    latent_scale: float = 1.0
-    """Latents are multiplied by this (a VAE's scaling_factor)."""
-    latent_shift: float = 0.0
-    """Subtracted from the latents before scaling."""
+    latent_scale: float | None = Field(None, gt=0)
+    """Latents are multiplied by this (a VAE's scaling_factor); null takes the shards', which is 1 where they record
+    none."""
+    latent_shift: float | None = None
+    """Subtracted from the latents before scaling; null takes the shards', which is 0 where they record none."""
 
 
 class ObjectiveConfig(Section):
+    load_balance: float = Field(default=0.01, ge=0)
+    """Weight of the routers' load-balance loss, where there are routers."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-normaliser of the softmax, averaged over targets."""
     diffusion: DiffusionConfig | None = None

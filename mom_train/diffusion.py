@@ -58,7 +58,7 @@ def noise(
     config: DiffusionConfig,
 ) -> tuple[Tensor, Tensor]:
     """(noised patches, target), both fp32: in bf16 the first ten timesteps would have no noise at all."""
-    x0 = (latents_PW.float() - config.latent_shift) * config.latent_scale
+    x0 = (latents_PW.float() - (config.latent_shift or 0.0)) * (config.latent_scale or 1.0)
     t_P = timestep_I[picture_P.long()]
     if config.prediction == "flow":
         s = ((t_P + 1) / config.steps).unsqueeze(1)

@@ -71,24 +71,40 @@ def parameters(
 ) -> dict[str, int]:
     """Part of the model -> its number of parameters, all `modalities` together. Parts that it lacks are left out.
 
-    With one modality these are the *active* parameters, those that one token uses, and the dense model's total.
     `vocabulary` is padded, as VocabLayout.size. `patch_width` adds the diffusion adapters: patch_in (p + 1)d, the
-    timestep's MLP 257d + (d + 1)d, patch_out (d + 1)p. Decoupled dt_proj brings its bias, `norm` the final norm too.
+    timestep's MLP 257d + (d + 1)d, patch_out (d + 1)p. Decoupled dt_proj brings its bias, `norm` the final norm too;
+    learned routers count with the projection they serve.
     """
     d, D, N, R, K, h = config.dim, config.inner, config.state, config.rank, config.conv, config.feed_forward
+
+    routed = config.router == "learned" or config.experts > 1
 
     def copies(part: str) -> int:
         return modalities if part in config.decoupled else 1
 
+    def matrices(part: str, *inputs_and_sizes: tuple[int, int]) -> int:
+        """Matrices of `part`, given the input width and size of each, and their routers."""
+        n = copies(part) * (config.experts if part in config.decoupled else 1)
+        routers = sum(n * inputs for inputs, _ in inputs_and_sizes) if routed and part in config.decoupled else 0
+        return n * sum(size for _, size in inputs_and_sizes) + routers
+
     per_block: dict[str, int]
     if config.architecture == "transformer":
         norms = 2 * config.blocks + 1
-        per_block = {"attention": copies("attention") * 4 * d * d, "feed_forward": copies("feed_forward") * 3 * d * h}
+        per_block = {
+            "attention": matrices("attention", (d, 3 * d * d), (d, d * d)),
+            "feed_forward": matrices("feed_forward", (d, 2 * d * h), (h, h * d)),
+        }
     else:
         norms = config.blocks + 1
-        projections = {"in_proj": d * 2 * D, "x_proj": D * (R + 2 * N), "dt_proj": (R + 1) * D, "out_proj": D * d}
+        projections = {
+            "in_proj": (d, d * 2 * D),
+            "x_proj": (D, D * (R + 2 * N)),
+            "dt_proj": (R, R * D),
+            "out_proj": (D, D * d),
+        }
         per_block = {
-            "projections": sum(copies(part) * count for part, count in projections.items()),
+            "projections": sum(matrices(part, sizes) for part, sizes in projections.items()) + copies("dt_proj") * D,
             "conv": (K + 1) * D,
             "ssm": (N + 1) * D,  # A_log and D
         }
@@ -99,3 +115,8 @@ def parameters(
         p = patch_width
         counts["adapters"] = (p + 1) * d + (TIME_FREQUENCIES + 1) * d + (d + 1) * d + (d + 1) * p
     return counts
+
+
+def active_parameters(config: ModelConfig, vocabulary: int, patch_width: int | None = None) -> dict[str, int]:
+    """The `parameters` that one token uses: one modality, one expert. They are the dense model's total."""
+    return parameters(config.model_copy(update={"experts": 1, "router": "rule"}), vocabulary, 1, patch_width)

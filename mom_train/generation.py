@@ -195,7 +195,7 @@ class Sampler:
             clean = NoisedPatches(x, x, layout.order.long(), zeros, torch.tensor([0], device=self.device))
             self.model(tokens, layout, None, clean, state)
         self.position += P
-        return (x / config.latent_scale + config.latent_shift).cpu()
+        return (x / (config.latent_scale or 1.0) + (config.latent_shift or 0.0)).cpu()
 
 
 def timesteps(config: DiffusionConfig, steps: int) -> list[tuple[int, int]]:

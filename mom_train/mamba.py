@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mom_train.config import PROJECTIONS, ModelConfig
+from mom_train.config import ModelConfig
 from mom_train.kernels import causal_conv, selective_scan
 from mom_train.layout import RowLayout
-from mom_train.routed import Norm, Projection
+from mom_train.routed import Norm, projection
 
 
 @dataclass
@@ -32,17 +32,17 @@ class MambaMixer(nn.Module):
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
         D, N, R = config.inner, config.state, config.rank
-        count = {p: modalities if p in config.decoupled else 1 for p in PROJECTIONS}
         self.modalities, self.inner, self.state, self.rank = modalities, D, N, R
-        self.in_proj = Projection(config.dim, 2 * D, count["in_proj"])
+        self.in_proj = projection(config, "in_proj", config.dim, 2 * D, modalities)
         self.conv_weight = nn.Parameter(torch.empty(D, config.conv))
         self.conv_bias = nn.Parameter(torch.empty(D))
-        self.x_proj = Projection(D, R + 2 * N, count["x_proj"])
-        self.dt_proj = Projection(R, D, count["dt_proj"])
-        self.dt_bias = nn.Parameter(torch.empty(count["dt_proj"], D))
+        self.x_proj = projection(config, "x_proj", D, R + 2 * N, modalities)
+        self.dt_proj = projection(config, "dt_proj", R, D, modalities)
+        # by modality where dt_proj is, also where a router picks its matrix
+        self.dt_bias = nn.Parameter(torch.empty(modalities if "dt_proj" in config.decoupled else 1, D))
         self.A_log = nn.Parameter(torch.empty(D, N))
         self.D = nn.Parameter(torch.empty(D))
-        self.out_proj = Projection(D, config.dim, count["out_proj"])
+        self.out_proj = projection(config, "out_proj", D, config.dim, modalities)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
         """Rows (T, dim) in row order. A `state` is read, and replaced by the one after these rows."""

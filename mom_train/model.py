@@ -24,7 +24,7 @@ from mom_train.diffusion import NoisedPatches, PatchEmbedding, PatchHead
 from mom_train.layout import RowLayout
 from mom_train.linear_cross_entropy import linear_cross_entropy
 from mom_train.mamba import MambaBlock, MambaState
-from mom_train.routed import Norm
+from mom_train.routed import Norm, RoutedProjection
 
 State = list[MambaState | AttentionState]
 
@@ -39,6 +39,8 @@ class Losses:
     """Cross-entropy of each row, fp32 nats, 0 where there is no label; no gradient."""
     patches: Tensor
     """Squared error over all patches and channels, scalar, carries the gradient."""
+    balance: Tensor
+    """Mean load-balance loss of the routers, times rows, scalar, carries the gradient; 0 without routers."""
 
 
 class Block(nn.Module):
@@ -133,7 +135,9 @@ class LanguageModel(nn.Module):
         squares = x_Td.new_zeros((), dtype=torch.float32)
         if patches is not None and predicted is not None:
             squares = (predicted - patches.target).square().sum()
-        return Losses(tokens, tokens_T, squares)
+        routers = [m.balance for m in self.modules() if isinstance(m, RoutedProjection)]
+        balance = torch.stack(routers).mean() if routers else squares.new_zeros(())
+        return Losses(tokens, tokens_T, squares, balance)
 
     def empty_state(self, batch: int) -> State:
         """The state before the first token of `batch` rows, for `forward` chunk by chunk or token by token."""
@@ -185,6 +189,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, genera
         return torch.empty(shape).normal_(0, 0.02, generator=generator)
     if leaf.startswith("conv_"):
         return uniform(config.conv**-0.5)
+    if leaf == "router":
+        return torch.empty(shape).normal_(0, 0.02, generator=generator)
     value = uniform(shape[1] ** -0.5)
     if module in _OUTPUTS:
         if config.identical_modalities:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mom_data.batch import IGNORE, PackedBatch
+from mom_data.shards import TokenDataset
 from mom_train.config import DiffusionConfig, ObjectiveConfig
 from mom_train.diffusion import NoisedPatches, draw, noise
 from mom_train.layout import RowLayout
@@ -23,14 +25,59 @@ class Counts:
     """Targets of the cross-entropy by modality, int64 on the CPU."""
     patches: int
     """Latent patches."""
+    positions: int
+    """Rows of the network, padding included."""
 
     def objective(self, losses: Losses, config: ObjectiveConfig) -> Tensor:
-        """Chameleon: the mean cross-entropy. Transfusion: the same plus lambda times the mean squared error. Each rank
-        holds its own sums, so the ranks' gradients add up to the gradient of the means."""
+        """Chameleon: the mean cross-entropy. Transfusion: the same plus lambda times the mean squared error.
+
+        Each rank holds its own sums, so the ranks' gradients add up to the gradient of the means. Where there are
+        routers, their load-balance loss is added; it alone depends on how the step is dealt to ranks and micro-batches.
+        """
         loss = losses.tokens / max(1, int(self.targets_M.sum()))
+        loss = loss + config.load_balance * losses.balance / self.positions
         if config.diffusion is not None:
             loss = loss + config.diffusion.weight * losses.patches / max(1, self.patches * config.diffusion.patch_width)
         return loss
+
+
+def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenDataset]) -> DiffusionConfig | None:
+    """The config with a scale and shift in place of null: those that the datasets' manifests record.
+
+    Raises ValueError where the datasets hold latents of another width than `patch_width`, latents that differ in
+    scale or shift, or latents at all and there is no diffusion.
+    """
+    found: dict[tuple[float, float], TokenDataset] = {}
+    for dataset in datasets:
+        width = dataset.manifest["latent_width"]
+        if not width:
+            continue
+        if config is None:
+            raise ValueError(
+                f"{dataset.folder} holds latent patches: set objective.diffusion.patch_width={width}, or tokenize "
+                "with a tokenizer of codes"
+            )
+        if width != config.patch_width:
+            raise ValueError(
+                f"{dataset.folder} holds patches of {width} values, objective.diffusion.patch_width is "
+                f"{config.patch_width}"
+            )
+        made_by = dataset.tokenizers.get("image", {})
+        found.setdefault((made_by.get("latent_scale", 1.0), made_by.get("latent_shift", 0.0)), dataset)
+    if config is None or not found:
+        return config
+    if len(found) > 1:
+        raise ValueError(
+            "latents differ: "
+            + ", ".join(f"{d.folder} has scale {scale} and shift {shift}" for (scale, shift), d in found.items())
+        )
+    [(scale, shift)] = found
+    return config.model_copy(
+        update={
+            "latent_scale": scale if config.latent_scale is None else config.latent_scale,
+            "latent_shift": shift if config.latent_shift is None else config.latent_shift,
+        }
+    )
 
 
 def row_layout(batch: PackedBatch, diffusion: DiffusionConfig | None) -> RowLayout:

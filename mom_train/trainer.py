@@ -32,7 +32,7 @@ from mom_train.diffusion import NoisedPatches
 from mom_train.flops import training_flops_per_token
 from mom_train.metrics import MetricsWriter, progress_bar, short
 from mom_train.model import LanguageModel, Losses, initialize
-from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout
+from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout, with_latents_of
 from mom_train.optimizer import build_optimizer, learning_rate
 from mom_train.parallel import Ranks, agreed, process_group, shard
 
@@ -64,6 +64,8 @@ class Trainer:
         self.modalities = self.vocab.modalities
         self.accumulation = agreed(lambda: config.accumulation(ranks.world_size))
         self.train_plan, self.validation_plans = agreed(lambda: build_plans(config))
+        # resolved before anything keeps the config: a checkpoint must say what its model was trained on
+        config = self.config = agreed(lambda: resolve_latents(config, self.train_plan, *self.validation_plans.values()))
         self.state = TrainState(
             tokens=dict.fromkeys(self.modalities, 0),
             data_fingerprint=self.train_plan.fingerprint,
@@ -229,7 +231,8 @@ class Trainer:
                 f"data.max_bad_fraction={self.config.data.max_bad_fraction} allows. Copy the shards again; the last "
                 "checkpoint is intact."
             )
-        return Counts(local[:M], int(local[-4])), local[M : 2 * M], bool(local[-1])
+        positions = self.config.training.batch * self.config.data.sequence_length
+        return Counts(local[:M], int(local[-4]), positions), local[M : 2 * M], bool(local[-1])
 
     def _targets(self, batch: PackedBatch) -> Tensor:
         """Targets of the cross-entropy by modality (M,) int64."""
@@ -327,7 +330,9 @@ class Trainer:
                 counts[-1] += len(batch.latent_position)
                 sums += self.loss(batch, _VALIDATION_NOISE)[1]
             dist.all_reduce(counts)
-            values |= self.losses(f"val/{name}/", sums, Counts(counts[:-1], int(counts[-1])))
+            values |= self.losses(
+                f"val/{name}/", sums, Counts(counts[:-1], int(counts[-1]), wanted * self.config.data.sequence_length)
+            )
         return values
 
     def save(self) -> float:
@@ -362,6 +367,13 @@ def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
     return train, validation
 
 
+def resolve_latents(config: RunConfig, *plans: Plan) -> RunConfig:
+    """The config with the scale and shift of the plans' latents. Raises ValueError as `with_latents_of`."""
+    datasets = [source.dataset for plan in plans for source in plan.sources]
+    diffusion = with_latents_of(config.objective.diffusion, datasets)
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"diffusion": diffusion})})
+
+
 def train(config: RunConfig) -> None:
     """Run `config` to its end, from its latest checkpoint where it has one."""
     with process_group() as ranks:
@@ -369,7 +381,7 @@ def train(config: RunConfig) -> None:
         trainer = Trainer(config, ranks)
         if ranks.main:
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(config.to_yaml())
+            (config.run_dir / "config.yaml").write_text(trainer.config.to_yaml())
             trainer.vocab.save(config.run_dir / "vocab.json")
             total = sum(p.numel() for p in trainer.model.parameters())
             log.info(

@@ -78,7 +78,8 @@ def weighted_sources(dataset: Path) -> list[dict[str, object]]:
 
 
 def unigram(config: RunConfig, rows: int = 1024) -> dict[str, float]:
-    """The baseline on the validation sequences, from the first `rows` training sequences."""
+    """The baseline on the validation sequences, from the first `rows` training sequences. Of latents: the error of
+    predicting zero, where they have unit variance."""
     from mom_data.loader import Share, batches
     from mom_data.statistics import unigram_losses
     from mom_train.trainer import build_plans
@@ -87,9 +88,14 @@ def unigram(config: RunConfig, rows: int = 1024) -> dict[str, float]:
     vocab = VocabLayout(config.vocabulary)
     [held_out] = validation.values()
     share, wanted = Share(0, 1, 8, 8), config.validation.sequences
-    return unigram_losses(
+    losses = unigram_losses(
         islice(batches(train, vocab, share), rows // 8), islice(batches(held_out, vocab, share), wanted // 8), vocab
     )
+    diffusion = config.objective.diffusion
+    if diffusion is not None and "image" in config.vocabulary:
+        losses["image"] = 2.0 if diffusion.prediction == "flow" else 1.0
+        losses["total"] += diffusion.weight * losses["image"]
+    return losses
 
 
 def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
@@ -107,8 +113,11 @@ def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
             statistics.mean(v for line in lines[-20:] if (v := line.get(f"loss/{c}")) is not None) for c in columns
         ],
     }
+    diffusion = config.objective.diffusion
     text = [f"{'loss (nats per token)':26}" + "".join(f"{c:>10}" for c in columns)]
     text += [f"{title:26}" + "".join(f"{v:10.3f}" for v in values) for title, values in rows.items()]
+    if diffusion is not None:
+        text.append(f"image: squared error per value of a latent patch; total: entropy + {diffusion.weight:g} x image")
     seen = ", ".join(f"{n:,} {m}" for m, n in tokens.items())
     return "\n".join(
         [
@@ -151,10 +160,15 @@ def demo(arguments: argparse.Namespace) -> None:
     split = (raw / "train").is_dir() and (raw / "val").is_dir()
     train_input = raw / "train" if split else raw
 
-    with stage("2/5 tokenizers: byte-level BPE, VQ image codes, speech units"):
+    with stage("2/5 tokenizers: byte-level BPE, image codes or latents, speech units"):
         wanted = yaml.safe_load(Path(arguments.tokenizers).read_text())
         found = present_modalities(train_input)
         recipe = work / "tokenizers.yaml"
+        # The recipe decides: what it has no tokenizer for is left out on purpose, not by mistake.
+        dropped = [m for m in found if m not in wanted]
+        found = [m for m in found if m in wanted]
+        if dropped:
+            print(f"    left out: {', '.join(dropped)}, for which {arguments.tokenizers} has no tokenizer")
         recipe.write_text(yaml.safe_dump({m: wanted[m] for m in found}, sort_keys=False))
         made = work / "tokenizers"
         call(TOOLS / "train_tokenizers.py", "--config", recipe, "--input", train_input, "--output", made, threads=cores)
@@ -169,7 +183,7 @@ def demo(arguments: argparse.Namespace) -> None:
                 "--output",
                 work / "tokens" / part,
             )
-            call(*tool, "--input", *inputs)
+            call(*tool, "--input", *inputs, *(["--drop-modalities", *dropped] if dropped else []))
 
     name = "held_out"
     vocabulary = {m: load_config(arguments.config).vocabulary[m] for m in found}

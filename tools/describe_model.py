@@ -19,7 +19,7 @@ from typing import Any
 from mom_data.errors import exit_clearly
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import ModelConfig, RunConfig, load_config
-from mom_train.flops import TRAINING_FACTOR, forward_flops_per_token, parameters
+from mom_train.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
 
 _FP32 = 4
 _STATE_BYTES = 16  # per parameter: fp32 weight, gradient and AdamW's two moments
@@ -95,7 +95,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
     vocab = VocabLayout(config.vocabulary)
     patch_width = config.objective.diffusion.patch_width if config.objective.diffusion else None
     total = parameters(model, vocab.size, len(vocab.modalities), patch_width)
-    active = parameters(model, vocab.size, 1, patch_width)
+    active = active_parameters(model, vocab.size, patch_width)
 
     def flops(patch_width: int | None) -> dict[str, Any]:
         parts = forward_flops_per_token(model, vocab.size, length, patch_width)

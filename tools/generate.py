@@ -4,7 +4,7 @@
     python tools/generate.py RUN --prompt "a red nine" --start image --out samples/
 
 Writes OUT/sample-N.md with the text, pictures as PNG where the run's tokenizers can decode them (latents as .npy
-otherwise), speech units as JSON, and as WAV where a vocoder is configured. `--start` opens a picture or a recording
+besides), speech units as JSON, and as WAV where a vocoder is configured. `--start` opens a picture or a recording
 right after the prompt.
 """
 
@@ -28,7 +28,15 @@ def write_span(folder: Path, name: str, modality: str, values: list[int] | torch
     """Save what a person can look at or listen to; returns its line of Markdown."""
     if isinstance(values, torch.Tensor):
         np.save(folder / f"{name}.npy", values.numpy())
-        return f"[latents of a picture, {tuple(values.shape)}]({name}.npy)"
+        latents = f"[latents of a picture, {tuple(values.shape)}]({name}.npy)"
+        image = tokenizers.tokenizer("image") if "image" in tokenizers.modalities else None
+        if image is None or image.kind != "kl":
+            return latents
+        try:
+            image.decode(values.numpy()).save(folder / f"{name}.png")
+        except ValueError as error:
+            return f"{latents} ({error})"
+        return f"![picture]({name}.png)"
     if modality == "text":
         return str(tokenizers.tokenizer("text").decode(values))
     (folder / f"{name}.json").write_text(json.dumps({"modality": modality, "ids": values}) + "\n")
@@ -72,7 +80,8 @@ def main() -> None:
         tokenizers, vocab = Tokenizers.load(path), VocabLayout(config.vocabulary)
         patches = arguments.patches
         if patches is None and "image" in tokenizers.modalities:
-            patches = getattr(tokenizers.tokenizer("image"), "codes_per_image", None)
+            image = tokenizers.tokenizer("image")
+            patches = getattr(image, "patches_per_image" if image.kind == "kl" else "codes_per_image", None)
         sampling = Sampling(
             temperature=arguments.temperature,
             top_p=arguments.top_p,

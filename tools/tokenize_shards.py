@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Job:
     output: Path
     split: str | None
     holdout: float
+    drop: tuple[str, ...]
     shard_bytes: int
     threads: int
 
@@ -61,6 +62,7 @@ class Job:
             "tokenizers": self.described,
             "split": [self.split, self.holdout] if self.split else None,
             "shard_bytes": self.shard_bytes,
+            **({"drop": sorted(self.drop)} if self.drop else {}),
         }
 
     def finished(self) -> dict[str, Any] | None:
@@ -127,7 +129,9 @@ def tokenize(job: Job) -> dict[str, Any]:
                 continue
             if isinstance(item, BadSample):
                 skipped.append({"shard": job.source.name, "key": item.key, "reason": item.reason})
-            else:
+            elif kept := tuple(s for s in item.segments if s.modality not in job.drop):
+                yield replace(item, segments=kept)
+            elif not item.segments:
                 yield item
 
     stream = documents()
@@ -219,6 +223,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument("--split", choices=["train", "val"], help="take one side of a hold-out by document key")
     parser.add_argument("--holdout", type=float, default=0.03, help="share of documents that is val (%(default)s)")
+    parser.add_argument(
+        "--drop-modalities",
+        nargs="+",
+        default=(),
+        metavar="MODALITY",
+        help="leave out segments of these, and documents of nothing else; neither counts as unreadable",
+    )
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="fail above it (default: %(default)s)")
     parser.add_argument("--shard-mib", type=int, default=128, help="start a new shard at this size (%(default)s)")
     arguments = parser.parse_args()
@@ -227,12 +238,16 @@ def main() -> None:
         output: Path = arguments.output
         (output / ".parts").mkdir(parents=True, exist_ok=True)
         described = Tokenizers.load(arguments.config).describe()
+        if both := [m for m in arguments.drop_modalities if m in described]:
+            raise ValueError(
+                f"--drop-modalities {both[0]}: {arguments.config} has a tokenizer for it; take it out there"
+            )
         workers = max(1, min(arguments.workers, len(sources)))
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if workers > 1 else "true")
         jobs = [
             Job(source, name, arguments.config, described, output, arguments.split, arguments.holdout,
-                arguments.shard_mib << 20, threads)
+                tuple(arguments.drop_modalities), arguments.shard_mib << 20, threads)
             for source, name in zip(sources, names(sources), strict=True)
         ]  # fmt: skip
         records = run(jobs, workers)

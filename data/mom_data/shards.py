@@ -205,7 +205,8 @@ def write_manifest(
 ) -> None:
     """Commit a dataset: until this file exists, there is none.
 
-    `tokenizers`: modality -> {"kind", "fingerprint", "size"}, text first; their order numbers the modalities.
+    `tokenizers`: modality -> {"kind", "fingerprint", "size"}, text first; their order numbers the modalities. One of
+    latents adds {"patch_width", "latent_scale", "latent_shift"}.
     """
     manifest = {
         "schema": SCHEMA,

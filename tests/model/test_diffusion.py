@@ -133,7 +133,7 @@ def test_the_objective_is_the_mean_cross_entropy_plus_five_times_the_mean_square
     losses = model(tokens, layout, labels, patches)
     targets = torch.bincount(torch.from_numpy(VOCAB.modality_of_id)[some.labels[some.labels >= 0]], minlength=3)
     assert targets.tolist()[1] == 0  # no code of a picture is ever a target
-    counts = Counts(targets, len(some.latent_position))
+    counts = Counts(targets, len(some.latent_position), some.tokens.numel())
     total = counts.objective(losses, ObjectiveConfig(diffusion=CONFIG))
     expected = torch.nn.functional.cross_entropy(logits.double(), labels)
     expected = expected + 5 * torch.nn.functional.mse_loss(predicted.double(), patches.target.double())

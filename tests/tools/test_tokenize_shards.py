@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,3 +177,91 @@ def test_a_run_refuses_shards_of_other_tokenizers(made, tokens, tmp_path):
         ValueError, match=r"text tokenizers differ: .*tokens was made with \w{16}, the run's .*has \w{16}"
     ):
         build_plans(load_config(config, [*overrides, f"tokenizers={other}/tokenizers.yaml"]))
+
+
+@pytest.fixture(scope="module")
+def continuous(made):
+    """A tokenizers folder beside the other: the same text, a KL-VAE with random weights, no speech."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from mom_tokenizers.image_kl import KLImageTokenizer
+
+    folder = made / "continuous"
+    shutil.copytree(made / "tokenizers/text", folder / "text")
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=2,
+        scaling_factor=0.7, shift_factor=0.1,
+    )  # fmt: skip
+    KLImageTokenizer(model, 16).save(folder / "image")
+    (folder / "tokenizers.yaml").write_text("text: {kind: bpe, path: text}\nimage: {kind: kl, path: image}\n")
+    tool = [sys.executable, str(TOOLS / "tokenize_shards.py"), "--config", str(folder / "tokenizers.yaml")]
+    tool += ["--input", str(made / "raw"), "--output", str(folder / "tokens"), "--workers", "2"]
+    refused = subprocess.run(tool, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "123 inputs" in refused.stderr or "no document could be read" in refused.stderr
+    subprocess.run([*tool, "--drop-modalities", "speech"], check=True, capture_output=True)
+    return folder
+
+
+def test_latents_reach_the_shards_bit_for_bit(made, continuous):
+    import torch
+
+    tokenizers, dataset = Tokenizers.load(continuous / "tokenizers.yaml"), TokenDataset(continuous / "tokens")
+    assert dataset.tokenizers == tokenizers.describe()
+    assert dataset.manifest["latent_width"] == dataset.tokenizers["image"]["patch_width"] == 12
+    assert (dataset.tokenizers["image"]["latent_scale"], dataset.tokenizers["image"]["latent_shift"]) == (0.7, 0.1)
+    # no-sound is a caption and a recording: without speech, its text stays
+    assert dataset.manifest["documents"] == 121
+    assert dataset.manifest["tokens"]["image"] == 120 * 16
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))  # as the workers: sums in the same order
+    try:
+        for shard in range(3):
+            documents = [d for d in read_documents(made / f"raw/part-{shard}.tar") if d.key.startswith("d")]
+            pictures = [d.segments[1].data for d in documents]
+            for number, expected in enumerate(tokenizers.encode_many("image", pictures)):
+                text, image = dataset.read(shard, number)
+                assert tokenizers.tokenizer("text").decode(text.values) == documents[number].segments[0].data
+                assert image.values.dtype == np.float16
+                assert image.values.tobytes() == expected.tobytes()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, tmp_path):
+    from mom_train.config import load_config
+    from mom_train.trainer import build_plans, resolve_latents
+
+    config = TOOLS.parent / "configs/demo_transfusion.yaml"
+
+    def resolved(folder, *more, diffusion="{patch_width: 12}"):
+        overrides = [f"data.train=[{{path: {folder}}}]", "data.validation={}", f"run_dir={tmp_path}", "tokenizers=null"]
+        overrides += ["data.sequence_length=64", "vocabulary={text: 2048, image: 512, speech: 200}"]
+        run_config = load_config(config, [*overrides, f"objective.diffusion={diffusion}", *more])
+        return resolve_latents(run_config, build_plans(run_config)[0]).objective.diffusion
+
+    found = resolved(continuous / "tokens")
+    assert (found.latent_scale, found.latent_shift) == (0.7, 0.1)
+    found = resolved(continuous / "tokens", diffusion="{patch_width: 12, latent_scale: 2.0}")
+    assert (found.latent_scale, found.latent_shift) == (2.0, 0.1)
+    with pytest.raises(ValueError, match=r"patches of 12 values, objective.diffusion.patch_width is\s+16"):
+        resolved(continuous / "tokens", diffusion="{patch_width: 16}")
+    with pytest.raises(ValueError, match="holds latent patches"):
+        resolved(continuous / "tokens", diffusion="null")
+    assert resolved(tokens, diffusion="null") is None  # codes: nothing to resolve
+
+    other = tmp_path / "other"
+    shutil.copytree(continuous / "tokens", other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizers"]["image"]["latent_scale"] = 0.5
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"latents differ: .*scale 0.7 and shift 0.1, .*other has scale 0.5"):
+        resolved(other, f"data.train=[{{path: {continuous / 'tokens'}}}, {{path: {other}}}]")
+
+
+def test_a_modality_with_a_tokenizer_is_not_dropped(made, tmp_path):
+    error = run(made, tmp_path / "t", "--drop-modalities", "speech", code=2).stderr
+    assert "has a tokenizer for speech" in error

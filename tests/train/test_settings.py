@@ -18,6 +18,11 @@ ARCHITECTURES = {
     "transformer": {**TRANSFORMER, "decoupled": []},
     "mot": {**TRANSFORMER, "decoupled": ["attention", "feed_forward", "norm"]},
 }
+# beyond the paper, in one setting: a learned choice instead of the rule, and experts inside each modality
+ROUTERS = {
+    "learned": {**ARCHITECTURES["mom"], "router": "learned"},
+    "experts": {**ARCHITECTURES["mom"], "experts": 2, "decoupled": ["in_proj", "out_proj", "norm"]},
+}
 SETTINGS = {
     "chameleon": {"vocabulary": {"text": 256, "image": 17}},
     "chameleon_speech": {"vocabulary": {"text": 256, "image": 17, "speech": 20}},
@@ -82,7 +87,8 @@ def test_every_architecture_trains_in_the_setting(setting, tmp_path):
         "optimizer": {"learning_rate": 1e-2, "warmup": 3},
         "training": {"steps": 30, "batch": 8, "micro_batch": 4},
     }
-    configs = {name: RunConfig.model_validate({**common, "model": model}) for name, model in ARCHITECTURES.items()}
+    models = ARCHITECTURES | (ROUTERS if setting == "chameleon_speech" else {})
+    configs = {name: RunConfig.model_validate({**common, "model": model}) for name, model in models.items()}
     curves, others = run_ranks(2, train_few_steps, configs, 30)
     assert curves == others
     for name, curve in curves.items():

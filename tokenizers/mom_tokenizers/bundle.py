@@ -1,7 +1,7 @@
 """The tokenizers of a data set, named in a tokenizers.yaml:
 
     text:   {kind: bpe, path: text}
-    image:  {kind: vq, path: image}
+    image:  {kind: vq, path: image}         # codes; or kind kl: latents, for diffusion
     speech: {kind: units, path: speech}
 
 Paths are relative to the file. Models are loaded when first used, so a reader of one modality, or of the
@@ -25,20 +25,23 @@ import yaml
 KINDS = {
     "bpe": ("mom_tokenizers.text", "TextTokenizer"),
     "vq": ("mom_tokenizers.image", "VQImageTokenizer"),
+    "kl": ("mom_tokenizers.image_kl", "KLImageTokenizer"),
     "units": ("mom_tokenizers.speech", "SpeechTokenizer"),
 }
+PICTURES = ("vq", "kl")
 DECODED_AT_ONCE = 32  # pictures held in full size
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers; a value is a str, a PIL picture, or (waveform, rate)."""
+    """What every tokenizer offers. A value is a str, a PIL picture, or (waveform, rate); it becomes ids (n,) uint32, or
+    latent patches (n, width) float16, for which `size` is 1."""
 
     kind: str
     size: int
 
     def encode(self, value: Any) -> np.ndarray: ...
     def encode_batch(self, values: Sequence[Any]) -> list[np.ndarray]: ...
-    def decode(self, ids: Sequence[int] | np.ndarray) -> Any: ...
+    def decode(self, ids: Sequence[int] | np.ndarray, /) -> Any: ...
     def fingerprint(self) -> str: ...
     def save(self, directory: str | Path) -> None: ...
 
@@ -121,19 +124,24 @@ class Tokenizers:
             self._loaded[modality] = _class(kind).load(path)
         return self._loaded[modality]
 
-    def describe(self) -> dict[str, dict[str, str | int]]:
-        """{modality: {"kind", "fingerprint", "size"}}, from the files, without building a model."""
+    def describe(self) -> dict[str, dict[str, str | int | float]]:
+        """{modality: {"kind", "fingerprint", "size"}}, from the files, without building a model.
+
+        With latents also "patch_width", "latent_scale" and "latent_shift": a model reads (latents - shift) * scale.
+        """
         return {
             modality: {
                 "kind": kind,
                 "fingerprint": fingerprint_files(kind, _class(kind).files(path)),
                 "size": _class(kind).stored_size(path),
+                **(_class(kind).stored_latents(path) if kind == "kl" else {}),
             }
             for modality, kind, path in self.entries
         }
 
     def encode(self, modality: str, data: str | bytes) -> np.ndarray:
-        """uint32 ids of a text, or of an encoded picture or recording. Raises ValueError for unreadable data."""
+        """uint32 ids of a text, or of an encoded picture or recording; float16 patches of a picture where its
+        tokenizer makes latents. Raises ValueError for unreadable data."""
         return self.tokenizer(modality).encode(self._decoded(modality, data))
 
     def encode_many(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | ValueError]:
@@ -150,7 +158,7 @@ class Tokenizers:
         for item in data:
             try:
                 value = self._decoded(modality, item)
-                if self._entry(modality)[0] == "vq":
+                if self._entry(modality)[0] in PICTURES:
                     values.append(value)
                     results.append(None)
                 else:
@@ -172,7 +180,7 @@ class Tokenizers:
             raise ValueError(f"{modality}: got {type(data).__name__}; text is a str, all else encoded bytes")
         if isinstance(data, str):
             return data
-        if kind == "vq":
+        if kind in PICTURES:
             from mom_tokenizers.image import decode_image
 
             return decode_image(data)

@@ -1,4 +1,7 @@
-"""Image codes: any `diffusers.VQModel` folder, small or large, with its `image_tokenizer.json` beside the weights."""
+"""Pictures into what the model reads, by a `diffusers` folder with its `image_tokenizer.json` beside the weights.
+
+Here the codes of any `VQModel`, small or large; image_kl.py has the latents of an `AutoencoderKL`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -62,12 +65,24 @@ def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
     return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
-class VQImageTokenizer:
-    """PIL picture <-> (resolution / downsample)^2 codes in raster order."""
+def picture(pixels: torch.Tensor) -> Image.Image:
+    """RGB picture of (3, H, W) in [-1, 1]; what lies outside is clipped."""
+    import torch
 
-    kind = "vq"
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(array.transpose(1, 2, 0))
 
-    # `model` is a diffusers.VQModel, whose classes mypy cannot follow
+
+class DiffusersImageTokenizer:
+    """What both image tokenizers are made of: a diffusers autoencoder, a resolution, and the folder they come from."""
+
+    kind: ClassVar[str]
+    model_class: ClassVar[str]
+    """Name in diffusers."""
+    sidecar_example: ClassVar[str]
+    """What image_tokenizer.json may look like."""
+
+    # `model` is a diffusers.VQModel or AutoencoderKL, whose classes mypy cannot follow
     def __init__(self, model: Any, resolution: int, source: Path | None = None):
         self._model = model.eval().requires_grad_(False)
         self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
@@ -75,24 +90,14 @@ class VQImageTokenizer:
         self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
         if resolution < self.downsample or resolution % self.downsample:
             raise ValueError(f"image: resolution {resolution} is no multiple of the model's factor {self.downsample}")
-        self.size = int(model.config.num_vq_embeddings)
-
-    @property
-    def codes_per_image(self) -> int:
-        return (self.resolution // self.downsample) ** 2
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> VQImageTokenizer:
-        """From a `VQModel.save_pretrained` folder that also holds image_tokenizer.json. Raises ValueError."""
-        path = Path(path)
-        resolution = read_json(cls.files(path)[SIDECAR]).get("resolution")
-        if not isinstance(resolution, int) or resolution < 1:
-            raise ValueError(f"{path / SIDECAR}: 'resolution' must be a number of pixels, e.g. {{\"resolution\": 512}}")
-        from diffusers import VQModel
+    def _load(cls, path: Path, device: str) -> Any:
+        import diffusers
 
         try:
             # safetensors only: a pickled checkpoint could run code.
-            model, info = VQModel.from_pretrained(
+            model, info = getattr(diffusers, cls.model_class).from_pretrained(
                 str(path),
                 use_safetensors=True,
                 local_files_only=True,
@@ -100,21 +105,28 @@ class VQImageTokenizer:
                 output_loading_info=True,
             )
         except Exception as error:
-            raise ValueError(f"{path}: not a diffusers VQModel: {error}") from error
+            raise ValueError(f"{path}: not a diffusers {cls.model_class}: {error}") from error
         if info["missing_keys"]:
             # diffusers leaves such weights random, with a warning at most
             raise ValueError(
                 f"{path}: the weights lack {len(info['missing_keys'])} tensors, e.g. {info['missing_keys'][0]}"
             )
-        return cls(model.to(device), resolution, path)
+        return model.to(device)
 
-    @staticmethod
-    def files(path: str | Path) -> dict[str, Path]:
+    @classmethod
+    def _sidecar(cls, path: Path, key: str) -> int:
+        value = read_json(cls.files(path)[SIDECAR]).get(key)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path / SIDECAR}: '{key}' must be a number of pixels, e.g. {cls.sidecar_example}")
+        return value
+
+    @classmethod
+    def files(cls, path: str | Path) -> dict[str, Path]:
         """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
         path = Path(path)
         for name, remedy in (
-            ("config.json", "expected a diffusers VQModel folder"),
-            (SIDECAR, 'write one beside config.json, e.g. {"resolution": 512}'),
+            ("config.json", f"expected a diffusers {cls.model_class} folder"),
+            (SIDECAR, f"write one beside config.json, e.g. {cls.sidecar_example}"),
         ):
             if not (path / name).is_file():
                 raise ValueError(f"{path}: no {name} there; {remedy}")
@@ -123,17 +135,16 @@ class VQImageTokenizer:
             raise ValueError(f"{path}: no .safetensors weights there (pickled checkpoints are not loaded)")
         return {file.name: file for file in (path / "config.json", path / SIDECAR, *weights)}
 
-    @classmethod
-    def stored_size(cls, path: str | Path) -> int:
-        """Number of codes of a stored tokenizer, read from its config alone."""
-        return int(read_json(cls.files(path)["config.json"]).get("num_vq_embeddings", 256))
+    def _settings(self) -> dict[str, int]:
+        """Content of image_tokenizer.json."""
+        return {"resolution": self.resolution}
 
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self._source is None:
             self._model.save_pretrained(str(directory), safe_serialization=True)
-            (directory / SIDECAR).write_text(json.dumps({"resolution": self.resolution}) + "\n")
+            (directory / SIDECAR).write_text(json.dumps(self._settings()) + "\n")
         elif self._source.resolve() != directory.resolve():
             for file in self.files(self._source).values():
                 shutil.copyfile(file, directory / file.name)
@@ -146,6 +157,40 @@ class VQImageTokenizer:
             self.save(directory)
             return fingerprint_files(self.kind, self.files(directory))
 
+    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        import torch
+
+        pixels = torch.from_numpy(np.stack([preprocess(image, self.resolution) for image in images]))
+        return pixels.to(self._model.device, self._model.dtype)
+
+
+class VQImageTokenizer(DiffusersImageTokenizer):
+    """PIL picture <-> (resolution / downsample)^2 codes in raster order."""
+
+    kind = "vq"
+    model_class = "VQModel"
+    sidecar_example = '{"resolution": 512}'
+
+    def __init__(self, model: Any, resolution: int, source: Path | None = None):
+        super().__init__(model, resolution, source)
+        self.size = int(model.config.num_vq_embeddings)
+
+    @property
+    def codes_per_image(self) -> int:
+        return (self.resolution // self.downsample) ** 2
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> VQImageTokenizer:
+        """From a `VQModel.save_pretrained` folder that also holds image_tokenizer.json. Raises ValueError."""
+        path = Path(path)
+        resolution = cls._sidecar(path, "resolution")
+        return cls(cls._load(path, device), resolution, path)
+
+    @classmethod
+    def stored_size(cls, path: str | Path) -> int:
+        """Number of codes of a stored tokenizer, read from its config alone."""
+        return int(read_json(cls.files(path)["config.json"]).get("num_vq_embeddings", 256))
+
     def encode(self, value: Image.Image) -> np.ndarray:
         """uint32 (codes_per_image,) in raster order."""
         return self.encode_batch([value])[0]
@@ -157,9 +202,8 @@ class VQImageTokenizer:
     def _encode(self, images: Sequence[Image.Image]) -> np.ndarray:
         import torch
 
-        pixels = torch.from_numpy(np.stack([preprocess(image, self.resolution) for image in images]))
         with torch.inference_mode():
-            return self.quantize(pixels.to(self._model.device, self._model.dtype)).cpu().numpy().astype(np.uint32)
+            return self.quantize(self._pixels(images)).cpu().numpy().astype(np.uint32)
 
     def quantize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, resolution, resolution) in [-1, 1] -> int64 codes (B, codes_per_image)."""
@@ -185,5 +229,4 @@ class VQImageTokenizer:
             pixels = self._model.decoder(
                 self._model.post_quant_conv(quantized), quantized if config.norm_type == "spatial" else None
             )[0]
-        array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-        return Image.fromarray(array.transpose(1, 2, 0))
+        return picture(pixels)
