@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-class MetricsWriter:
-    """One JSON object per logged step in metrics.jsonl, the same names and values in TensorBoard.
+class Record:
+    """One JSON object per logged step in metrics.jsonl, the same names and values in TensorBoard, and a progress line
+    (steps, losses, tokens/s, time left). A context manager.
 
     A run that resumes after step n drops whatever was logged beyond it, so that no step stands there twice.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int):
+    def __init__(self, run_dir: Path, resumed_at: int, last: int):
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= resumed_at]
@@ -26,6 +29,17 @@ class MetricsWriter:
             partial.rename(self._path)
         self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        # one line that changes on a terminal, a line now and then in a log file
+        interval = 0.5 if sys.stderr.isatty() else 10
+        self.bar = tqdm(total=last, initial=resumed_at, unit="step", dynamic_ncols=True, mininterval=interval)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self._file.close()
+        self._board.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -34,9 +48,36 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
         self._board.flush()
 
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        if losses:
+            self.bar.set_postfix_str(f"{losses} | {values['perf/tokens_per_s']:,.0f} tok/s", refresh=False)
+
+
+class Clock:
+    """Seconds of training since the last look: without those spent in `paused`, and how many in `waiting`."""
+
+    def __init__(self, tokens: int):
+        self._since, self._tokens, self._waited = time.perf_counter(), tokens, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def lap(self, tokens: int) -> dict[str, float]:
+        """Tokens per second, and the share of the time spent waiting for data, since the last lap."""
+        now = time.perf_counter()
+        seconds = now - self._since
+        values = {"perf/tokens_per_s": (tokens - self._tokens) / seconds, "perf/data_wait": self._waited / seconds}
+        self._since, self._tokens, self._waited = now, tokens, 0.0
+        return values
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -46,21 +87,3 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().split("\n")[:-1] if line]
-
-
-def progress_bar(total: int, done: int) -> tqdm:
-    """Steps done, losses, tokens/s and time left; one line on a terminal, a line now and then in a log file."""
-    return tqdm(
-        total=total,
-        initial=done,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        smoothing=0.05,
-    )
-
-
-def short(values: Mapping[str, float]) -> str:
-    """Losses and speed for the progress line."""
-    losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
-    return f"{losses} | {values['perf/tokens_per_s']:,.0f} tok/s"

@@ -30,7 +30,7 @@ from mom_train.config import RunConfig, SourceConfig
 from mom_train.convert import load_weights, open_weights
 from mom_train.diffusion import NoisedPatches
 from mom_train.flops import training_flops_per_token
-from mom_train.metrics import MetricsWriter, progress_bar, short
+from mom_train.metrics import Clock, Record
 from mom_train.model import LanguageModel, Losses, initialize
 from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout, with_latents_of
 from mom_train.optimizer import build_optimizer, learning_rate
@@ -99,6 +99,7 @@ class Trainer:
         )
         self.modality_of_id = torch.from_numpy(self.vocab.modality_of_id).to(ranks.device)
         self.read = self.damaged = 0
+        self.stall = 0.0  # seconds that the last checkpoint took
 
     def _read_latest(self) -> Path | None:
         path = checkpoint.latest(self.config.run_dir)
@@ -129,64 +130,51 @@ class Trainer:
         """Train from where the state is to `training.steps`, or to `training.stop_at`."""
         config, state = self.config, self.state
         last = min(config.training.stop_at or config.training.steps, config.training.steps)
-        share = Share(self.ranks.rank, self.ranks.world_size, config.training.batch, config.training.micro_batch)
-        writer = MetricsWriter(config.run_dir, state.step) if self.ranks.main else None
-        bar = progress_bar(last, state.step) if self.ranks.main else None
-        pin = self.ranks.device.type == "cuda"
-        stream = batches(
-            self.train_plan, self.vocab, share, state.sequence,
-            workers=config.data.workers, pin=pin, corrupt_share=config.data.corrupt_share,
-        )  # fmt: skip
-        saved_at = state.step
-        since = time.perf_counter()
-        tokens_logged = sum(self._tokens.values())
-        data_wait = 0.0
-        try:
+        record = Record(config.run_dir, state.step, last) if self.ranks.main else None
+        with record or nullcontext():
             if state.step == 0 and self.validation_plans:
                 values = self.validate()
-                if writer is not None:
-                    writer.write(0, values)
-                since = time.perf_counter()
+                if record is not None:
+                    record.write(0, values)
+            stream, clock, saved_at = self.stream(), Clock(sum(self._tokens.values())), state.step
             while state.step < last:
-                waiting = time.perf_counter()
-                step_batches = [self.prepared(b) for b in islice(stream, self.accumulation)]
-                data_wait += time.perf_counter() - waiting
+                with clock.waiting():
+                    step_batches = [self.prepared(b) for b in islice(stream, self.accumulation)]
                 counts, tokens_M, stopping = self.agree(step_batches, stop)
                 if stopping:
                     break
                 sums = self.forward_backward(step_batches, counts)
                 grad_norm = self.step()
                 self.advance(step_batches, counts, tokens_M)
-                if state.step % config.log_every == 0 or state.step == last:
-                    now = time.perf_counter()
-                    tokens = sum(self._tokens.values())
-                    values = self.losses("", sums, counts) | {
-                        "grad_norm/total": grad_norm.item(),
-                        "learning_rate": self.optimizer.param_groups[0]["lr"],
-                        **{f"tokens/{m}": n for m, n in self._tokens.items()},
-                        "flops/total": state.flops,
-                        "perf/tokens_per_s": (tokens - tokens_logged) / (now - since),
-                        "perf/data_wait": data_wait / (now - since),
-                        "data/damaged": self.damaged,
-                    }
-                    since, tokens_logged, data_wait = now, tokens, 0.0
-                    if self.due(config.validation.every, last):
-                        values |= self.validate()
-                    if self.due(config.checkpoint.every, last):
-                        values["checkpoint/stall_s"] = self.save()
-                        saved_at = state.step
-                    since += time.perf_counter() - now  # neither validation nor saving is training speed
-                    if writer is not None and bar is not None:
-                        writer.write(state.step, values)
-                        bar.set_postfix_str(short(values), refresh=False)
-                if bar is not None:
-                    bar.update()
+
+                validating, saving = (self.due(s.every, last) for s in (config.validation, config.checkpoint))
+                if validating or saving or self.due(config.log_every, last):
+                    values = clock.lap(sum(self._tokens.values())) | self.values(sums, counts, grad_norm)
+                    with clock.paused():
+                        if validating:
+                            values |= self.validate()
+                        if record is not None:
+                            record.write(state.step, values)
+                        if saving:
+                            self.save()
+                            saved_at = state.step
+                if record is not None:
+                    record.bar.update()
             if state.step != saved_at:
                 self.save()
-        finally:
-            if writer is not None and bar is not None:
-                bar.close()
-                writer.close()
+
+    def stream(self) -> Iterator[PackedBatch]:
+        config, ranks = self.config, self.ranks
+        share = Share(ranks.rank, ranks.world_size, config.training.batch, config.training.micro_batch)
+        return batches(
+            self.train_plan,
+            self.vocab,
+            share,
+            self.state.sequence,
+            workers=config.data.workers,
+            pin=ranks.device.type == "cuda",
+            corrupt_share=config.data.corrupt_share,
+        )
 
     def due(self, every: int | None, last: int) -> bool:
         return self.state.step == last or (every is not None and self.state.step % every == 0)
@@ -296,6 +284,17 @@ class Trainer:
 
     # ---- what is said and kept ----------------------------------------------------------------------------
 
+    def values(self, sums: Tensor, counts: Counts, grad_norm: Tensor) -> dict[str, float]:
+        """What is logged of a step."""
+        return self.losses("", sums, counts) | {
+            "grad_norm/total": grad_norm.item(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **{f"tokens/{m}": n for m, n in self._tokens.items()},
+            "flops/total": self.state.flops,
+            "data/damaged": self.damaged,
+            "checkpoint/stall_s": self.stall,
+        }
+
     def losses(self, prefix: str, sums: Tensor, counts: Counts) -> dict[str, float]:
         """Mean losses over all ranks: in total, and by modality of the target (cross-entropy in nats; for continuous
         pictures the squared error per channel). A modality without targets is left out."""
@@ -335,11 +334,11 @@ class Trainer:
             )
         return values
 
-    def save(self) -> float:
-        """Checkpoint; returns the seconds that training stood still."""
+    def save(self) -> None:
+        """Checkpoint. The seconds that training stands still for it are logged with the next step."""
         start = time.perf_counter()
         checkpoint.save(self.config.run_dir, self.model, self.optimizer, self.state, self.config.checkpoint.keep)
-        return time.perf_counter() - start
+        self.stall = time.perf_counter() - start
 
 
 def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:

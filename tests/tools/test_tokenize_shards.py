@@ -201,7 +201,7 @@ def continuous(made):
     tool += ["--input", str(made / "raw"), "--output", str(folder / "tokens"), "--workers", "2"]
     refused = subprocess.run(tool, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "123 inputs" in refused.stderr or "no document could be read" in refused.stderr
+    assert "no document could be read" in refused.stderr  # without being told to, nothing is left out
     subprocess.run([*tool, "--drop-modalities", "speech"], check=True, capture_output=True)
     return folder
 
@@ -264,4 +264,4 @@ def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, t
 
 def test_a_modality_with_a_tokenizer_is_not_dropped(made, tmp_path):
     error = run(made, tmp_path / "t", "--drop-modalities", "speech", code=2).stderr
-    assert "has a tokenizer for speech" in error
+    assert "has a tokenizer for it" in error

@@ -12,6 +12,7 @@ import webdataset
 import yaml
 from PIL import Image
 
+from mom_data.document import Document, read_documents
 from mom_tokenizers.bundle import Tokenizers
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizers.py"
@@ -65,6 +66,10 @@ def tool():
     return module
 
 
+def documents(file):
+    return [d for d in read_documents(file) if isinstance(d, Document)]
+
+
 def train(raw, output, config=CONFIG, seed=0):
     module = tool()
     module.train_tokenizers(module.Config.model_validate(config), sorted(raw.glob("*.tar")), output, seed)
@@ -113,6 +118,33 @@ def test_pictures_come_back_better_than_their_mean_colour(trained):
     assert np.mean(errors) < np.mean(spread)
 
 
+@pytest.fixture(scope="module")
+def trained_kl(raw, tmp_path_factory):
+    """A VAE in place of the codes, and text."""
+    output = tmp_path_factory.mktemp("trained_kl") / "tokenizers"
+    image = {k: v for k, v in CONFIG["image"].items() if k not in ("size", "autoencoder_steps", "quantized_steps")}
+    train(raw, output, {"text": CONFIG["text"], "image": {**image, "kind": "kl", "steps": 240}})
+    return output
+
+
+def test_a_small_vae_gives_latents_that_its_own_scale_normalises(trained_kl, raw):
+    figures = json.loads((trained_kl / "training.json").read_text())["image"]
+    assert figures["psnr"] > figures["psnr_of_mean_colour"]
+    assert (figures["patches_per_image"], figures["patch_width"]) == (4, 16)
+    tokenizers = Tokenizers.load(trained_kl / "tokenizers.yaml")
+    described = tokenizers.describe()["image"]
+    assert (described["kind"], described["size"], described["patch_width"]) == ("kl", 1, 16)
+    # over pictures of the corpus, encoded anew: zero mean, unit variance
+    pictures = [
+        s.data for f in sorted(raw.glob("*.tar")) for d in documents(f) for s in d.segments if s.modality == "image"
+    ]
+    latents = [p.astype(np.float64) for p in tokenizers.encode_many("image", pictures) if not isinstance(p, ValueError)]
+    scaled = (np.concatenate(latents) - described["latent_shift"]) * described["latent_scale"]
+    assert abs(scaled.mean()) < 0.15
+    assert abs(scaled.std() - 1) < 0.15
+    assert (trained_kl / "reconstructions.png").is_file()
+
+
 def test_caps_hold_and_unreadable_items_are_counted(trained):
     figures = json.loads((trained / "training.json").read_text())
     assert figures["image"]["images"] + figures["image"]["held_out"] == 40
@@ -147,6 +179,7 @@ def test_training_is_deterministic_for_a_seed(raw, tmp_path):
     ("config", "inputs", "message"),
     [
         ({**CONFIG, "video": {}}, "train-*.tar", "video: Extra inputs"),
+        ({**CONFIG, "image": {**CONFIG["image"], "kind": "gan"}}, "train-*.tar", "of kind vq (codes) or kl (latents)"),
         ({"text": {"size": 300, "sise": 1}}, "train-*.tar", "text.sise"),
         (CONFIG, "nothing-*.tar", "no input matches"),
         (CONFIG, "text.jsonl", "the inputs hold no image"),
