@@ -7,6 +7,8 @@ Inside a span only the ids that may stand there can be sampled, so every picture
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,9 @@ class Sampling:
     """Longest speech span (25 units a second)."""
     denoising_steps: int = 50
     """Of DDIM (or of Euler's method, for a rectified flow)."""
+    denoised_limit: float = 4.0
+    """DDIM's estimates of the clean, scaled latents are clipped to plus or minus this: where all is noise, the first
+    steps divide by almost zero, and a small error of the model would blow up."""
     guidance: float = 1.0
     """Classifier-free guidance of pictures: 1 is none. Needs a model trained with objective.diffusion.
     condition_dropout."""
@@ -55,7 +60,9 @@ def load_model(run_dir: Path, step: int | None = None, device: str = "cpu") -> t
         model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
     model.to_empty(device=device)
     values = {"model": model.state_dict()}
-    dcp.load(values, checkpoint_id=str(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP wonders whether one process is meant; it is
+        dcp.load(values, checkpoint_id=str(path), no_dist=True)
     model.load_state_dict(values["model"])
     return model.eval(), config
 
@@ -190,7 +197,7 @@ class Sampler:
 
         x = torch.randn(P, config.patch_width, generator=self.generator).to(self.device)
         for t, following in timesteps(config, self.sampling.denoising_steps):
-            x = denoise(x, guided(x, t), t, following, config)
+            x = denoise(x, guided(x, t), t, following, config, self.sampling.denoised_limit)
         for state in (self.state, self.unconditional) if self._guided else (self.state,):
             clean = NoisedPatches(x, x, layout.order.long(), zeros, torch.tensor([0], device=self.device))
             self.model(tokens, layout, None, clean, state)
@@ -204,8 +211,11 @@ def timesteps(config: DiffusionConfig, steps: int) -> list[tuple[int, int]]:
     return list(zip(at, [*at[1:], -1], strict=True))
 
 
-def denoise(x: Tensor, predicted: Tensor, t: int, following: int, config: DiffusionConfig) -> Tensor:
-    """One deterministic step from timestep `t` to `following`: DDIM (eta = 0), or Euler for a rectified flow."""
+def denoise(
+    x: Tensor, predicted: Tensor, t: int, following: int, config: DiffusionConfig, limit: float = math.inf
+) -> Tensor:
+    """One deterministic step from timestep `t` to `following`: DDIM (eta = 0) with its estimate of x_0 clipped to
+    plus or minus `limit`, or Euler for a rectified flow."""
     if config.prediction == "flow":
         return x - (t - following) / config.steps * predicted
     table = cosine_alpha_bar(config.steps)
@@ -214,7 +224,7 @@ def denoise(x: Tensor, predicted: Tensor, t: int, following: int, config: Diffus
         x0, epsilon = a**0.5 * x - (1 - a) ** 0.5 * predicted, a**0.5 * predicted + (1 - a) ** 0.5 * x
     else:
         x0, epsilon = (x - (1 - a) ** 0.5 * predicted) / a**0.5, predicted
-    return b**0.5 * x0 + (1 - b) ** 0.5 * epsilon
+    return b**0.5 * x0.clamp(-limit, limit) + (1 - b) ** 0.5 * epsilon
 
 
 def sample_document(

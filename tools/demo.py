@@ -43,10 +43,11 @@ def stage(title: str) -> Iterator[None]:
     print(f"    {time.perf_counter() - begun:.0f} s ({time.perf_counter() - _started:.0f} s in all)", flush=True)
 
 
-def call(*command: str | Path, threads: int | None = None) -> None:
+def call(*command: str | Path, threads: int | None = None, quiet: bool = False) -> None:
     """Run one of our programs; its own message says what went wrong."""
+    output = subprocess.DEVNULL if quiet else None
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment)
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, stdout=output)
     if done.returncode:
         raise SystemExit(EXIT_USER_ERROR if done.returncode == EXIT_USER_ERROR else 1)
 
@@ -215,6 +216,12 @@ def demo(arguments: argparse.Namespace) -> None:
         print(f"curves         {picture}")
         print(f"TensorBoard    tensorboard --logdir {config.run_dir / 'tensorboard'}")
         print(f"pictures       {made / 'reconstructions.png'}: what the image tokenizer keeps")
+        start = ["--start", "image"] if "image" in found else []
+        prompt = ["--prompt", "A handwritten digit"] if corpus is None else []
+        call(
+            TOOLS / "generate.py", config.run_dir, *prompt, *start, "--samples", "2", "--max-tokens", "300", quiet=True
+        )
+        print(f"samples        {config.run_dir / 'samples'}: what the model writes and draws")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=Sampling.max_tokens)
     parser.add_argument("--patches", type=int, help="codes or patches of a picture (default: the image tokenizer's)")
     parser.add_argument("--denoising-steps", type=int, default=Sampling.denoising_steps)
+    parser.add_argument("--denoised-limit", type=float, default=Sampling.denoised_limit, help="(default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -88,6 +89,7 @@ def main() -> None:
             max_tokens=arguments.max_tokens,
             patches_per_picture=patches or Sampling.patches_per_picture,
             denoising_steps=arguments.denoising_steps,
+            denoised_limit=arguments.denoised_limit,
             guidance=arguments.guidance,
         )
         prompt = []

@@ -25,11 +25,13 @@ def build(config, diffusion=None):
     return model
 
 
+@pytest.mark.parametrize("limit", [None, 2.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_denoising_is_diffusers_ddim(prediction):
+def test_denoising_is_diffusers_ddim(prediction, limit):
     config = DiffusionConfig(patch_width=6, prediction=prediction)
     theirs = DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True,
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", set_alpha_to_one=True,
+        clip_sample=limit is not None, clip_sample_range=limit or 1.0,
         prediction_type="epsilon" if prediction == "epsilon" else "v_prediction", timestep_spacing="trailing",
     )  # fmt: skip
     theirs.set_timesteps(20)
@@ -38,7 +40,7 @@ def test_denoising_is_diffusers_ddim(prediction):
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     y = x.clone()
     for t, following in pairs:
-        x = denoise(x, torch.sin(3 * x + t), t, following, config)
+        x = denoise(x, torch.sin(3 * x + t), t, following, config, limit or np.inf)
         y = theirs.step(torch.sin(3 * y + t), t, y).prev_sample
     torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
 
@@ -120,7 +122,8 @@ def test_guidance_moves_the_prediction_away_from_the_unconditional_one():
     torch.nn.init.normal_(model.patch_head.patch_out.weight)
     results = {}
     for w in (1.0, 3.0):
-        sampler = Sampler(model, VOCAB, Sampling(guidance=w, patches_per_picture=4, denoising_steps=1), 0)
+        sampling = Sampling(guidance=w, patches_per_picture=4, denoising_steps=1, denoised_limit=np.inf)
+        sampler = Sampler(model, VOCAB, sampling, 0)
         sampler.read([VOCAB.specials["bos"], 1, 2, 3, VOCAB.specials["boi"]])
         results[w] = sampler.picture()
     nulls = [VOCAB.specials[k] for k in ("bos", "null", "null", "null", "boi")]
