@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Sampling:
     denoised_limit: float = 4.0
     """DDIM's estimates of the clean, scaled latents are clipped to plus or minus this: where all is noise, the first
     steps divide by almost zero, and a small error of the model would blow up."""
+    sizes: Mapping[str, int] | None = None
+    """Ids that each modality's tokenizer really has, where the vocabulary's spans are wider: no others are sampled."""
     guidance: float = 1.0
     """Classifier-free guidance of pictures: 1 is none. Needs a model trained with objective.diffusion.
     condition_dropout."""
@@ -131,7 +133,7 @@ class Sampler:
         vocab, specials = self.vocab, self.vocab.specials
         openings = {vocab.brackets(m)[0]: m for m in vocab.modalities[1:]}
         free = torch.zeros(vocab.size, dtype=torch.bool)
-        free[: vocab.sizes[0][1]] = True
+        free[: self._size("text")] = True
         free[[specials["eos"], *openings]] = True
         text: list[int] = []
         while self.position < self.sampling.max_tokens:
@@ -154,10 +156,14 @@ class Sampler:
         if text:
             yield "text", text
 
+    def _size(self, modality: str) -> int:
+        span = dict(self.vocab.sizes)[modality]
+        return min(span, (self.sampling.sizes or {}).get(modality, span))
+
     def codes(self, modality: str) -> list[int]:
         """Local ids of one span: a whole picture, or units until the closing bracket."""
         number = self.vocab.modalities.index(modality)
-        offset, size = self.vocab.offsets[modality], self.vocab.sizes[number][1]
+        offset, size = self.vocab.offsets[modality], self._size(modality)
         allowed = torch.zeros(self.vocab.size, dtype=torch.bool)
         allowed[offset : offset + size] = True
         fixed = modality == "image"

@@ -84,6 +84,7 @@ def main() -> None:
             image = tokenizers.tokenizer("image")
             patches = getattr(image, "patches_per_image" if image.kind == "kl" else "codes_per_image", None)
         sampling = Sampling(
+            sizes={m: int(d["size"]) for m, d in tokenizers.describe().items()},
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             max_tokens=arguments.max_tokens,

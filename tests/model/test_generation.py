@@ -143,3 +143,10 @@ def test_guidance_moves_the_prediction_away_from_the_unconditional_one():
     for w, result in results.items():
         expected = denoise(x, without + w * (conditional - without), 999, -1, diffusion)
         torch.testing.assert_close(result, expected, atol=1e-2, rtol=1e-3)
+
+
+def test_only_ids_that_the_tokenizer_has_are_sampled():
+    sampling = Sampling(max_tokens=120, patches_per_picture=9, sizes={"text": 10, "image": 3, "speech": 2})
+    for modality, values in sample_document(build(MAMBA), VOCAB, [TokenSegment(1, np.zeros(0))], sampling, 0):
+        below = [i for i in values if i < VOCAB.sizes[VOCAB.modalities.index(modality)][1]]
+        assert all(i < sampling.sizes[modality] for i in below)
