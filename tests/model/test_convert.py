@@ -50,6 +50,21 @@ def test_a_published_mamba_gives_its_logits_here_and_goes_back(published, tmp_pa
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_mamba_ssms_own_names_and_tied_heads_are_read_too(published, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    theirs, path = published
+    stored = load_file(path / "model.safetensors")
+    renamed = {
+        n.replace("backbone.embeddings.", "backbone.embedding."): v for n, v in stored.items() if "lm_head" not in n
+    }
+    save_file(renamed, tmp_path / "weights.safetensors")
+    ours = LanguageModel(ModelConfig(dim=32, layers=2, decoupled=()), 128, 1)
+    load_weights(ours, open_weights(tmp_path / "weights.safetensors"), tmp_path)
+    assert torch.equal(ours.head.weight, theirs.backbone.embeddings.weight)
+    assert torch.equal(ours.blocks[3].block.mixer.conv_weight, theirs.backbone.layers[3].mixer.conv1d.weight[:, 0])
+
+
 def test_another_architecture_or_shape_is_refused_by_name(published, tmp_path):
     _, path = published
     narrow = LanguageModel(ModelConfig(dim=48, layers=2, decoupled=()), 128, 1)

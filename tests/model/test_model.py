@@ -219,6 +219,22 @@ def test_chunked_cross_entropy_equals_torchs(rows, monkeypatch):
         torch.testing.assert_close(a, r)
 
 
+def test_the_z_loss_adds_the_squared_normaliser_of_rows_with_a_label():
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((9, 8), (V, 8)))
+    labels = torch.randint(0, V, (9,), generator=g)
+    labels[4] = -100
+    loss, each = linear_cross_entropy(x, w, labels, 0.3)
+    logits = x @ w.t()
+    squares = logits.logsumexp(1)[labels >= 0].square().sum()
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(loss, plain + 0.3 * squares)
+    torch.testing.assert_close(each.sum(), plain)
+    grads, wanted = (torch.autograd.grad(total, [x, w]) for total in (loss, plain + 0.3 * squares))
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("architecture", ["mamba", "transformer"])
 def test_compiled_and_eager_blocks_agree(architecture):
     """Through dynamo and AOT autograd, over batches whose modalities differ, without recompiling for each."""

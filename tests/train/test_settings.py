@@ -26,6 +26,7 @@ ROUTERS = {
 SETTINGS = {
     "chameleon": {"vocabulary": {"text": 256, "image": 17}},
     "chameleon_speech": {"vocabulary": {"text": 256, "image": 17, "speech": 20}},
+    "four_modalities": {"vocabulary": {"text": 256, "image": 17, "speech": 20, "video": 17}},
     "transfusion": {"vocabulary": {"text": 256, "image": 1}, "objective": {"diffusion": {"patch_width": 4}}},
 }
 
@@ -48,6 +49,9 @@ def write_digits(folder, vocabulary, continuous):
             if "speech" in vocabulary:
                 profile = np.repeat(pixels.sum(0) // 7, 2).clip(max=19)
                 segments.append(TokenSegment(2, profile.astype(np.uint16)))
+            if "video" in vocabulary:  # three frames of the digit scrolling up
+                frames = [np.roll(pixels, -shift, 0)[::2, ::2] for shift in (0, 2, 4)]
+                segments.append(TokenSegment(3, np.stack(frames).reshape(-1).astype(np.uint16)))
             writer.add(str(i), segments)
     tokenizers = {m: {"kind": "test", "fingerprint": m, "size": n} for m, n in vocabulary.items()}
     write_manifest(folder, [writer.record()], tokenizers, np.uint16, {})
@@ -88,6 +92,8 @@ def test_every_architecture_trains_in_the_setting(setting, tmp_path):
         "training": {"steps": 30, "batch": 8, "micro_batch": 4},
     }
     models = ARCHITECTURES | (ROUTERS if setting == "chameleon_speech" else {})
+    if setting == "four_modalities":  # one more entry of the vocabulary, and nothing else
+        models = {"mom": ARCHITECTURES["mom"], "mot": ARCHITECTURES["mot"]}
     configs = {name: RunConfig.model_validate({**common, "model": model}) for name, model in models.items()}
     curves, others = run_ranks(2, train_few_steps, configs, 30)
     assert curves == others
