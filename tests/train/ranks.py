@@ -29,7 +29,7 @@ def _rank(rank, world_size, port, function, args, results):
         results.put((rank, False, traceback.format_exc()))
 
 
-def run_ranks(world_size, function, *args, timeout=120):
+def run_ranks(world_size, function, *args, timeout=900):
     """[function(*args) of each rank]; raises with the first failing rank's traceback. The function must be
     importable, and what it returns picklable without torch (numpy arrays, numbers)."""
     context = multiprocessing.get_context("forkserver")
