@@ -59,15 +59,15 @@ def present_modalities(corpus: Path) -> list[str]:
         for item in islice(read_documents(path), 100):
             if isinstance(item, Document):
                 found |= {segment.modality for segment in item.segments}
-    return sorted(found, key=["text", "image", "speech"].index)
+    return sorted(found, key=lambda modality: (modality != "text", modality))
 
 
-def weighted_sources(dataset: Path) -> list[dict[str, object]]:
-    """The dataset's shards as sources of the mixture: by SHARES where each shard leans to one modality."""
+def weighted_sources(dataset: Path, lanes: int) -> list[dict[str, object]]:
+    """The dataset's shards as sources of the mixture: by SHARES where each shard leans to one modality, and has
+    documents for every lane."""
     shards = json.loads((dataset / "manifest.json").read_text())["shards"]
     leaning = {s["name"]: max(s["tokens"], key=s["tokens"].get) for s in shards}
-    groups = {m: sum(SHARES.get(m, 0.25) for m in set(leaning.values())) for m in set(leaning.values())}
-    if len(groups) == 1:
+    if len(set(leaning.values())) == 1 or min(s["documents"] for s in shards) < lanes:
         return [{"path": str(dataset)}]
     sources = []
     for shard in shards:
@@ -187,13 +187,14 @@ def demo(arguments: argparse.Namespace) -> None:
             call(*tool, "--input", *inputs, *(["--drop-modalities", *dropped] if dropped else []))
 
     name = "held_out"
-    vocabulary = {m: load_config(arguments.config).vocabulary[m] for m in found}
+    given = load_config(arguments.config)
+    vocabulary = {m: given.vocabulary[m] for m in found}
     overrides = [
         f"run_dir={work / 'run'}",
         f"tokenizers={made / 'tokenizers.yaml'}",
         f"vocabulary={json.dumps(vocabulary)}",
-        f"data.train={json.dumps(weighted_sources(work / 'tokens' / 'train'))}",
-        f"data.validation={json.dumps({name: weighted_sources(work / 'tokens' / 'val')})}",
+        f"data.train={json.dumps(weighted_sources(work / 'tokens' / 'train', given.data.lanes))}",
+        f"data.validation={json.dumps({name: weighted_sources(work / 'tokens' / 'val', 1)})}",
         *arguments.overrides,
     ]
     config = load_config(arguments.config, overrides)
