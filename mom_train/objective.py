@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mom_data.batch import IGNORE, PackedBatch
-from mom_data.shards import TokenDataset
+from mom_data.dataset import TokenDataset
 from mom_train.config import DiffusionConfig, ObjectiveConfig
 from mom_train.diffusion import NoisedPatches, draw, noise
 from mom_train.layout import RowLayout

@@ -20,9 +20,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mom_data.batch import PackedBatch, first_sequences
+from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
-from mom_data.shards import TokenDataset, check_agreement
 from mom_tokenizers.vocab import VocabLayout
 from mom_train import checkpoint
 from mom_train.checkpoint import TrainState

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mom_data.shards import TokenDataset
+from mom_data.dataset import TokenDataset
 
 # Part of the order's identity: raise it whenever any change below alters which sequence is the i-th.
 PLAN_VERSION = 1

@@ -3,8 +3,9 @@ import pytest
 from corpus import MODALITIES, VOCAB, write_dataset
 
 from mom_data.batch import assemble_document, build_batch
+from mom_data.dataset import TokenDataset
 from mom_data.plan import Piece, Source
-from mom_data.shards import TokenDataset, TokenSegment
+from mom_data.shards import TokenSegment
 
 S = VOCAB.specials
 

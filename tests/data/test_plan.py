@@ -7,9 +7,9 @@ from corpus import VOCAB, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mom_data.dataset import TokenDataset
 from mom_data.loader import PlannedBatches, Share, batches
 from mom_data.plan import Lane, Piece, Plan, Source, cut, pack, permutation
-from mom_data.shards import TokenDataset
 
 segment = st.tuples(st.integers(1, 200), st.integers(0, 2))
 

@@ -8,7 +8,8 @@ import webdataset
 from corpus import MODALITIES, TOKENIZERS, VOCAB, random_document, write_dataset
 
 from mom_data import shards
-from mom_data.shards import ShardWriter, TokenDataset, check_agreement
+from mom_data.dataset import TokenDataset, check_agreement
+from mom_data.shards import ShardWriter
 
 
 def same(a, b):

@@ -3,9 +3,9 @@ import pytest
 from corpus import VOCAB, write_dataset
 from sklearn.metrics import log_loss
 
+from mom_data.dataset import TokenDataset
 from mom_data.loader import PlannedBatches, Share
 from mom_data.plan import Plan, Source
-from mom_data.shards import TokenDataset
 from mom_data.statistics import unigram_losses
 
 

@@ -5,9 +5,10 @@ from corpus import VOCAB, write_dataset
 from diffusers import DDPMScheduler
 
 from mom_data.batch import first_sequences
+from mom_data.dataset import TokenDataset
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
-from mom_data.shards import TokenDataset, TokenSegment
+from mom_data.shards import TokenSegment
 from mom_train.config import DiffusionConfig, ModelConfig, ObjectiveConfig
 from mom_train.diffusion import cosine_alpha_bar, noise
 from mom_train.model import LanguageModel, initialize

@@ -18,8 +18,8 @@ import webdataset
 import yaml
 from PIL import Image
 
+from mom_data.dataset import TokenDataset
 from mom_data.document import read_documents
-from mom_data.shards import TokenDataset
 from mom_tokenizers.bundle import Tokenizers
 
 TOOLS = Path(__file__).parents[2] / "tools"
