@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -10,7 +10,7 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mom_data.batch import PackedBatch, build_batch
-from mom_data.plan import Lane, Plan
+from mom_data.plan import Cursor, Lane, Plan
 from mom_tokenizers.vocab import VocabLayout
 
 
@@ -39,27 +39,44 @@ class Share:
 class PlannedBatches(IterableDataset):
     """The rank's micro-batches from sequence `start` on, without end: worker k of n makes every n-th of them.
 
-    Sequences that others take are planned and not read, so the order never depends on who reads.
+    Sequences that others take are planned and not read, so the order never depends on who reads. `cursors` (lane ->
+    where a chunk of it began, at or before `start`) spare planning everything from the first sequence on.
     """
 
-    def __init__(self, plan: Plan, vocab: VocabLayout, share: Share, start: int = 0, *, corrupt_share: float = 0.0):
+    def __init__(
+        self,
+        plan: Plan,
+        vocab: VocabLayout,
+        share: Share,
+        start: int = 0,
+        cursors: Mapping[int, Cursor] | None = None,
+        *,
+        corrupt_share: float = 0.0,
+    ):
         self.plan, self.vocab, self.share, self.start = plan, vocab, share, start
+        self.cursors = dict(cursors or {})
         self.corrupt_share = corrupt_share
 
     def __iter__(self) -> Iterator[PackedBatch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        lanes: dict[int, tuple[Lane, int]] = {}
+        plan = self.plan
+        lanes: dict[int, Lane] = {}
         for sequences, end in islice(self.share.micro_batches(self.start), worker, None, workers):
-            rows = []
+            rows, cursors = [], {}
             for i in sequences:
-                lane, emitted = lanes.get(i % self.plan.lanes) or (Lane(self.plan, i % self.plan.lanes), 0)
-                row = next(islice(lane, i // self.plan.lanes - emitted, None))
-                lanes[i % self.plan.lanes] = lane, i // self.plan.lanes + 1
-                rows.append(row)
-            plan = self.plan
+                number, given = i % plan.lanes, i // plan.lanes
+                lane = lanes.get(number)
+                if lane is None:
+                    lane = lanes[number] = Lane(plan, number, self.cursors.get(number))
+                lane.skip_to(given)
+                lane.entered.clear()
+                rows.append(next(lane))
+                for source, shard in lane.entered:
+                    plan.sources[source].dataset.prefetch(shard)
+                cursors[number] = lane.cursor
             batch = build_batch(rows, plan.sources, self.vocab, plan.length, sequences, self.corrupt_share)
-            yield replace(batch, end_sequence=end)
+            yield replace(batch, end_sequence=end, cursors=cursors)
 
 
 def batches(
@@ -67,13 +84,15 @@ def batches(
     vocab: VocabLayout,
     share: Share,
     start: int = 0,
+    cursors: Mapping[int, Cursor] | None = None,
     *,
     workers: int = 0,
     pin: bool = False,
     corrupt_share: float = 0.0,
 ) -> Iterator[PackedBatch]:
     """An endless stream of the rank's micro-batches. The state to resume from is the `end_sequence` of the last
-    batch of a finished step; what was prefetched beyond it is made again."""
-    source = PlannedBatches(plan, vocab, share, start, corrupt_share=corrupt_share)
+    batch of a finished step, with the cursors of the batches until there; what was prefetched beyond it is made
+    again."""
+    source = PlannedBatches(plan, vocab, share, start, cursors, corrupt_share=corrupt_share)
     pipeline = webdataset.DataPipeline(source)
     return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin))

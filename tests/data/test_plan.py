@@ -1,51 +1,20 @@
+import json
+import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 import pytest
 from corpus import VOCAB, write_dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mom_data.dataset import TokenDataset
 from mom_data.loader import PlannedBatches, Share, batches
-from mom_data.plan import Lane, Piece, Plan, Source, cut, pack, permutation
-
-segment = st.tuples(st.integers(1, 200), st.integers(0, 2))
-
-
-@given(st.lists(segment, min_size=1, max_size=8), st.integers(24, 120))
-def test_cutting_covers_a_document_and_splits_no_span_that_fits_a_row(segments, row):
-    lengths, modalities = zip(*segments, strict=True)
-    pieces = cut(lengths, modalities, [False] * len(segments), row)
-    total = 2 + sum(n + 2 * (m > 0) for n, m in segments)
-    assert pieces[0][0] == 0
-    assert pieces[-1][1] == total
-    assert all(a[1] == b[0] for a, b in pairwise(pieces))
-    assert all(0 < e - s <= row for s, e in pieces)
-    at = 1
-    for n, m in segments:
-        end = at + n + 2 * (m > 0)
-        if m and end - at <= row:
-            assert not any(at < s < end for s, _ in pieces)
-        at = end
-
-
-def test_latents_that_do_not_fit_a_row_are_refused():
-    with pytest.raises(ValueError, match="256 patches does not fit a row of 200"):
-        cut([256], [1], [True], 200)
-
-
-@given(st.lists(st.integers(1, 64), max_size=60))
-@settings(max_examples=50)
-def test_packing_keeps_every_piece_and_overfills_no_row(sizes):
-    pieces = [Piece(0, 0, i, 0, n) for i, n in enumerate(sizes)]
-    rows = pack(pieces, 64)
-    assert Counter(p for row in rows for p in row) == Counter(pieces)
-    fill = [sum(p.end - p.start for p in row) for row in rows]
-    assert all(f <= 64 for f in fill)
-    # best fit leaves no two rows that could be one: at most one row is half empty or less
-    assert sum(f <= 32 for f in fill) <= 1
+from mom_data.plan import Cursor, Lane, Plan, Source, permutation
 
 
 @given(st.integers(0, 300), st.integers(0, 5))
@@ -95,19 +64,29 @@ def rows_of(plan, world, batch, micro_batch, workers, start, steps):
     return {i: [x if isinstance(x, bytes) else x.numpy().tobytes() for x in t] for i, t in seen.items()}
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (4, 0), (8, 0), (1, 2), (2, 2)])
-def test_the_order_does_not_depend_on_ranks_workers_batch_or_where_one_resumes(plan, world, workers):
-    reference = rows_of(plan, 1, 8, 8, 0, 0, 12)
-    for batch, micro_batch, start in ((8, 1, 0), (16, 2, 0), (8, 1, 40), (16, 2, 24)):
-        got = rows_of(plan, world, batch, micro_batch, workers, start, 2)
-        assert got == {i: reference[i] for i in range(start, start + 2 * batch)}
+@pytest.fixture(scope="module")
+def reference(plan):
+    """One rank, one batch at a time, from the first sequence."""
+    return rows_of(plan, 1, 8, 8, 0, 0, 24)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_the_order_does_not_depend_on_ranks_workers_batch_or_where_one_resumes(plan, reference, world, workers):
+    points = [(8, 0), (16, 0), (8, 40), (16, 24), (32, 96), (8, 184)] + [(8, 8 * i) for i in range(1, 18)]
+    rng = np.random.default_rng(world * 3 + workers)
+    chosen = points if not workers else [points[i] for i in rng.choice(len(points), 2, replace=False)]
+    for batch, start in chosen:
+        micro_batch = int(rng.choice([n for n in (1, 2, 4) if (batch // world) % n == 0]))
+        got = rows_of(plan, world, batch, micro_batch, workers, start, 1)
+        assert got == {i: reference[i] for i in range(start, start + batch)}
 
 
 def test_every_position_of_every_document_comes_once_per_epoch(plan):
     alone = Plan(plan.sources[:1], length=128, lanes=4, window=64, seed=0)
     for number in range(4):
         lane = Lane(alone, number)
-        units = lane._units(0, 0)
+        units = [unit for pool in alone.pools(number, 0, 0) for unit in pool]
         wanted = {(shard, d) for shard, a, b in units for d in range(a, b)}
         assert wanted
         covered: dict[tuple[int, int], int] = Counter()
@@ -115,7 +94,7 @@ def test_every_position_of_every_document_comes_once_per_epoch(plan):
             for piece in next(lane):
                 covered[piece.shard, piece.document] += piece.start == 0
                 assert covered[piece.shard, piece.document] <= 1, "a document came again before the epoch was over"
-    every = [unit for number in range(4) for unit in Lane(alone, number)._units(0, 0)]
+    every = [unit for number in range(4) for pool in alone.pools(number, 0, 0) for unit in pool]
     assert sum(b - a for _, a, b in every) == 240
 
 
@@ -136,10 +115,136 @@ def test_the_fingerprint_knows_what_decides_the_order(plan):
         Plan(plan.sources, 128, 2, 64, 5),
         Plan((plan.sources[0], Source(plan.sources[1].dataset, 2.0)), 128, 4, 64, 5),
         Plan(plan.sources[:1], 128, 4, 64, 5),
+        Plan(plan.sources, 128, 4, 64, 5, pool=3),
+        Plan(plan.sources, 128, 4, 64, 5, packing="concatenate"),
+        Plan(plan.sources, 128, 4, 64, 5, cut_spans=True),
+        Plan(plan.sources, 128, 4, 64, 5, before=plan, since=8),
     ]
-    assert len({p.fingerprint for p in (plan, *others)}) == 6
+    assert len({p.fingerprint for p in (plan, *others)}) == 10
     with pytest.raises(ValueError, match="cannot be dealt to 400 lanes"):
         Plan(plan.sources, 128, 400, 64, 5)
+
+
+def test_a_source_named_twice_is_refused(plan):
+    with pytest.raises(ValueError, match="more than once"):
+        Plan((plan.sources[0], plan.sources[0]), 128, 4, 64, 5)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+def test_a_lane_goes_on_from_its_cursor_at_any_point(plan, packing):
+    plan = Plan(plan.sources, 128, 4, 16, 5, pool=2, packing=packing)
+    for number in range(4):
+        lane, rows, cursors = Lane(plan, number), [], []
+        for _ in range(300):  # several epochs of both sources
+            rows.append(next(lane))
+            cursors.append(Cursor(*json.loads(json.dumps(lane.cursor))))
+        assert cursors[-1].sources[0][0] > 1
+        for start in (1, 7, 50, 51, 52, 200, 299):
+            again = Lane(plan, number, cursors[start - 1])
+            again.skip_to(start)
+            assert list(islice(again, 300 - start)) == rows[start:]
+
+
+def test_a_changed_mix_takes_over_at_each_lanes_next_chunk_and_nothing_is_repeated_or_left_out(plan, tmp_path):
+    write_dataset(tmp_path / "c", documents=240, shards=2, seed=3)
+    first = Plan(plan.sources, 128, 4, 16, 5)
+    new = (Source(plan.sources[1].dataset, 1.0), Source(TokenDataset(tmp_path / "c"), 3.0))
+    since = 64
+    second = Plan(new, 128, 4, 24, 5, before=first, since=since)
+    assert [s.weight for s in second.sources] == [0.0, 1.0, 3.0]
+    seen = Counter()
+    for number in range(4):
+        old, lane = Lane(first, number), Lane(second, number)
+        rows = list(islice(lane, 120))
+        assert rows[: since // 4] == list(islice(old, since // 4))
+        chunk_end = old._next.rows
+        assert rows[:chunk_end] == list(islice(Lane(first, number), chunk_end)), "the chunk at hand is ended"
+        assert all(p.source != 0 for row in rows[chunk_end:] for p in row)
+        used = [sum(p.end - p.start for row in rows[chunk_end:] for p in row if p.source == s) for s in range(3)]
+        assert used[2] / sum(used) == pytest.approx(0.75, abs=0.04)
+        # a source that both phases have is gone through once before it comes again
+        chosen = [p for row in rows for p in row if p.source == 1 and p.start == 0]
+        epoch = sum(b - a for pool in second.pools(number, 1, 0) for _, a, b in pool)
+        for p in chosen[:epoch]:
+            seen[p.shard, p.document] += 1
+        # and the cursor knows its phase
+        half = Lane(second, number)
+        half.skip_to(chunk_end + 5)
+        again = Lane(second, number, half.cursor)
+        again.skip_to(chunk_end + 5)
+        assert list(islice(again, 20)) == rows[chunk_end + 5 : chunk_end + 25]
+    assert set(seen.values()) <= {1, 2}  # 2 only where a chunk reached into the next epoch
+    with pytest.raises(AssertionError):
+        Plan(new, 64, 4, 24, 5, before=first, since=since)
+
+
+def _consume(pipe, folder, world, workers, start, cursors, steps, batch):
+    """Child of the test below: every rank's documents of `steps` steps, said step by step."""
+    plan = Plan((Source(TokenDataset(folder), 1.0),), 128, 4, 16, 9, pool=2)
+    streams = [batches(plan, VOCAB, Share(r, world, batch, 1), start, cursors, workers=workers) for r in range(world)]
+    for _ in range(steps):
+        known = {}
+        for stream in streams:
+            for made in islice(stream, batch // world):
+                known |= {n: c for n, c in made.cursors.items() if c.rows >= known.get(n, Cursor()).rows}
+                end = made.end_sequence
+        pipe.send((end, known))
+    time.sleep(60)  # until it is killed
+
+
+def test_every_document_comes_once_per_epoch_however_often_a_run_is_killed_and_resharded(tmp_path):
+    """4 ranks -> SIGKILL -> 2 -> 1 -> 4, with loader workers, each from what the last one had said."""
+    truth = write_dataset(tmp_path / "d", documents=400, shards=4, seed=8)
+    context = multiprocessing.get_context("fork")
+    sequence, cursors, consumed = 0, {}, []
+    for world, workers, steps in ((4, 1, 3), (2, 0, 4), (1, 2, 2), (4, 0, 5)):
+        mine, theirs = context.Pipe()
+        arguments = (theirs, tmp_path / "d", world, workers, sequence, cursors, steps, 8)
+        child = context.Process(target=_consume, args=arguments)
+        child.start()
+        for _ in range(steps):
+            assert mine.poll(60)
+            end, known = mine.recv()
+            consumed += range(sequence, end)
+            sequence = end
+            cursors = {n: Cursor(*json.loads(json.dumps(c))) for n, c in (cursors | known).items()}
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    assert consumed == list(range(14 * 8))
+    plan = Plan((Source(TokenDataset(tmp_path / "d"), 1.0),), 128, 4, 16, 9, pool=2)
+    # the rest of the epoch, planned from the cursors, and what was consumed, planned from the start
+    covered = Counter()
+    for number in range(4):
+        before = sequence // 4
+        lane = Lane(plan, number, cursors[number])
+        lane.skip_to(before)
+        reference = Lane(plan, number)
+        rows = list(islice(reference, before))
+        while lane.cursor.sources[0][0] == 0 if lane.cursor.sources else True:
+            rows.append(next(lane))
+        rows.pop()
+        for piece in (p for row in rows for p in row):
+            for position in range(piece.start, piece.end):
+                covered[piece.shard, piece.document, position] += 1
+    wanted = {
+        (k, d, i)
+        for (k, d), segments in truth.items()
+        for i in range(2 + sum(len(s.values) + 2 * (s.modality > 0) for s in segments))
+    }
+    assert set(covered) == wanted
+    assert set(covered.values()) == {1}
+
+
+def test_cursors_of_128_lanes_and_two_sources_stay_under_16_kib(plan, tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        write_dataset(tmp_path / name, documents=1200, shards=3, seed=seed)
+    sources = tuple(Source(TokenDataset(tmp_path / name), 1.0) for name in ("a", "b"))
+    far = Plan(sources, 128, 128, 8, 0)
+    state = [Cursor(100_000 + n, 3, ((12, 345, 4095, 123_456_789),) * 2) for n in range(128)]
+    assert len(json.dumps(state)) <= 16384
+    lane = Lane(far, 77)
+    lane.skip_to(200)
+    assert len(json.dumps(lane.cursor)) <= 128
 
 
 def test_a_damaged_document_is_masked_in_place_and_nothing_else_moves(plan, tmp_path):

@@ -1,0 +1,121 @@
+"""A run's data: plans from the config's sources, and the phases where a run changed them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mom_data.dataset import TokenDataset, check_agreement
+from mom_data.plan import Cursor, Plan, Source
+from mom_train.config import DataConfig, RunConfig, SourceConfig
+from mom_train.objective import with_latents_of
+
+Phase = dict[str, Any]
+"""What a checkpoint keeps of a phase: `since`, its first sequence, and the settings of the order that may change."""
+
+
+class Datasets:
+    """Token datasets by where they are, each opened once."""
+
+    def __init__(self, config: DataConfig):
+        self._config = config
+        self._opened: dict[tuple[str, str], TokenDataset] = {}
+
+    def sources(self, entries: Iterable[SourceConfig]) -> tuple[Source, ...]:
+        return tuple(Source(self._open(entry), entry.weight) for entry in entries)
+
+    def _open(self, entry: SourceConfig) -> TokenDataset:
+        key = (str(entry.path), entry.shards)
+        if key not in self._opened:
+            cache_bytes = int(self._config.cache_gib * 2**30)
+            self._opened[key] = TokenDataset(entry.path, entry.shards, self._config.cache, cache_bytes)
+        return self._opened[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._opened.values())
+
+
+def training_plan(
+    config: RunConfig, datasets: Datasets, saved: Sequence[Phase] = (), fingerprint: str = "", sequence: int = 0
+) -> tuple[Plan, list[Phase]]:
+    """(the plan, its phases) of a run whose checkpoint, where there is one, stands at `sequence` in the plan of that
+    `fingerprint` with the `saved` phases.
+
+    Raises ValueError where the config asks for another order than the checkpoint's and does not say `new_phase`.
+    """
+    data = config.data
+
+    def plan(phase: Phase, before: Plan | None) -> Plan:
+        sources = datasets.sources(SourceConfig.model_validate(s) for s in phase["train"])
+        return Plan(
+            sources,
+            data.sequence_length,
+            data.lanes,
+            phase["pack_window"],
+            config.seed,
+            phase["shuffle_units"],
+            phase["packing"],
+            phase["cut_spans"],
+            before,
+            phase["since"],
+        )
+
+    def chain(phases: Sequence[Phase]) -> Plan | None:
+        before = None
+        for phase in phases:
+            before = plan(phase, before)
+        return before
+
+    settings = {"train", "pack_window", "shuffle_units", "packing", "cut_spans"}
+    now = data.model_dump(mode="json", include=settings)
+    since = saved[-1]["since"] if saved else 0
+    earlier = list(saved[:-1])
+    same = plan({**now, "since": since}, chain(earlier))
+    if not saved or same.fingerprint == fingerprint:
+        return same, [*earlier, {**now, "since": since}]
+    if not data.new_phase:
+        raise ValueError(
+            f"the run's checkpoint counts its data in plan {fingerprint}, the config's is {same.fingerprint}: shards, "
+            "weights, sequence_length, lanes, packing or seed changed. Restore them; or, to go on with other sources, "
+            "weights or packing from here, add data.new_phase=true; or use another run_dir."
+        )
+    before = chain(saved)
+    assert before is not None
+    if before.fingerprint != fingerprint:
+        raise ValueError(
+            "data.new_phase changes sources, weights and packing only: data.sequence_length, data.lanes and seed must "
+            "be the checkpoint's, and the shards of its last phase must still be there as they were."
+        )
+    return plan({**now, "since": sequence}, before), [*saved, {**now, "since": sequence}]
+
+
+def validation_plans(config: RunConfig, datasets: Datasets) -> dict[str, Plan]:
+    """The order of each validation set: the same in every run, whatever the training order is."""
+    data = config.data
+    return {
+        name: Plan(datasets.sources(entries), data.sequence_length, 1, data.pack_window, 0)
+        for name, entries in data.validation.items()
+    }
+
+
+def check(config: RunConfig, datasets: Datasets) -> RunConfig:
+    """The config with the scale and shift of its latents. Raises ValueError where datasets do not fit each other, the
+    vocabulary or the run's tokenizers."""
+    made_by = None
+    if config.tokenizers is not None:
+        from mom_tokenizers.bundle import Tokenizers
+
+        made_by = Tokenizers.load(config.tokenizers).describe()
+    check_agreement(list(datasets), config.vocabulary, made_by)
+    diffusion = with_latents_of(config.objective.diffusion, list(datasets))
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"diffusion": diffusion})})
+
+
+def newest(*known: Mapping[int, Cursor]) -> dict[int, Cursor]:
+    """The furthest cursor of each lane."""
+    merged: dict[int, Cursor] = {}
+    for cursors in known:
+        for lane, cursor in cursors.items():
+            if lane not in merged or cursor.rows > merged[lane].rows:
+                merged[lane] = cursor
+    return merged
