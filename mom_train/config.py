@@ -125,8 +125,9 @@ class ObjectiveConfig(Section):
 
 
 class SourceConfig(Section):
-    path: Path
-    """A folder of token shards, as tools/tokenize_shards.py writes it (holds manifest.json)."""
+    path: str
+    """A folder of token shards, as tools/tokenize_shards.py writes it (holds manifest.json): here, or at http(s)://,
+    s3:// or another URL that fsspec knows."""
     weight: float = Field(1.0, gt=0)
     """Share of the tokens drawn from this source, relative to the other sources' weights."""
     shards: str = "*"
@@ -144,9 +145,24 @@ class DataConfig(Section):
     """Independent streams that sequence i is dealt from (lane i mod lanes). Part of the order: do not change it
     mid-run."""
     pack_window: PositiveInt = 1024
-    """Pieces of documents packed together, best fit first. Part of the order."""
+    """Pieces of documents packed together. Part of the order, as the next three are."""
+    packing: Literal["best_fit", "concatenate"] = "best_fit"
+    """How: best fit first, text split to fill gaps; or one after another, cut where a row ends."""
+    cut_spans: bool = False
+    """Whether codes of a picture and units of speech may be cut between rows. Latents never are."""
+    shuffle_units: PositiveInt = 16
+    """Shards, or parts of them, whose documents a lane shuffles together."""
+    new_phase: bool = False
+    """Carry a run on with other sources, weights or packing than its checkpoint's: from there on the new ones hold,
+    every source goes on from where it was, and the checkpoint keeps the list of phases."""
     workers: int = Field(1, ge=0)
     """Loader processes per rank; 0 reads in the training process. Not part of the order."""
+    cache: Path | None = None
+    """Node-local folder for shards of remote sources, shared by the node's processes; by default
+    $TMPDIR/mom-cache-UID."""
+    cache_gib: float = Field(32.0, gt=0)
+    """Most GiB the cache may hold. At least room for the shards that a node reads at a time and those it fetches ahead
+    (2 x lanes of its ranks x sources), or they are fetched again and again."""
     corrupt_share: float = Field(default=0.0, ge=0, le=1)
     """Share of tokens routed as another modality than their own, in training and validation: an experiment on how
     much the modality mask matters."""
@@ -182,12 +198,16 @@ class TrainingConfig(Section):
     """Sequences per rank and forward pass; the rest of `batch` is accumulated."""
     stop_at: PositiveInt | None = None
     """Checkpoint and end cleanly after this step, to carry on another time."""
+    time_limit: float | None = Field(None, gt=0)
+    """Seconds after which the run checkpoints and ends as if it were preempted: a little less than the job's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the matrix products (autocast). Parameters, norms, scan, time steps and losses are fp32 in any case."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """torch.compile each block."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights with this decay, such as 0.999."""
 
 
 class ValidationConfig(Section):
@@ -195,13 +215,57 @@ class ValidationConfig(Section):
     """Steps between validations; one always follows the last step. Nothing by default but that one."""
     sequences: PositiveInt = 64
     """Sequences per set, the same ones each time."""
+    ema: bool = False
+    """Validate the averaged weights (training.ema_decay) in place of those being trained."""
 
 
 class CheckpointConfig(Section):
     every: PositiveInt | None = None
     """Steps between checkpoints; one always follows the last step."""
+    seconds: float | None = Field(None, gt=0)
+    """Seconds between checkpoints, besides those by steps."""
     keep: PositiveInt = 2
-    """Committed checkpoints kept; older ones are deleted."""
+    """The newest so many are kept; older ones are deleted."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides are made, and kept for good."""
+    max_failures: PositiveInt = 3
+    """A checkpoint that cannot be written is reported and training goes on; so many in a row end the run."""
+    path: str | None = None
+    """Where checkpoints and LATEST go instead of the run_dir: a folder, or a URL such as s3://bucket/run."""
+
+
+class AnomalyConfig(Section):
+    """Steps that go bad: skipped; too many in a row, and the run goes back to its last checkpoint and leaves that data
+    out; and when that does not help, it ends with incident.json."""
+
+    loss_spike: float | None = Field(default=None, gt=1)
+    """Skip a step whose loss exceeds this many times the median of the last good steps; null: only one that is not
+    finite."""
+    grad_norm_spike: float | None = Field(default=None, gt=1)
+    """The same for the norm of the gradient before clipping."""
+    window: int = Field(default=64, ge=16)
+    """Good steps that the medians are of."""
+    skips: PositiveInt = 5
+    """Bad steps in a row before the run goes back."""
+    rollbacks: int = Field(default=2, ge=0)
+    """How often it goes back before it ends."""
+
+
+class ParallelConfig(Section):
+    """How ranks share the work. Nothing here changes the result."""
+
+    shard_ranks: PositiveInt | None = None
+    """Ranks that share one copy of the model (HSDP): those of a node, where its links are much faster than the
+    network. null: all of them."""
+    cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimiser state in host memory."""
+    first_step_timeout: float = Field(default=1800, gt=0)
+    """Seconds that a collective may take until the first step is done: compilation, cold caches and file systems."""
+    timeout: float = Field(default=600, gt=0)
+    """The same from then on. A rank that hangs ends the run after it; the stacks of all ranks are in RUN/stacks."""
+    dry_run: bool | None = None
+    """Before the first step, one pass over a full batch that is not trained on, so that memory that does not suffice
+    shows at once. null: on GPUs."""
 
 
 class RunConfig(Section):
@@ -225,6 +289,8 @@ class RunConfig(Section):
     training: TrainingConfig
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    anomaly: AnomalyConfig = AnomalyConfig()
+    parallel: ParallelConfig = ParallelConfig()
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
 
@@ -236,6 +302,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup ({self.optimizer.warmup}) must be below training.steps ({self.training.steps})"
             )
+        if self.validation.ema and self.training.ema_decay is None:
+            raise ValueError("validation.ema needs training.ema_decay")
         if not self.data.train:
             raise ValueError("data.train: name at least one source")
         return self

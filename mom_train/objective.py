@@ -54,12 +54,12 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
             continue
         if config is None:
             raise ValueError(
-                f"{dataset.folder} holds latent patches: set objective.diffusion.patch_width={width}, or tokenize "
+                f"{dataset.location} holds latent patches: set objective.diffusion.patch_width={width}, or tokenize "
                 "with a tokenizer of codes"
             )
         if width != config.patch_width:
             raise ValueError(
-                f"{dataset.folder} holds patches of {width} values, objective.diffusion.patch_width is "
+                f"{dataset.location} holds patches of {width} values, objective.diffusion.patch_width is "
                 f"{config.patch_width}"
             )
         made_by = dataset.tokenizers.get("image", {})
@@ -69,7 +69,7 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
     if len(found) > 1:
         raise ValueError(
             "latents differ: "
-            + ", ".join(f"{d.folder} has scale {scale} and shift {shift}" for (scale, shift), d in found.items())
+            + ", ".join(f"{d.location} has scale {scale} and shift {shift}" for (scale, shift), d in found.items())
         )
     [(scale, shift)] = found
     return config.model_copy(

@@ -36,5 +36,5 @@ if ! "$venv" -c 'import torch' 2>/dev/null && [ "$(uname -s)" = Linux ] && ! nvi
     add --index-url https://download.pytorch.org/whl/cpu "torch==$torch" 2>/dev/null ||
     echo "install: found no CPU build; PyPI's build brings several GB of CUDA libraries along" >&2
 fi
-add -c constraints.txt -e '.[tokenizers,demo,dev]'
+add -c constraints.txt -e '.[tokenizers,remote,demo,dev]'
 "$venv" -c 'import torch; print(f"install: torch {torch.__version__}, CUDA {torch.version.cuda or chr(45)}")'

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
+import re
+import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,18 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from mom_data.shards import LATENT_BIT, SCHEMA, TokenSegment, sha256_of
+from mom_data.shards import LATENT_BIT, SCHEMA, TokenSegment
+from mom_data.storage import CACHE_BYTES, RemoteFolder, Stored, folder_at
+
+log = logging.getLogger(__name__)
+
+_OPEN_FILES = 64
+_INDEX_BYTES = 192 << 20  # of indices in memory, per dataset and process
+_NOTE_EVERY = 5.0  # seconds between notes in the cache that an open shard is still in use
+_NAME = re.compile(r"[^/\\\0]+\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_NO_LATENTS = np.zeros((0, 0), np.float16)
 
 
 @dataclass(frozen=True)
@@ -29,65 +44,142 @@ class ShardIndex:
     segment_length: np.ndarray
     segment_modality: np.ndarray
     latent_offset: np.ndarray | None
+    checked: bytearray = field(init=False, repr=False)
+    """1 for each document whose checksum was right when this process first read it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checked", bytearray(len(self.crc32)))
+
+    @functools.cached_property
+    def at(self) -> tuple[memoryview, memoryview, memoryview]:
+        """Offsets of tokens and latents, and crc32: single values of a memoryview cost a third of an array's."""
+        latents = self.token_offset if self.latent_offset is None else self.latent_offset
+        return self.token_offset.data, latents.data, self.crc32.data
+
+    @functools.cached_property
+    def _table(self) -> tuple[memoryview, memoryview, memoryview]:
+        return self.segment_start.data, self.segment_length.data, self.segment_modality.data
 
     def segments(self, document: int) -> tuple[list[int], list[int], list[bool]]:
         """Lengths, modalities and latent flags of a document's segments."""
-        s, e = int(self.segment_start[document]), int(self.segment_start[document + 1])
-        modality = self.segment_modality[s:e]
-        return (
-            self.segment_length[s:e].tolist(),
-            (modality & ~np.uint8(LATENT_BIT)).tolist(),
-            (modality >= LATENT_BIT).tolist(),
-        )
+        starts, lengths, modalities = self._table
+        s, e = starts[document], starts[document + 1]
+        kinds = modalities[s:e].tolist()
+        return lengths[s:e].tolist(), [k & ~LATENT_BIT for k in kinds], [k >= LATENT_BIT for k in kinds]
 
 
 class TokenDataset:
-    """A folder of token shards, opened for reading.
+    """A folder of token shards, opened for reading: a path, http(s)://, s3://, or another URL that fsspec knows.
+
+    Remote shards are fetched whole into `cache`, a folder on this node that never grows beyond `cache_bytes`; how
+    failures are met there is in `mom_data.storage.RemoteFolder`. May be pickled and forked; one thread at a time.
 
     Raises ValueError listing everything that is wrong: no manifest, an unknown schema, shards that are missing or
     have another size than the manifest says.
     """
 
-    def __init__(self, folder: Path, shards: str = "*"):
-        self.folder = folder
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
+    def __init__(
+        self,
+        location: str | Path,
+        shards: str = "*",
+        cache: Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        *,
+        attempts: int = 5,
+        timeout: float = 60.0,
+        pause: float = 60.0,
+    ):
+        self._folder = folder_at(location, cache, cache_bytes, attempts=attempts, timeout=timeout, pause=pause)
+        self.location = self._folder.location
+        manifest = self.where("manifest.json")
+        try:
+            text = self._folder.read("manifest.json")
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
-                f"{folder}: no manifest.json, so no finished dataset. tools/tokenize_shards.py writes one; if it was "
-                "interrupted, start it again with the same arguments and it goes on."
-            )
-        text = manifest.read_bytes()
+                f"{self.location}: no manifest.json, so no finished dataset. tools/tokenize_shards.py writes one; if "
+                "it was interrupted, start it again with the same arguments and it goes on."
+            ) from None
+        except OSError as error:
+            raise ValueError(f"{manifest} cannot be read: {error}") from None
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
-        self.manifest = json.loads(text)
+        try:
+            self.manifest = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{manifest} is damaged: {error}. Copy it again.") from None
         if self.manifest.get("schema") != SCHEMA:
             raise ValueError(f"{manifest}: schema {self.manifest.get('schema')!r}; this version reads {SCHEMA!r}")
         self.modalities: list[str] = self.manifest["modalities"]
         self.tokenizers: dict[str, dict[str, Any]] = self.manifest["tokenizers"]
         self.token_dtype = np.dtype(f"<u{self.manifest['token_bytes']}")
+        self._latent_width: int = self.manifest["latent_width"]
         self.shards = [s for s in self.manifest["shards"] if fnmatch(s["name"], shards)]
         if not any(s["documents"] for s in self.shards):
-            raise ValueError(f"{folder}: no document in the shards that match {shards!r}")
-        problems = []
+            raise ValueError(f"{self.location}: no document in the shards that match {shards!r}")
         for shard in self.shards:
-            path = folder / shard["name"]
-            for file in (path, path.with_suffix(".idx")):
-                if not file.is_file():
-                    problems.append(f"{file.name} is missing")
-            if path.is_file() and path.stat().st_size != shard["bytes"]:
-                problems.append(f"{path.name} has {path.stat().st_size} bytes, the manifest says {shard['bytes']}")
+            if not _NAME.fullmatch(shard["name"]):
+                raise ValueError(f"{manifest}: a shard's name must be a plain NAME.tar, not {shard['name']!r}")
+            if not (_SHA256.fullmatch(shard["sha256"]) and _SHA256.fullmatch(shard["index_sha256"])):
+                raise ValueError(f"{manifest}: {shard['name']} has no proper sha256")
+        self._tars = [Stored(s["name"], s["sha256"], s["bytes"]) for s in self.shards]
+        self._index_files = self._complete()
+        self._forget_process()
+
+    def _complete(self) -> list[Stored]:
+        """The shards' indices, with their sizes, once every file is known to be there."""
+        names = [(tar.name, f"{tar.name.removesuffix('.tar')}.idx") for tar in self._tars]
+        try:
+            sizes = self._folder.sizes([name for pair in names for name in pair])
+        except OSError as error:
+            raise ValueError(f"{self.location}: its shards' sizes cannot be had: {error}") from None
+        problems = []
+        for tar, pair in zip(self._tars, names, strict=True):
+            problems += [f"{name} is missing" for name in pair if name not in sizes]
+            if sizes.get(tar.name, tar.bytes) not in (tar.bytes, None):
+                problems.append(f"{tar.name} has {sizes[tar.name]} bytes, the manifest says {tar.bytes}")
         if problems:
             raise ValueError(
-                f"{folder}: " + "; ".join(problems) + ". Copy them again, or run tools/tokenize_shards.py again."
+                f"{self.location}: " + "; ".join(problems) + ". Copy them again, or run tools/tokenize_shards.py again."
             )
-        self._files: dict[int, int] = {}
+        indices = [
+            Stored(index, shard["index_sha256"], sizes[index])
+            for (_, index), shard in zip(names, self.shards, strict=True)
+        ]
+        largest = max([*self._tars, *indices], key=lambda file: file.bytes or 0)
+        if isinstance(self._folder, RemoteFolder) and (largest.bytes or 0) > self._folder.cache.limit:
+            raise ValueError(
+                f"{self.where(largest.name)} has {largest.bytes} bytes, more than the cache may hold "
+                f"({self._folder.cache.limit}): raise data.cache_gib"
+            )
+        return indices
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  # a dataset lives as long as its process
+    def _forget_process(self) -> None:
+        self._files: OrderedDict[int, tuple[int, float]] = OrderedDict()  # shard -> descriptor, when noted as used
+        self._indices: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()  # shard -> index, its bytes
+        self._unavailable: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_indices", "_unavailable")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_process()
+
+    def where(self, shard: int | str) -> str:
+        """A shard, by number, or a file of the dataset, by name, as messages call it."""
+        return f"{self.location}/{shard if isinstance(shard, str) else self.shards[shard]['name']}"
+
     def index(self, shard: int) -> ShardIndex:
-        path = (self.folder / self.shards[shard]["name"]).with_suffix(".idx")
-        if sha256_of(path) != self.shards[shard]["index_sha256"]:
-            raise ValueError(f"{path}: its checksum is not the manifest's; the index is damaged. Copy it again.")
-        arrays = safetensors.numpy.load_file(path)
-        return ShardIndex(
+        """Where the shard's documents lie. Raises ValueError where that cannot be had, or is damaged."""
+        if shard in self._indices:
+            self._indices.move_to_end(shard)
+            return self._indices[shard][0]
+        file = self._index_files[shard]
+        try:
+            data = self._folder.checked(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.where(file.name)}: {error}") from None
+        arrays = safetensors.numpy.load(data)
+        index = ShardIndex(
             arrays["token_offset"],
             arrays["crc32"],
             arrays["segment_start"],
@@ -95,41 +187,99 @@ class TokenDataset:
             arrays["segment_modality"],
             arrays.get("latent_offset"),
         )
+        self._indices[shard] = index, len(data)
+        while len(self._indices) > 1 and sum(size for _, size in self._indices.values()) > _INDEX_BYTES:
+            self._indices.popitem(last=False)
+        return index
+
+    def prefetch(self, shard: int) -> None:
+        """Start bringing a shard near, for documents to be picked from soon. Neither waits nor fails."""
+        self._folder.prefetch(self._tars[shard])
 
     def read(self, shard: int, document: int) -> list[TokenSegment] | None:
-        """A document's segments, or None where its bytes do not match their checksum."""
-        index = self.index(shard)
-        lengths, modalities, latent = index.segments(document)
-        n_tokens = sum(n for n, is_latent in zip(lengths, latent, strict=True) if not is_latent)
-        n_latents = sum(lengths) - n_tokens
-        file = self._open(shard)
-        token_bytes = os.pread(file, n_tokens * self.token_dtype.itemsize, int(index.token_offset[document]))
-        latent_bytes = b""
-        if n_latents:
-            width = self.manifest["latent_width"] * 2
-            assert index.latent_offset is not None
-            latent_bytes = os.pread(file, n_latents * width, int(index.latent_offset[document]))
-        if zlib.crc32(latent_bytes, zlib.crc32(token_bytes)) != int(index.crc32[document]):
+        """A document's segments, or None where its bytes do not match their checksum or cannot be had."""
+        lengths, modalities, latent = self.index(shard).segments(document)
+        n_latents = sum(n for n, is_latent in zip(lengths, latent, strict=True) if is_latent)
+        whole = (0, sum(lengths) - n_latents), (0, n_latents)
+        values = self.values(shard, document, (whole[0][1], n_latents), *whole)
+        if values is None:
             return None
-        tokens = np.frombuffer(token_bytes, self.token_dtype)
-        patches = np.frombuffer(latent_bytes, np.float16).reshape(n_latents, -1) if n_latents else tokens
-        segments, t, p = [], 0, 0
+        segments, at = [], [0, 0]
         for n, modality, is_latent in zip(lengths, modalities, latent, strict=True):
-            if is_latent:
-                segments.append(TokenSegment(modality, patches[p : p + n]))
-                p += n
-            else:
-                segments.append(TokenSegment(modality, tokens[t : t + n]))
-                t += n
+            begin = at[is_latent]
+            segments.append(TokenSegment(modality, values[is_latent][begin : begin + n]))
+            at[is_latent] += n
         return segments
 
-    def _open(self, shard: int) -> int:
-        file = self._files.get(shard)
-        if file is None:
-            if len(self._files) >= 64:
-                os.close(self._files.pop(next(iter(self._files))))
-            file = self._files[shard] = os.open(self.folder / self.shards[shard]["name"], os.O_RDONLY)
-        return file
+    def values(
+        self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ranges of a document's stored tokens (n,) and latents (n, C*p*p); None where it is damaged or not to be had.
+
+        `whole` says how many it has of each. Its checksum is over all of it: it is checked whenever all of it is
+        read, and the first time that this process reads a part; later parts then cost their own bytes alone.
+        """
+        index = self.index(shard)
+        token_at, latent_at, crc32 = index.at
+        size, width = self.token_dtype.itemsize, 2 * self._latent_width
+        complete = not index.checked[document] or (tokens == (0, whole[0]) and latents == (0, whole[1]))
+        (t, t_end), (p, p_end) = ((0, whole[0]), (0, whole[1])) if complete else (tokens, latents)
+        try:
+            file = self._open(shard)
+            if file is None:
+                return None
+            token_bytes = os.pread(file, (t_end - t) * size, token_at[document] + t * size)
+            latent_bytes = b""
+            if p_end > p:
+                latent_bytes = os.pread(file, (p_end - p) * width, latent_at[document] + p * width)
+        except OSError:
+            return None
+        if len(token_bytes) != (t_end - t) * size or len(latent_bytes) != (p_end - p) * width:
+            return None
+        if complete:
+            if zlib.crc32(latent_bytes, zlib.crc32(token_bytes)) != crc32[document]:
+                return None
+            index.checked[document] = 1
+        token_values = np.frombuffer(token_bytes, self.token_dtype)
+        latent_values = _NO_LATENTS
+        if latent_bytes:
+            latent_values = np.frombuffer(latent_bytes, np.float16).reshape(-1, self._latent_width)
+        if (t, t_end, p, p_end) == (*tokens, *latents):
+            return token_values, latent_values
+        return token_values[tokens[0] : tokens[1]], latent_values[latents[0] : latents[1]]
+
+    def _open(self, shard: int) -> int | None:
+        """A descriptor of the shard's tar, fetched first where it must be; None where it cannot be had now."""
+        now = time.monotonic()
+        descriptor, noted = self._files.get(shard) or (None, 0.0)
+        if descriptor is None:
+            descriptor, noted = self._opened(shard), now
+            if descriptor is None:
+                return None
+        elif now - noted > _NOTE_EVERY:
+            self._folder.used(descriptor)
+            noted = now
+        self._files[shard] = descriptor, noted
+        self._files.move_to_end(shard)
+        return descriptor
+
+    def _opened(self, shard: int) -> int | None:
+        try:
+            descriptor = self._folder.open(self._tars[shard])
+        except OSError as error:
+            if shard not in self._unavailable:
+                self._unavailable.add(shard)
+                log.warning("%s cannot be had, its documents are masked until it can: %s", self.where(shard), error)
+            return None
+        if shard in self._unavailable:
+            self._unavailable.discard(shard)
+            log.warning("%s can be had again", self.where(shard))
+        # an evicted file takes its room on the disk until it is closed
+        evicted = [k for k, (file, _) in self._files.items() if not os.fstat(file).st_nlink]
+        oldest = list(self._files)[: max(0, len(self._files) + 1 - _OPEN_FILES)]
+        for k in {*evicted, *oldest}:
+            os.close(self._files.pop(k)[0])
+        return descriptor
 
 
 def check_agreement(
@@ -152,17 +302,17 @@ def check_agreement(
             size = vocabulary.get(modality)
             if size is None:
                 raise ValueError(
-                    f"{dataset.folder} holds modality '{modality}', which the config's vocabulary "
+                    f"{dataset.location} holds modality '{modality}', which the config's vocabulary "
                     f"({', '.join(vocabulary)}) lacks"
                 )
             if made_by["size"] > size:
                 raise ValueError(
-                    f"{dataset.folder}: its {modality} tokenizer has {made_by['size']} ids, but the config has "
+                    f"{dataset.location}: its {modality} tokenizer has {made_by['size']} ids, but the config has "
                     f"vocabulary.{modality}={size}"
                 )
-            fingerprint, where = known.setdefault(modality, (made_by["fingerprint"], str(dataset.folder)))
+            fingerprint, where = known.setdefault(modality, (made_by["fingerprint"], dataset.location))
             if fingerprint != made_by["fingerprint"]:
                 raise ValueError(
-                    f"{modality} tokenizers differ: {dataset.folder} was made with {made_by['fingerprint']}, "
+                    f"{modality} tokenizers differ: {dataset.location} was made with {made_by['fingerprint']}, "
                     f"{where} has {fingerprint}. Tokenize again with one of them, or point the config at the right one."
                 )
