@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ def tiny_model(seed=0, **changes):
         "scaling_factor": 0.7,
         "shift_factor": 0.1,
     }
-    return AutoencoderKL(**{**settings, **changes}).eval()
+    model: Any = AutoencoderKL(**{**settings, **changes})
+    return model.eval()
 
 
 def picture(width=40, height=30, seed=0):
@@ -56,7 +58,7 @@ def test_patches_are_the_means_of_diffusers_own_encode_in_float16():
 def test_a_convolution_of_the_latents_is_a_linear_map_of_the_patches(patch):
     torch.manual_seed(1)
     latents = torch.randn(2, 3, 8, 8)
-    conv = torch.nn.Conv2d(3, 5, patch, stride=patch)
+    conv: Any = torch.nn.Conv2d(3, 5, patch, stride=patch)
     with torch.inference_mode():
         expected = conv(latents).flatten(2).transpose(1, 2)
         patches = torch.from_numpy(patchify(latents.numpy(), patch))
@@ -123,9 +125,47 @@ def test_the_bundle_describes_and_encodes_it(tmp_path):
     good, bad, other = bundle.encode_many("image", [files[0], b"no picture", files[2]])
     assert isinstance(bad, ValueError)
     for found, i in ((good, 0), (other, 2)):
+        assert isinstance(found, np.ndarray)
         assert found.dtype == np.float16
         expected = tokenizer.encode(picture(seed=i)).astype(np.float32)
         np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-10, atol=1e-5)
+
+
+def test_channels_are_standardised_by_the_configs_mean_and_deviation(tmp_path):
+    mean, std = np.array([0.2, -0.1, 0.05], np.float32), np.array([0.5, 2.0, 0.1], np.float32)
+    model = tiny_model(latents_mean=mean.tolist(), latents_std=std.tolist())
+    KLImageTokenizer(model, 16).save(tmp_path)
+    tokenizer = KLImageTokenizer.load(tmp_path)
+    patches = tokenizer.encode(picture())
+    latents = latents_of(tiny_model(), picture())[0].numpy()
+    expected = patchify(((latents - mean[:, None, None]) / std[:, None, None])[None], 2)[0]
+    np.testing.assert_allclose(patches.astype(np.float32), expected, rtol=2**-10, atol=1e-4)
+    plain = KLImageTokenizer(tiny_model(), 16)
+    decoded, same = tokenizer.decode(patches), plain.decode(plain.encode(picture()))
+    assert np.abs(np.asarray(decoded, np.int16) - np.asarray(same, np.int16)).max() <= 1
+    assert (tokenizer.latent_scale, tokenizer.latent_shift) == (0.7, 0.1)
+
+
+@pytest.mark.parametrize("std", [None, [0.5, 2.0, 0.1]])
+def test_log_variances_stand_behind_the_means(tmp_path, std):
+    model = tiny_model(latents_std=std)
+    KLImageTokenizer(model, 16, log_variance=True).save(tmp_path)
+    tokenizer = KLImageTokenizer.load(tmp_path)
+    patches = tokenizer.encode(picture())
+    assert patches.shape == (16, 24)
+    means = KLImageTokenizer(model, 16).encode(picture())
+    np.testing.assert_array_equal(patches[:, :12], means)
+    with torch.inference_mode():
+        posterior = model.encode(torch.from_numpy(preprocess(picture(), 16))[None]).latent_dist
+    # the deviation of a draw, from diffusers, in the units of what is stored
+    deviation = posterior.std[0].numpy() / np.array(std or [1, 1, 1], np.float32)[:, None, None]
+    found = np.exp(patches[:, 12:].astype(np.float32) / 2)
+    np.testing.assert_allclose(found, patchify(deviation[None], 2)[0], rtol=2e-3)
+    assert tokenizer.decode(patches).tobytes() == tokenizer.decode(means).tobytes()
+    assert KLImageTokenizer.stored_latents(tmp_path) == {
+        "patch_width": 12, "latent_scale": 0.7, "latent_shift": 0.1, "log_variance": True
+    }  # fmt: skip
+    assert tokenizer.fingerprint() != KLImageTokenizer(model, 16).fingerprint()
 
 
 def test_a_vae_without_a_shift_has_none():
@@ -140,8 +180,10 @@ def test_mistakes_are_refused(tmp_path):
         tokenizer.decode(np.full((16, 12), np.nan))
     with pytest.raises(ValueError, match="do not divide into patches of 3"):
         KLImageTokenizer(tiny_model(), 16, patch=3)
-    with pytest.raises(ValueError, match="latents_mean"):
-        KLImageTokenizer(tiny_model(latents_mean=[0.0, 1.0, 2.0]), 16)
+    with pytest.raises(ValueError, match="latents_mean must be 3 numbers"):
+        KLImageTokenizer(tiny_model(latents_mean=[0.0, 1.0]), 16)
+    with pytest.raises(ValueError, match="latents_std must be 3 numbers"):
+        KLImageTokenizer(tiny_model(latents_std=[1.0, 0.0, 2.0]), 16)
     large = tiny_model()
     large.requires_grad_(False).quant_conv.weight.mul_(1e9)
     with pytest.raises(ValueError, match="float16 does not hold"):
@@ -149,4 +191,7 @@ def test_mistakes_are_refused(tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "image_tokenizer.json").write_text('{"resolution": 16}')
     with pytest.raises(ValueError, match="'patch' must be"):
+        KLImageTokenizer.load(tmp_path)
+    (tmp_path / "image_tokenizer.json").write_text('{"resolution": 16, "patch": 2, "log_variance": 1}')
+    with pytest.raises(ValueError, match="'log_variance' must be true or false"):
         KLImageTokenizer.load(tmp_path)

@@ -1,6 +1,9 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,127 @@ def test_foreign_tokenizer_adds_no_specials_and_does_not_truncate(tmp_path):
     loaded = TextTokenizer.load(tmp_path)
     assert loaded.size == 3
     assert loaded.encode("a a b a a").tolist() == [0, 0, 1, 0, 0]
+
+
+def gpt2_folder(path):
+    """vocab.json and merges.txt, as GPT-2's model folders have them, and no tokenizer.json."""
+    path.mkdir()
+    TOKENIZER.save(path)
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
+    (path / "tokenizer.json").unlink()
+    end = {"<|endoftext|>": len(model["vocab"])}
+    (path / "vocab.json").write_text(json.dumps(model["vocab"] | end))
+    (path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", **dict.fromkeys(["bos_token", "eos_token", "unk_token"], *end)})
+    )
+    return path
+
+
+def llama_folder(path):
+    """A tokenizer.json of Llama's make: spaces as U+2581, one put in front, unknown characters as bytes."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdehlortw", "ll", "he"]
+    merges = [("l", "l"), ("h", "e")]
+    tokenizer = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(Regex(" "), "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(w, special=True) for w in words[:3]])
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    root = tmp_path_factory.mktemp("foreign")
+    return {"gpt2": gpt2_folder(root / "gpt2"), "llama": llama_folder(root / "llama")}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_text_comes_back_exactly_from_foreign_tokenizers_special_names_too(foreign, name, data):
+    tokenizer = _loaded(str(foreign[name]))
+    pieces = st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")),
+        st.sampled_from(["<s>", "</s>", "<unk>", "<|endoftext|>", " ", "\ufeff", "\u200b", "\x00", "e\u0301", "\r\n"]),
+    )
+    text = "".join(data.draw(st.lists(pieces, max_size=6)))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    # a document cannot write a control token
+    control = {0, 1, 2} if name == "llama" else {tokenizer.size - 1}
+    assert control.isdisjoint(ids.tolist())
+
+
+@lru_cache
+def _loaded(folder):
+    return TextTokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_foreign_tokenizers_save_load_and_batch(foreign, name, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = TextTokenizer.load(foreign[name])
+    tokenizer.save(tmp_path / "copy")
+    again = TextTokenizer.load(tmp_path / "copy")
+    texts = ["hello world, held to the letter", "", "  two spaces", "Brötchen \U0001f35e"]
+    for one, batched in zip(texts, again.encode_batch(texts), strict=True):
+        np.testing.assert_array_equal(tokenizer.encode(one), batched)
+    assert tokenizer.fingerprint() == again.fingerprint()
+    assert TextTokenizer.stored_size(foreign[name]) == tokenizer.size
+    if name == "gpt2":  # what Transformers itself makes of the folder
+        reference = AutoTokenizer.from_pretrained(str(foreign[name]))
+        assert tokenizer.encode(texts[0]).tolist() == reference(texts[0], add_special_tokens=False)["input_ids"]
+        merges = tmp_path / "copy" / "merges.txt"
+        merges.write_text("\n".join(merges.read_text().splitlines()[:-5]) + "\n")
+        assert TextTokenizer.load(tmp_path / "copy").fingerprint() != tokenizer.fingerprint()
+
+
+def test_a_hub_name_is_taken_from_the_hubs_cache(foreign, tmp_path):
+    """As the hub's client leaves it after a download; without the network the same call then finds it."""
+    repository = tmp_path / "models--owner--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copy(foreign["llama"] / "tokenizer.json", snapshot)
+    (tmp_path / "t.yaml").write_text("text: {kind: bpe, path: 'hf://owner/tiny'}")
+    code = (
+        "from mom_tokenizers.bundle import Tokenizers\n"
+        f"b = Tokenizers.load({str(tmp_path / 't.yaml')!r})\n"
+        "print(b.describe()['text']['fingerprint'], b.tokenizer('text').fingerprint())\n"
+        f"open({str(tmp_path / 'u.yaml')!r}, 'w').write(\"text: {{kind: bpe, path: 'hf://owner/absent'}}\")\n"
+        f"try: Tokenizers.load({str(tmp_path / 'u.yaml')!r})\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    expected = TextTokenizer.load(foreign["llama"]).fingerprint()
+    found, absent = done.stdout.split("\n", 1)
+    assert found == f"{expected} {expected}"
+    assert "hf://owner/absent: not to be had from the Hugging Face hub, nor from its cache" in absent
+
+
+def test_code_in_a_tokenizer_folder_is_never_run(tmp_path):
+    (tmp_path / "custom.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["custom.Custom", "custom.Custom"]}})
+    )
+    with pytest.raises(ValueError, match="Transformers finds no tokenizer"):
+        TextTokenizer.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_mistakes_are_explained(tmp_path):

@@ -1,6 +1,7 @@
-"""Pictures into what the model reads, by a `diffusers` folder with its `image_tokenizer.json` beside the weights.
+"""Pictures into what the model reads, by an autoencoder's folder with its `image_tokenizer.json` beside the weights.
 
-Here the codes of any `VQModel`, small or large; image_kl.py has the latents of an `AutoencoderKL`.
+Here the codes of any `diffusers.VQModel`, small or large; image_transformers.py has those of Emu3 and Janus,
+image_kl.py the latents of an `AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 SIDECAR = "image_tokenizer.json"
 MAX_PIXELS = 64_000_000
-BATCH = 32
+BATCH_PIXELS = 32 * 256 * 256  # 8 pictures of 512 x 512
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -73,44 +75,43 @@ def picture(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(array.transpose(1, 2, 0))
 
 
-class DiffusersImageTokenizer:
-    """What both image tokenizers are made of: a diffusers autoencoder, a resolution, and the folder they come from."""
+class ImageTokenizer:
+    """What all image tokenizers are made of: an autoencoder, a resolution, and the folder they come from."""
 
     kind: ClassVar[str]
+    library: ClassVar[str] = "diffusers"
     model_class: ClassVar[str]
-    """Name in diffusers."""
+    """Name in the library."""
+    levels_key: ClassVar[str] = "block_out_channels"
+    """Key of the model's config whose entries are its levels, each half as wide as the one before."""
     sidecar_example: ClassVar[str]
     """What image_tokenizer.json may look like."""
 
-    # `model` is a diffusers.VQModel or AutoencoderKL, whose classes mypy cannot follow
+    # `model` is of a class of diffusers or Transformers, which mypy cannot follow
     def __init__(self, model: Any, resolution: int, source: Path | None = None):
         self._model = model.eval().requires_grad_(False)
         self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
         self.resolution = resolution
-        self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
+        self.downsample = 2 ** (len(getattr(model.config, self.levels_key)) - 1)
+        self._batch = max(1, min(32, BATCH_PIXELS // resolution**2))
         if resolution < self.downsample or resolution % self.downsample:
             raise ValueError(f"image: resolution {resolution} is no multiple of the model's factor {self.downsample}")
 
     @classmethod
     def _load(cls, path: Path, device: str) -> Any:
-        import diffusers
-
+        # No shards built on the meta device: diffusers would leave missing weights there, without a word.
+        options = {"low_cpu_mem_usage": False} if cls.library == "diffusers" else {}
         try:
             # safetensors only: a pickled checkpoint could run code.
-            model, info = getattr(diffusers, cls.model_class).from_pretrained(
-                str(path),
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
+            model, info = getattr(import_module(cls.library), cls.model_class).from_pretrained(
+                str(path), use_safetensors=True, local_files_only=True, output_loading_info=True, **options
             )
         except Exception as error:
-            raise ValueError(f"{path}: not a diffusers {cls.model_class}: {error}") from error
+            raise ValueError(f"{path}: not a {cls.library} {cls.model_class}: {error}") from error
         if info["missing_keys"]:
-            # diffusers leaves such weights random, with a warning at most
-            raise ValueError(
-                f"{path}: the weights lack {len(info['missing_keys'])} tensors, e.g. {info['missing_keys'][0]}"
-            )
+            # both libraries leave such weights random, with a warning at most
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"{path}: the weights lack {len(missing)} tensors, e.g. {missing[0]}")
         return model.to(device)
 
     @classmethod
@@ -125,7 +126,7 @@ class DiffusersImageTokenizer:
         """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
         path = Path(path)
         for name, remedy in (
-            ("config.json", f"expected a diffusers {cls.model_class} folder"),
+            ("config.json", f"expected a {cls.library} {cls.model_class} folder"),
             (SIDECAR, f"write one beside config.json, e.g. {cls.sidecar_example}"),
         ):
             if not (path / name).is_file():
@@ -143,7 +144,7 @@ class DiffusersImageTokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self._source is None:
-            self._model.save_pretrained(str(directory), safe_serialization=True)
+            self._model.save_pretrained(str(directory))
             (directory / SIDECAR).write_text(json.dumps(self._settings()) + "\n")
         elif self._source.resolve() != directory.resolve():
             for file in self.files(self._source).values():
@@ -164,16 +165,18 @@ class DiffusersImageTokenizer:
         return pixels.to(self._model.device, self._model.dtype)
 
 
-class VQImageTokenizer(DiffusersImageTokenizer):
+class VQImageTokenizer(ImageTokenizer):
     """PIL picture <-> (resolution / downsample)^2 codes in raster order."""
 
     kind = "vq"
     model_class = "VQModel"
     sidecar_example = '{"resolution": 512}'
+    size_key: ClassVar[tuple[str, int]] = ("num_vq_embeddings", 256)
+    """Key of the model's config with the number of codes, and what it is where a stored config leaves it out."""
 
     def __init__(self, model: Any, resolution: int, source: Path | None = None):
         super().__init__(model, resolution, source)
-        self.size = int(model.config.num_vq_embeddings)
+        self.size = int(getattr(model.config, self.size_key[0]))
 
     @property
     def codes_per_image(self) -> int:
@@ -181,7 +184,7 @@ class VQImageTokenizer(DiffusersImageTokenizer):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> VQImageTokenizer:
-        """From a `VQModel.save_pretrained` folder that also holds image_tokenizer.json. Raises ValueError."""
+        """From a `save_pretrained` folder of the model that also holds image_tokenizer.json. Raises ValueError."""
         path = Path(path)
         resolution = cls._sidecar(path, "resolution")
         return cls(cls._load(path, device), resolution, path)
@@ -189,7 +192,7 @@ class VQImageTokenizer(DiffusersImageTokenizer):
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
         """Number of codes of a stored tokenizer, read from its config alone."""
-        return int(read_json(cls.files(path)["config.json"]).get("num_vq_embeddings", 256))
+        return int(read_json(cls.files(path)["config.json"]).get(*cls.size_key))
 
     def encode(self, value: Image.Image) -> np.ndarray:
         """uint32 (codes_per_image,) in raster order."""
@@ -197,7 +200,8 @@ class VQImageTokenizer(DiffusersImageTokenizer):
 
     def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
         """As `encode` of each; in batches, so a code may differ where two are equally near to rounding."""
-        return [codes for i in range(0, len(values), BATCH) for codes in self._encode(values[i : i + BATCH])]
+        batches = (values[i : i + self._batch] for i in range(0, len(values), self._batch))
+        return [codes for batch in batches for codes in self._encode(batch)]
 
     def _encode(self, images: Sequence[Image.Image]) -> np.ndarray:
         import torch
@@ -220,13 +224,16 @@ class VQImageTokenizer(DiffusersImageTokenizer):
             raise ValueError(f"image: {codes.size} codes given, a picture has {self.codes_per_image}")
         if codes.min() < 0 or codes.max() >= self.size:
             raise ValueError(f"image: code {codes.min()} or {codes.max()} lies outside the codebook of {self.size}")
-        config: Any = self._model.config
         side = self.resolution // self.downsample
-        shape = (1, side, side, config.vq_embed_dim or config.latent_channels)
         with torch.inference_mode():
-            quantized = self._model.quantize.get_codebook_entry(torch.from_numpy(codes).to(self._model.device), shape)
-            # With lookup_from_codebook, diffusers' decode() would look the vectors up once more.
-            pixels = self._model.decoder(
-                self._model.post_quant_conv(quantized), quantized if config.norm_type == "spatial" else None
-            )[0]
-        return picture(pixels)
+            return picture(self.reconstruct(torch.from_numpy(codes).view(1, side, side).to(self._model.device))[0])
+
+    def reconstruct(self, codes: torch.Tensor) -> torch.Tensor:
+        """int64 codes (B, side, side) -> pixels (B, 3, resolution, resolution), about [-1, 1]."""
+        config: Any = self._model.config
+        shape = (*codes.shape, config.vq_embed_dim or config.latent_channels)
+        quantized = self._model.quantize.get_codebook_entry(codes.flatten(), shape)
+        # With lookup_from_codebook, diffusers' decode() would look the vectors up once more.
+        return self._model.decoder(
+            self._model.post_quant_conv(quantized), quantized if config.norm_type == "spatial" else None
+        )

@@ -1,9 +1,9 @@
-"""Text tokens: any Hugging Face `tokenizer.json`; a byte-level BPE can be trained here."""
+"""Text tokens: any Hugging Face `tokenizer.json`, or a model's folder; a byte-level BPE can be trained here."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -16,16 +16,27 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FILE_NAME = "tokenizer.json"
+HUB = "hf://"
+# What Transformers makes a fast tokenizer from, where there is no tokenizer.json: one of the first, and the rest.
+_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
 class TextTokenizer:
-    """Text <-> ids, over Hugging Face `tokenizers`."""
+    """Text <-> ids, over Hugging Face `tokenizers`.
+
+    The text of a special token, such as "</s>" in a document, becomes the ids of its characters, never the special id.
+    """
 
     kind = "bpe"
 
-    def __init__(self, tokenizer: Tokenizer, source: Path | None = None):
+    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, Path] | None = None):
+        # A tokenizer.json may carry a training-time truncation or padding, which would change the text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self._source = source  # the file it was loaded from: copied by save(), so that the fingerprint stays
+        self._files = files  # what it was loaded from: copied by save(), so that the fingerprint stays
         self.size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
@@ -49,26 +60,39 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> TextTokenizer:
-        """From a tokenizer.json, or a folder that holds one. Raises ValueError."""
-        file = cls.files(path)[FILE_NAME]
-        from tokenizers import Tokenizer
+        """From a tokenizer.json, a model's folder, or "hf://owner/name" of the Hugging Face hub. Raises ValueError."""
+        path = hub_folder(path) if isinstance(path, str) and path.startswith(HUB) else Path(path)
+        files = cls.files(path)
+        if list(files) == [FILE_NAME]:
+            from tokenizers import Tokenizer
+
+            file = files[FILE_NAME]
+            try:
+                return cls(Tokenizer.from_file(str(file)), files)
+            except Exception as error:  # the Rust side raises plain Exception
+                raise ValueError(f"{file}: not a Hugging Face tokenizer.json: {error}") from error
+        from transformers import AutoTokenizer
 
         try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust side raises plain Exception
-            raise ValueError(f"{file}: not a Hugging Face tokenizer.json: {error}") from error
-        # A tokenizer.json may carry a training-time truncation or padding, which would change the text.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return cls(tokenizer, file)
+            fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # ImportError, KeyError and more
+            raise ValueError(f"{path}: Transformers finds no tokenizer in {', '.join(files)}: {error}") from error
+        if not getattr(fast, "is_fast", False):
+            raise ValueError(f"{path}: {type(fast).__name__} has no fast form; save it elsewhere as tokenizer.json")
+        return cls(fast.backend_tokenizer, files)
 
     @staticmethod
     def files(path: str | Path) -> dict[str, Path]:
         """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise ValueError(f"{path}: no {FILE_NAME} there")
-        return {FILE_NAME: file}
+        path = Path(path)
+        if path.is_file():
+            return {FILE_NAME: path}
+        if (path / FILE_NAME).is_file():
+            return {FILE_NAME: path / FILE_NAME}
+        found = {name: path / name for name in (*_VOCABULARIES, *_BESIDE) if (path / name).is_file()}
+        if not any(name in found for name in _VOCABULARIES):
+            raise ValueError(f"{path}: no {FILE_NAME} there, nor {', '.join(_VOCABULARIES)}")
+        return found
 
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
@@ -78,15 +102,16 @@ class TextTokenizer:
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if self._source is None:
+        if self._files is None:
             self._tokenizer.save(str(directory / FILE_NAME))
-        elif self._source.resolve() != (directory / FILE_NAME).resolve():
-            shutil.copyfile(self._source, directory / FILE_NAME)
+        for name, file in (self._files or {}).items():
+            if file.resolve() != (directory / name).resolve():
+                shutil.copyfile(file, directory / name)
 
     def fingerprint(self) -> str:
         """16 hex digits; the same after save and load, and on every machine."""
-        if self._source is not None:
-            return fingerprint_files(self.kind, {FILE_NAME: self._source})
+        if self._files is not None:
+            return fingerprint_files(self.kind, self._files)
         with TemporaryDirectory() as directory:
             self.save(directory)
             return fingerprint_files(self.kind, self.files(directory))
@@ -105,5 +130,19 @@ class TextTokenizer:
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids; bytes that are no valid UTF-8 become U+FFFD."""
+        """The text of ids; bytes that are no valid UTF-8 become U+FFFD. What `encode` made comes back exactly where the
+        tokenizer itself loses nothing: byte-level ones do not, Llama's turns a written "▁" into a space."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def hub_folder(name: str) -> Path:
+    """The tokenizer's files of "hf://owner/name" or "hf://owner/name@revision", from the hub or its cache on this
+    machine. Raises ValueError where neither has them."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    patterns = [FILE_NAME, *_VOCABULARIES, *_BESIDE]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # of the network, of the hub, or of a name that cannot be one
+        raise ValueError(f"{name}: not to be had from the Hugging Face hub, nor from its cache: {error}") from error

@@ -2,16 +2,21 @@
 
     text [0, T) | special [T, T+S) | image [..) | speech [..) | ... | unused padding
 
+A modality may instead be *mapped*: its codes, and some specials, are ids inside the text's span, by a table. So it is
+in Chameleon's vocabulary of 65,536, whose 8,192 image ids stand among the words.
+
 Token shards store *modality-local* ids, so this layout can change without rewriting data.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,53 +24,130 @@ SPECIALS = ("bos", "eos", "pad", "boi", "eoi", "bosp", "eosp", "null")
 _BRACKETS = {"image": ("boi", "eoi"), "speech": ("bosp", "eosp")}
 MULTIPLE = 64
 
+CHAMELEON_SPECIALS = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "boi": "<racm3:break>", "eoi": "<eoss>"}
+"""Special -> token of Chameleon's vocabulary."""
+_CHAMELEON_TAKEN = ("<reserved08706>", "<reserved08707>")
+"""End of turn, and Transformers' placeholder of a picture."""
+_CODE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
+
 
 @dataclass(frozen=True)
 class VocabLayout:
     """Where each modality's ids lie in the model's vocabulary.
 
     `sizes` maps modality name to the number of its ids, text first; the order of the mapping numbers the
-    modalities (0 text, 1 image, 2 speech, ...). A further modality is one more entry.
-    Specials belong to text. Raises ValueError for sizes that cannot be laid out.
+    modalities (0 text, 1 image, 2 speech, ...). A further modality is one more entry. `mapped` gives a modality's ids
+    by local id, instead of a span of its own; `placed` gives the ids of specials that the text's span holds already.
+    Text's size counts those ids too. Specials belong to text. Raises ValueError for what cannot be laid out.
     """
 
     sizes: tuple[tuple[str, int], ...]
+    mapped: tuple[tuple[str, tuple[int, ...]], ...]
+    placed: tuple[tuple[str, int], ...]
 
-    def __init__(self, sizes: Mapping[str, int]):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        mapped: Mapping[str, Sequence[int]] | None = None,
+        placed: Mapping[str, int] | None = None,
+    ):
         names = list(sizes)
         if not names or names[0] != "text":
             raise ValueError(f"vocabulary: the first modality must be 'text', got {names or 'none'}")
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"vocabulary: modality '{name}' has size {size}; it must be at least 1")
+            if not _is_int(size) or size < 1:
+                raise ValueError(f"vocabulary: modality '{name}' has size {size}; it must be a number, at least 1")
+        mapped, placed = mapped or {}, placed or {}
         object.__setattr__(self, "sizes", tuple(sizes.items()))
+        object.__setattr__(self, "mapped", tuple((name, tuple(table)) for name, table in mapped.items()))
+        object.__setattr__(self, "placed", tuple(placed.items()))
+        owner: dict[int, str] = {}
+        for name, table in self.mapped:
+            if name not in names[1:]:
+                raise ValueError(f"vocabulary: '{name}' is mapped, but the modalities beside text are {names[1:]}")
+            if len(table) != sizes[name]:
+                raise ValueError(f"vocabulary: '{name}' has size {sizes[name]}, but its table has {len(table)} ids")
+            for code, id_ in enumerate(table):
+                self._take(owner, id_, f"code {code} of '{name}'")
+        for special, id_ in self.placed:
+            if special not in self._special_names:
+                raise ValueError(f"vocabulary: no special is named '{special}'; there are {self._special_names}")
+            self._take(owner, id_, f"special '{special}'")
+
+    def _take(self, owner: dict[int, str], id_: int, what: str) -> None:
+        text = self.sizes[0][1]
+        if not _is_int(id_) or not 0 <= id_ < text:
+            raise ValueError(f"vocabulary: {what} has id {id_!r}, outside the text's {text} ids")
+        if id_ in owner:
+            raise ValueError(f"vocabulary: {what} has id {id_}, which is also that of {owner[id_]}")
+        owner[id_] = what
+
+    @classmethod
+    def of(cls, vocabulary: Mapping[str, int] | str | Path) -> VocabLayout:
+        """As a run's config says it: sizes by modality, or a file that `save` wrote."""
+        return cls(vocabulary) if isinstance(vocabulary, Mapping) else cls.load(vocabulary)
 
     @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.sizes)
 
     @cached_property
-    def specials(self) -> dict[str, int]:
-        """Name of a special token -> its id."""
+    def _special_names(self) -> list[str]:
         names = list(SPECIALS)
         for modality in self.modalities[1:]:
             names += [n for n in self._bracket_names(modality) if n not in names]
-        start = self.sizes[0][1]
-        return {name: start + i for i, name in enumerate(names)}
+        return names
+
+    @cached_property
+    def specials(self) -> dict[str, int]:
+        """Name of a special token -> its id."""
+        ids, free = dict(self.placed), self.sizes[0][1]
+        for name in self._special_names:
+            if name not in ids:
+                ids[name] = free
+                free += 1
+        return {name: ids[name] for name in self._special_names}
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Modality -> id of its local token 0."""
-        offsets, start = {"text": 0}, self.sizes[0][1] + len(self.specials)
+        """Modality -> id of its local token 0. A mapped modality has none: see `ids`."""
+        offsets, start = {"text": 0}, self._text_and_specials
         for name, size in self.sizes[1:]:
-            offsets[name] = start
-            start += size
+            if name not in self._tables:
+                offsets[name] = start
+                start += size
         return offsets
+
+    @property
+    def _text_and_specials(self) -> int:
+        return self.sizes[0][1] + len(self._special_names) - len(self.placed)
+
+    @cached_property
+    def _tables(self) -> dict[str, np.ndarray]:
+        return {name: np.array(table, np.int64) for name, table in self.mapped}
+
+    def ids(self, modality: str, codes: np.ndarray) -> np.ndarray:
+        """int64: the vocabulary's ids of a modality's local ones, which must lie below its size."""
+        table = self._tables.get(modality)
+        return table[codes] if table is not None else np.add(codes, self.offsets[modality], dtype=np.int64)
+
+    @cached_property
+    def _codes(self) -> dict[str, np.ndarray]:
+        inverse = {}
+        for name, table in self._tables.items():
+            inverse[name] = np.full(self.size, -1, np.int64)
+            inverse[name][table] = np.arange(len(table))
+        return inverse
+
+    def codes(self, modality: str, ids: np.ndarray) -> np.ndarray:
+        """int64: the inverse of `ids`, for ids of this modality only."""
+        inverse = self._codes.get(modality)
+        return inverse[ids] if inverse is not None else np.subtract(ids, self.offsets[modality], dtype=np.int64)
 
     @cached_property
     def used(self) -> int:
         """Number of ids that mean something."""
-        return sum(size for _, size in self.sizes) + len(self.specials)
+        return self._text_and_specials + sum(size for name, size in self.sizes[1:] if name not in self._tables)
 
     @property
     def size(self) -> int:
@@ -76,8 +158,8 @@ class VocabLayout:
     def modality_of_id(self) -> np.ndarray:
         """uint8[size]: the modality number of every id (specials and padding are text)."""
         table = np.zeros(self.size, np.uint8)
-        for number, (name, size) in enumerate(self.sizes):
-            table[self.offsets[name] : self.offsets[name] + size] = number
+        for number, (name, size) in enumerate(self.sizes[1:], start=1):
+            table[self.ids(name, np.arange(size))] = number
         return table
 
     def brackets(self, modality: str) -> tuple[int, int]:
@@ -90,11 +172,88 @@ class VocabLayout:
         return _BRACKETS.get(modality, (f"bo_{modality}", f"eo_{modality}"))
 
     def to_json(self) -> str:
-        return json.dumps({"sizes": dict(self.sizes), "specials": self.specials, "size": self.size}, indent=2)
+        values = {"sizes": dict(self.sizes), "specials": self.specials, "size": self.size}
+        if self.mapped or self.placed:
+            values |= {"mapped": dict(self.mapped), "placed": dict(self.placed)}
+        # a key a line: a table of 8,192 ids is one, not as many
+        return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}"
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> VocabLayout:
-        return cls(json.loads(Path(path).read_text())["sizes"])
+        """Raises ValueError that names the file."""
+        values = _read_object(path)
+        for key in ("sizes", "mapped", "placed"):
+            if not isinstance(values.get(key, {}), dict):
+                raise ValueError(f"{path}: '{key}' must be a mapping")
+        if "sizes" not in values:
+            raise ValueError(f"{path}: expected a vocabulary layout with 'sizes', such as {{\"text\": 32000}}")
+        try:
+            return cls(values["sizes"], values.get("mapped"), values.get("placed"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def chameleon_layout(
+    vocabulary: Mapping[str, int], specials: Mapping[str, str] | None = None, further: Mapping[str, int] | None = None
+) -> VocabLayout:
+    """The layout of a vocabulary (token -> id) that names its image codes as Chameleon does: IMGIMG, the code's decimal
+    digits as letters (A for 0, ... J for 9), Z.
+
+    `specials` (special -> token) adds to CHAMELEON_SPECIALS. One that neither names becomes a <reserved.....> token,
+    the highest first, and is appended where none is left. `further` modalities (name -> size) stand behind. Raises
+    ValueError for codes that are not 0, 1, 2, ... and for tokens that are not there.
+    """
+    codes = {}
+    for token, id_ in vocabulary.items():
+        if match := _CODE_NAME.fullmatch(token):
+            codes[int("".join(str(ord(letter) - ord("A")) for letter in match[1]))] = id_
+    if not codes:
+        raise ValueError("the vocabulary has no image codes: no token is named like IMGIMGABCZ")
+    if gaps := [code for code in range(max(codes) + 1) if code not in codes]:
+        raise ValueError(f"the vocabulary's image codes run to {max(codes)}, but code {gaps[0]} has no token")
+    names = {**CHAMELEON_SPECIALS, **(specials or {})}
+    for special, token in names.items():
+        if token not in vocabulary:
+            raise ValueError(f"special '{special}' is to be the token {token!r}, which the vocabulary lacks")
+    sizes = {"text": max(vocabulary.values()) + 1, "image": len(codes), **(further or {})}
+    reserved = sorted(t for t in vocabulary if re.fullmatch(r"<reserved\d+>", t) and t not in _CHAMELEON_TAKEN)
+    reserved = [token for token in reserved if token not in names.values()]
+    for special in VocabLayout(sizes).specials:
+        if special not in names and reserved:
+            names[special] = reserved.pop()
+    table = [codes[code] for code in range(len(codes))]
+    return VocabLayout(sizes, {"image": table}, {special: vocabulary[token] for special, token in names.items()})
+
+
+def read_vocabulary(path: str | Path) -> dict[str, int]:
+    """Token -> id of a Hugging Face tokenizer.json (its added tokens too) or vocab.json. Raises ValueError."""
+    values = _read_object(path)
+    model = values.get("model")
+    tokens: Any = model.get("vocab") if isinstance(model, dict) else values
+    if isinstance(model, dict):
+        if isinstance(tokens, list):  # Unigram: [token, log probability], in the order of ids
+            tokens = {pair[0]: id_ for id_, pair in enumerate(tokens)}
+        added = values.get("added_tokens") or []
+        tokens = {**(tokens or {}), **{token["content"]: token["id"] for token in added}}
+    if not tokens or not all(_is_int(id_) for id_ in tokens.values()):
+        raise ValueError(f"{path}: no vocabulary there; expected a tokenizer.json, or a vocab.json of token: id")
+    return dict(tokens)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _read_object(path: str | Path) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return values
