@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from mom_tokenizers.vocab import VocabLayout
 
 Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_forward", "norm"]
 PROJECTIONS: tuple[Part, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -275,8 +278,9 @@ class RunConfig(Section):
     """Where everything of the run goes. A run that has a checkpoint there carries on from it."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
-    vocabulary: dict[str, PositiveInt]
-    """Number of ids of each modality, text first; this order numbers the modalities."""
+    vocabulary: dict[str, PositiveInt] | Path
+    """Number of ids of each modality, text first; this order numbers the modalities. Or a layout.json, as
+    tools/map_vocabulary.py writes it, where codes live inside an existing text vocabulary."""
     tokenizers: Path | None = None
     """tokenizers.yaml of the tokenizers meant for this run: their fingerprints must be the shards'."""
     init_from: Path | None = None
@@ -296,8 +300,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        if next(iter(self.vocabulary), None) != "text":
-            raise ValueError("vocabulary: the first modality must be 'text'")
+        _ = self.layout  # raises where it cannot be
         if self.optimizer.warmup >= self.training.steps:
             raise ValueError(
                 f"optimizer.warmup ({self.optimizer.warmup}) must be below training.steps ({self.training.steps})"
@@ -307,6 +310,11 @@ class RunConfig(Section):
         if not self.data.train:
             raise ValueError("data.train: name at least one source")
         return self
+
+    @cached_property
+    def layout(self) -> VocabLayout:
+        """Where each modality's ids lie. Raises ValueError where the vocabulary cannot be laid out."""
+        return VocabLayout.of(self.vocabulary)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and step. Raises ValueError when the batch cannot be dealt evenly."""

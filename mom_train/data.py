@@ -106,7 +106,7 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
         from mom_tokenizers.bundle import Tokenizers
 
         made_by = Tokenizers.load(config.tokenizers).describe()
-    check_agreement(list(datasets), config.vocabulary, made_by)
+    check_agreement(list(datasets), dict(config.layout.sizes), made_by)
     diffusion = with_latents_of(config.objective.diffusion, list(datasets))
     return config.model_copy(update={"objective": config.objective.model_copy(update={"diffusion": diffusion})})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,8 @@ class Record:
         self._board.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log a step. What is not finite is left out: JSON has no such numbers."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -58,6 +61,8 @@ class Clock:
 
     def __init__(self, tokens: int):
         self._since, self._tokens, self._waited = time.perf_counter(), tokens, 0.0
+        self.seconds = 0.0
+        """Of the last lap."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -74,7 +79,7 @@ class Clock:
     def lap(self, tokens: int) -> dict[str, float]:
         """Tokens per second, and the share of the time spent waiting for data, since the last lap."""
         now = time.perf_counter()
-        seconds = now - self._since
+        self.seconds = seconds = now - self._since
         values = {"perf/tokens_per_s": (tokens - self._tokens) / seconds, "perf/data_wait": self._waited / seconds}
         self._since, self._tokens, self._waited = now, tokens, 0.0
         return values

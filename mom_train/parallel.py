@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from mom_train.model import LanguageModel
 
@@ -53,7 +55,23 @@ def process_group() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False) -> LanguageModel:
+def model_mesh(ranks: Ranks, shard_ranks: int | None) -> DeviceMesh:
+    """All ranks share one copy of the model; or every `shard_ranks` of them do, and the copies are replicas (HSDP)."""
+    if shard_ranks is None or shard_ranks == ranks.world_size:
+        return ranks.mesh
+    if ranks.world_size % shard_ranks:
+        raise ValueError(f"parallel.shard_ranks={shard_ranks} does not divide the {ranks.world_size} ranks")
+    shape = (ranks.world_size // shard_ranks, shard_ranks)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a collective of any group may take from now on before its rank fails."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False, cpu_offload: bool = False) -> LanguageModel:
     """FSDP2: one unit per block, one each for embeddings and heads. `compiled` blocks go through torch.compile first;
     the kernels are opaque operators to it.
 
@@ -63,9 +81,10 @@ def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False) -> Lan
     if compiled:
         for block in model.blocks:
             block.compile()
+    policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for module in (model.embedding, model.patch_embedding, *model.blocks, model.patch_head, model.head, model):
         if module is not None:
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, offload_policy=policy)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)

@@ -1,6 +1,7 @@
 """Token shards: ordinary WebDataset tars of blocks of documents, a sidecar index, and one manifest per dataset.
 
     DATASET/manifest.json       immutable, written last: tokenizers, shards with sizes and checksums, counts
+    DATASET/manifest.sha256     the manifest's own checksum, as sha256sum writes it
     DATASET/NAME.tar            samples are blocks of documents (about 1 MiB) in one .safetensors member
     DATASET/NAME.idx            where each document lies in the tar, its lengths and crc32 (safetensors as well)
 
@@ -23,14 +24,14 @@ from typing import IO, Any
 
 import numpy as np
 import safetensors.numpy
-import webdataset
+from safetensors import SafetensorError
 
 SCHEMA = "mom-tokens-1"
 BLOCK_BYTES = 1 << 20
 BLOCK_DOCUMENTS = 512
 LATENT = 1  # flag of a segment whose values are latent patches
 LATENT_BIT = 0x80  # the same in the index's one-byte modality
-_TAR_HEADER = 512
+TAR_HEADER = 512
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, modalities: Sequence[str], token_dtype: type = np.uint16):
+        import webdataset  # here, for it imports torch: readers of shards start without
+
         self.path, self.modalities, self.token_dtype = path, tuple(modalities), np.dtype(token_dtype)
         self.documents = 0
         self.counts = dict.fromkeys(modalities, 0)
@@ -63,12 +66,7 @@ class ShardWriter:
         self._blocks = 0
         self._pending: list[tuple[str, Sequence[TokenSegment]]] = []
         self._pending_bytes = 0
-        self._token_offset: list[int] = []
-        self._latent_offset: list[int] = []
-        self._crc: list[int] = []
-        self._segment_start = [0]
-        self._segment_length: list[int] = []
-        self._segment_modality: list[int] = []
+        self._index: list[dict[str, np.ndarray]] = []
         self.latent_width = 0
 
     def __enter__(self) -> ShardWriter:
@@ -98,11 +96,8 @@ class ShardWriter:
         if not self._pending:
             return
         tokens, latents, table, starts = [], [], [], [0]
-        token_at, latent_at = [], []
         n_tokens = n_latents = 0
         for _, segments in self._pending:
-            token_at.append(n_tokens)
-            latent_at.append(n_latents)
             for s in segments:
                 offset = n_latents if s.latent else n_tokens
                 table.append((s.modality, len(s.values), offset, LATENT if s.latent else 0))
@@ -127,27 +122,8 @@ class ShardWriter:
         block = safetensors.numpy.save(arrays, metadata=metadata)
         self._tar.write({"__key__": f"{self._blocks:08d}", "safetensors": block})
 
-        header_length = int.from_bytes(block[:8], "little")
-        header = json.loads(block[8 : 8 + header_length])
-        data_at = self._position + _TAR_HEADER + 8 + header_length
-        tokens_at = data_at + header["tokens"]["data_offsets"][0]
-        latents_at = data_at + header["latents"]["data_offsets"][0] if latents else 0
-        width = self.latent_width * 2
-        for (_, segments), t, p in zip(self._pending, token_at, latent_at, strict=True):
-            self._token_offset.append(tokens_at + t * self.token_dtype.itemsize)
-            self._latent_offset.append(latents_at + p * width)
-            crc = 0
-            for wanted in (False, True):
-                for s in segments:
-                    if s.latent == wanted:
-                        values = s.values if s.latent else s.values.astype(self.token_dtype)
-                        crc = zlib.crc32(values.tobytes(), crc)
-            self._crc.append(crc)
-            for s in segments:
-                self._segment_length.append(len(s.values))
-                self._segment_modality.append(s.modality | (LATENT_BIT if s.latent else 0))
-            self._segment_start.append(len(self._segment_length))
-        self._position += _TAR_HEADER + -(-len(block) // 512) * 512
+        self._index.append(index_block(block, self._position + TAR_HEADER))
+        self._position += TAR_HEADER + -(-len(block) // 512) * 512
         self._blocks += 1
         self._pending, self._pending_bytes = [], 0
 
@@ -158,18 +134,9 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        arrays: dict[str, np.ndarray] = {
-            "token_offset": np.array(self._token_offset, np.uint64),
-            "crc32": np.array(self._crc, np.uint32),
-            "segment_start": np.array(self._segment_start, np.uint32),
-            "segment_length": np.array(self._segment_length, np.uint32),
-            "segment_modality": np.array(self._segment_modality, np.uint8),
-        }
-        if any(m & LATENT_BIT for m in self._segment_modality):
-            arrays["latent_offset"] = np.array(self._latent_offset, np.uint64)
         index = self.path.with_suffix(".idx")
         partial = index.with_name(f".{index.name}.partial")
-        partial.write_bytes(safetensors.numpy.save(arrays))
+        partial.write_bytes(join_index(self._index))
         self._partial.rename(self.path)
         partial.rename(index)
 
@@ -184,6 +151,71 @@ class ShardWriter:
             "tokens": self.counts,
             "latent_width": self.latent_width,
         }
+
+
+def index_block(block: bytes, at: int) -> dict[str, np.ndarray]:
+    """The index's arrays for the documents of one block, whose bytes begin at byte `at` of the tar.
+
+    Raises ValueError where the block is not one of ours, or its table points outside it.
+    """
+    try:
+        arrays = safetensors.numpy.load(block)
+        tokens, table, docs = arrays["tokens"], arrays["segments"].astype(np.int64), arrays["docs"].astype(np.int64)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"not a block of documents: {error}") from error
+    header_length = int.from_bytes(block[:8], "little")
+    header = json.loads(block[8 : 8 + header_length])
+    begins = {name: at + 8 + header_length + header[name]["data_offsets"][0] for name in arrays}
+    latents = arrays.get("latents", np.zeros((0, 0), np.float16))
+    modality, count, offset, flags = table.T if table.ndim == 2 and table.shape[1] == 4 else np.zeros((4, 0), np.int64)
+    if not (
+        tokens.ndim == 1 and latents.ndim == 2 and docs.ndim == 1 and len(docs) > 0 and docs[0] == 0
+        and (np.diff(docs) >= 0).all() and docs[-1] == len(modality) == len(table)
+    ):  # fmt: skip
+        raise ValueError("its table of segments does not fit its documents")
+    latent = flags == LATENT
+    # in a sound block each document's tokens, and its latents, follow those of the one before
+    until = {name: np.r_[0, np.where(mine, count, 0).cumsum()] for name, mine in (("t", ~latent), ("p", latent))}
+    expected = np.where(latent, until["p"][:-1], until["t"][:-1])
+    if not (
+        (count >= 0).all() and (modality >= 0).all() and (modality < LATENT_BIT).all() and (flags & ~LATENT == 0).all()
+        and (offset == expected).all() and until["t"][-1] == len(tokens) and until["p"][-1] == len(latents)
+    ):  # fmt: skip
+        raise ValueError("its table of segments does not fit its tokens")
+    width = latents.shape[1] * latents.itemsize
+    token_at, latent_at = until["t"][docs], until["p"][docs]
+    token_bytes, latent_bytes = tokens.tobytes(), latents.tobytes()
+    size = tokens.itemsize
+    crc = [
+        zlib.crc32(latent_bytes[p * width : q * width], zlib.crc32(token_bytes[t * size : u * size]))
+        for t, u, p, q in zip(token_at[:-1], token_at[1:], latent_at[:-1], latent_at[1:], strict=True)
+    ]
+    return {
+        "token_offset": (begins["tokens"] + token_at[:-1] * size).astype(np.uint64),
+        "latent_offset": (begins.get("latents", 0) + latent_at[:-1] * width).astype(np.uint64),
+        "crc32": np.array(crc, np.uint32),
+        "segments": np.diff(docs).astype(np.uint32),
+        "segment_length": count.astype(np.uint32),
+        "segment_modality": (modality | np.where(latent, LATENT_BIT, 0)).astype(np.uint8),
+    }
+
+
+def join_index(blocks: Sequence[Mapping[str, np.ndarray]]) -> bytes:
+    """The index file of a shard, from `index_block` of each of its blocks in order. The same blocks, the same bytes."""
+
+    def joined(name: str, dtype: type) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *(block[name] for block in blocks)])
+
+    arrays = {
+        "token_offset": joined("token_offset", np.uint64),
+        "crc32": joined("crc32", np.uint32),
+        "segment_start": np.r_[0, joined("segments", np.uint32).cumsum()].astype(np.uint32),
+        "segment_length": joined("segment_length", np.uint32),
+        "segment_modality": joined("segment_modality", np.uint8),
+    }
+    if (arrays["segment_modality"] >= LATENT_BIT).any():
+        arrays["latent_offset"] = joined("latent_offset", np.uint64)
+    return safetensors.numpy.save(arrays)
 
 
 def sha256_of(path: Path) -> str:
@@ -219,4 +251,6 @@ def write_manifest(
     }
     partial = folder / ".manifest.partial"
     partial.write_text(json.dumps(manifest, indent=1) + "\n")
+    # beside it, not in it: a checksum inside would change the fingerprint that runs remember
+    (folder / "manifest.sha256").write_text(f"{sha256_of(partial)}  manifest.json\n")
     partial.rename(folder / "manifest.json")

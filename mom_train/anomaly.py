@@ -1,0 +1,195 @@
+"""Steps that go bad: judged on the device from values that all ranks share, so all judge alike, without waiting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mom_data.batch import PackedBatch
+from mom_data.plan import Lane, Plan
+from mom_train.checkpoint import Checkpointer
+from mom_train.checkpoint_store import Checkpoint
+from mom_train.config import AnomalyConfig, RunConfig
+from mom_train.parallel import Ranks, agreed
+
+log = logging.getLogger(__name__)
+_ENOUGH = 16  # good steps before a spike can be told
+
+
+class Judge:
+    """Which steps' updates are skipped: those whose loss or gradient norm is not finite, or exceeds `loss_spike` or
+    `grad_norm_spike` times its median over the last `window` good steps."""
+
+    def __init__(self, config: AnomalyConfig, device: torch.device):
+        limits = (config.loss_spike or math.inf, config.grad_norm_spike or math.inf)
+        self._limits = torch.tensor(limits, dtype=torch.float64, device=device)
+        self._recent = torch.full((config.window, 2), math.nan, dtype=torch.float64, device=device)
+        self._good = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        """Bad steps so far."""
+
+    def bad(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """bool scalar on the device, remembered where it is False. `loss` and `grad_norm`: scalars, equal on all
+        ranks."""
+        now = torch.stack([loss.double(), grad_norm.double()])
+        known = self._good.clamp(max=len(self._recent))
+        median = self._recent.sort(0).values[(known - 1).clamp(min=0) // 2]  # nan sorts last
+        spike = (now > self._limits * median) & (known >= _ENOUGH)
+        bad = (~now.isfinite() | spike).any()
+        self._recent = torch.where(bad, self._recent, torch.cat([self._recent[1:], now[None]]))
+        self._good = self._good + (~bad)
+        self.skipped = self.skipped + bad
+        return bad
+
+    def state_dict(self) -> dict[str, Any]:
+        recent = [[None if math.isnan(x) else x for x in row] for row in self._recent.tolist()]
+        return {"recent": recent, "good": int(self._good), "skipped": int(self.skipped)}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        rows = [[math.nan if x is None else x for x in row] for row in values["recent"]]
+        window = len(self._recent)
+        rows = [[math.nan, math.nan]] * window + rows
+        self._recent.copy_(torch.tensor(rows[-window:], dtype=torch.float64))
+        self._good.fill_(min(values["good"], window))
+        self.skipped.fill_(values["skipped"])
+
+
+@torch.no_grad()
+def gradient_squares(model: nn.Module, modalities: Sequence[str]) -> dict[str, Tensor]:
+    """This rank's sums of squared gradients, float64 scalars: of embedding, head and each kind of projection, and of
+    each modality's rows in the decoupled ones. Summed over the ranks that shard the model, their roots are norms."""
+    sums: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        part = name.rsplit(".", 1)[-1]
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.grad is None or not (part.endswith("_proj") or part in ("embedding", "head")):
+            continue
+        gradient, first = weight.grad, 0
+        if isinstance(gradient, DTensor):
+            where = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
+            gradient, first = gradient.to_local(), where[1][0]
+        squares_O = gradient.double().square().sum(1)
+        zero = squares_O.new_zeros(())
+        sums[part] = sums.get(part, zero) + squares_O.sum()
+        if getattr(module, "modalities", 1) == 1:
+            continue
+        rows = len(weight) // len(modalities)
+        for m, modality in enumerate(modalities):
+            own = squares_O[max(0, m * rows - first) : max(0, (m + 1) * rows - first)]
+            sums[modality] = sums.get(modality, zero) + own.sum()
+    return sums
+
+
+class BadSteps:
+    """What becomes of bad steps on one rank: told apart, named, and after too many in a row gone back from.
+
+    RUN/rollbacks.jsonl keeps where the run went back to and which data it left out, so that it does so again when it is
+    started again from there. Every method is to be called on all ranks alike.
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan, ranks: Ranks):
+        self._config, self._plan, self._ranks = config, plan, ranks
+        self._in_a_row: list[dict[str, Any]] = []
+        self._noted: tuple[int, Tensor, Tensor, Sequence[PackedBatch]] | None = None
+        self._path = config.run_dir / "rollbacks.jsonl"
+
+    def note(self, step: int, bad: Tensor, sums: Tensor, step_batches: Sequence[PackedBatch]) -> None:
+        """Remember a step until its verdict is known. `sums` (M+1,) are this rank's."""
+        self._noted = step, bad.to("cpu", non_blocking=True), sums, step_batches
+
+    def stay_bad(self) -> bool:
+        """Look at the verdict on the step before. True where there were too many bad ones in a row."""
+        if self._noted is None:
+            return False
+        (step, bad, sums, step_batches), self._noted = self._noted, None
+        if sums.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        if not bad:
+            self._in_a_row.clear()
+            return False
+        everyone: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(everyone, (sums.tolist(), self._documents(step_batches)))
+        named = self._describe(step, everyone)
+        self._in_a_row.append(named)
+        odd = [
+            f"{', '.join(r['not_finite'])} not finite on rank {r['rank']}" for r in named["ranks"] if r["not_finite"]
+        ]
+        why = "; ".join(odd) or "its gradient norm is not finite, or it or the loss spikes"
+        log.warning("BAD STEP %d, its update is skipped: %s", step, why)
+        return len(self._in_a_row) >= self._config.anomaly.skips
+
+    def _describe(self, step: int, everyone: Sequence[Any]) -> dict[str, Any]:
+        names = [*self._config.layout.modalities, "patches"]
+        ranks = []
+        for rank, (sums, documents) in enumerate(everyone):
+            odd = [name for name, value in zip(names, sums, strict=True) if not math.isfinite(value)]
+            losses = {name: repr(value) for name, value in zip(names, sums, strict=True)}
+            ranks.append({"rank": rank, "not_finite": odd, "loss_sums": losses, "documents": documents})
+        return {"step": step, "ranks": ranks}
+
+    def _documents(self, step_batches: Sequence[PackedBatch]) -> list[str]:
+        """Which documents the rows hold, planned again."""
+        found: dict[str, None] = {}
+        for batch in step_batches:
+            for sequence in batch.sequences.tolist():
+                number, given = sequence % self._plan.lanes, sequence // self._plan.lanes
+                cursor = batch.cursors.get(number)
+                lane = Lane(self._plan, number, cursor if cursor is not None and cursor.rows <= given else None)
+                lane.skip_to(given)
+                for piece in next(lane):
+                    dataset = self._plan.sources[piece.source].dataset
+                    found[f"{dataset.location}/{dataset.shards[piece.shard]['name']}#{piece.document}"] = None
+        return list(found)
+
+    def behind(self, step: int, sequence: int) -> int:
+        """The sequence that a run goes on with from the checkpoint of `step`, which stands at `sequence`: behind what
+        was left out when it went back to there."""
+        return max([sequence, *(r["sequence"] for r in self._rollbacks() if r["step"] == step)])
+
+    def _rollbacks(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text().split("\n")[:-1]]
+
+    def roll_back(self, checkpointer: Checkpointer, sequence: int) -> Checkpoint | None:
+        """The checkpoint to go on from, with the data from `sequence` on; None where going back is of no use any more:
+        then RUN/incident.json says what happened."""
+        bad, self._in_a_row = self._in_a_row, []
+        checkpointer.wait()
+        target = checkpointer.newest(below=bad[0]["step"])
+        earlier = 0 if target is None else sum(r["step"] >= target.step for r in agreed(self._rollbacks))
+        if target is None or earlier >= self._config.anomaly.rollbacks:
+            why = (
+                "there is no checkpoint before them" if target is None else f"the run went back {earlier} times already"
+            )
+            agreed(partial(self._write_incident, bad, why))
+            return None
+        agreed(partial(self._write_rollback, target.step, sequence, bad))
+        checkpointer.fall_back(target)
+        log.warning("%d bad steps in a row: back to step %d, and on with sequence %d", len(bad), target.step, sequence)
+        return target
+
+    def _write_rollback(self, step: int, sequence: int, bad: list[dict[str, Any]]) -> None:
+        if not self._ranks.main:
+            return
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, "sequence": sequence, "bad": bad}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_incident(self, bad: list[dict[str, Any]], why: str) -> None:
+        path = self._config.run_dir / "incident.json"
+        log.error("steps %d to %d are bad, and %s: the run ends. See %s", bad[0]["step"], bad[-1]["step"], why, path)
+        if self._ranks.main:
+            path.write_text(json.dumps({"why": why, "bad": bad, "rollbacks": self._rollbacks()}, indent=1) + "\n")

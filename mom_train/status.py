@@ -1,0 +1,66 @@
+"""How a run stands, for whoever started it: RUN/status.json, written by rank 0, and the requests to end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["running", "preempted", "stopped", "finished", "failed"]
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start it again and it goes on
+EXIT_INCIDENT = 3
+
+
+def write_status(run_dir: Path, state: State, step: int, steps: int, reason: str = "") -> None:
+    """Replace the file whole. torchrun turns every exit code into 1, so this is what a launcher goes by:
+
+    running     or it was killed and could say nothing
+    preempted   asked to end; the checkpoint is committed, start it again
+    stopped     at training.stop_at
+    finished    at training.steps
+    failed      `reason` says why
+    """
+    values = {"state": state, "step": step, "steps": steps, "reason": reason, "time": time.time()}
+    partial = run_dir / ".status.partial"
+    with open(partial, "w") as file:
+        file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(run_dir / "status.json")
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "status.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class Stop:
+    """A request to end: by signal, or because the time is up. What every rank does about it is agreed before each step.
+
+    Ctrl-C twice ends at once. The clock starts with the object.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, _: object) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    @property
+    def code(self) -> int:
+        """0, the signal's number, or 128 when the time is up: ranks agree on the largest."""
+        if self._signal:
+            return self._signal
+        return 128 if self._deadline is not None and time.monotonic() > self._deadline else 0
+
+    @staticmethod
+    def reason(code: int) -> str:
+        return "training.time_limit is reached" if code == 128 else f"signal {signal.Signals(code).name}"
