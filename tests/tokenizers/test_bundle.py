@@ -57,6 +57,7 @@ def test_text_comes_first_and_each_modality_is_described_as_loaded(folder):
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint(),
             "size": tokenizer.size,
+            **({"units_per_second": 25} if modality == "speech" else {}),
         }
         assert len(described[modality]["fingerprint"]) == 16
 
@@ -113,7 +114,7 @@ def test_text_alone_imports_neither_torch_nor_diffusers(folder):
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("text: {kind: wordpiece, path: words}", "unknown kind 'wordpiece'; known: bpe, vq, kl, units"),
+        ("text: {kind: wordpiece, path: words}", "unknown kind 'wordpiece'; known: bpe, vq, emu3, janus, kl, units"),
         ("text: {kind: bpe, path: words, size: 3}", "exactly the keys kind and path"),
         ("text: {kind: bpe, path: nowhere}", "nowhere, which does not exist"),
         ("image: {kind: vq, path: pictures}", "expected 'text"),

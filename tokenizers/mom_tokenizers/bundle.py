@@ -1,11 +1,11 @@
 """The tokenizers of a data set, named in a tokenizers.yaml:
 
     text:   {kind: bpe, path: text}
-    image:  {kind: vq, path: image}         # codes; or kind kl: latents, for diffusion
+    image:  {kind: vq, path: image}         # codes, also emu3 and janus; or kind kl: latents, for diffusion
     speech: {kind: units, path: speech}
 
-Paths are relative to the file. Models are loaded when first used, so a reader of one modality, or of the
-fingerprints alone, pays for nothing else.
+Paths are relative to the file; a text's may be "hf://owner/name" of the Hugging Face hub. Models are loaded when first
+used, so a reader of one modality, or of the fingerprints alone, pays for nothing else.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ import yaml
 KINDS = {
     "bpe": ("mom_tokenizers.text", "TextTokenizer"),
     "vq": ("mom_tokenizers.image", "VQImageTokenizer"),
+    "emu3": ("mom_tokenizers.image_transformers", "Emu3ImageTokenizer"),
+    "janus": ("mom_tokenizers.image_transformers", "JanusImageTokenizer"),
     "kl": ("mom_tokenizers.image_kl", "KLImageTokenizer"),
     "units": ("mom_tokenizers.speech", "SpeechTokenizer"),
 }
-PICTURES = ("vq", "kl")
+PICTURES = ("vq", "emu3", "janus", "kl")
 DECODED_AT_ONCE = 32  # pictures held in full size
 
 
@@ -81,11 +83,15 @@ class Tokenizers:
     """Modality -> tokenizer, text first."""
 
     entries: tuple[tuple[str, str, Path], ...]  # modality, kind, path
+    device: str = "cpu"
     _loaded: dict[str, Tokenizer] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizers:
-        """From a tokenizers.yaml. Raises ValueError for unknown kinds or keys, and for missing folders."""
+    def load(cls, path: str | Path, device: str = "cpu") -> Tokenizers:
+        """From a tokenizers.yaml; models go to `device`, "auto" being a GPU where there is one.
+
+        Raises ValueError for unknown kinds or keys, and for missing folders.
+        """
         path = Path(path)
         try:
             declared = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -102,11 +108,11 @@ class Tokenizers:
                 raise ValueError(f"{path}: '{modality}' must have exactly the keys kind and path, got {entry!r}")
             if entry["kind"] not in KINDS:
                 raise ValueError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {', '.join(KINDS)}")
-            where = path.parent / str(entry["path"])
+            where = _located(path.parent, str(entry["path"]), entry["kind"])
             if not where.exists():
                 raise ValueError(f"{path}: '{modality}' is to be at {where}, which does not exist")
             entries.append((str(modality), entry["kind"], where))
-        return cls(tuple(entries))
+        return cls(tuple(entries), device)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -121,13 +127,15 @@ class Tokenizers:
         """One of them, loaded when first asked for. Raises ValueError for a modality that has none."""
         if modality not in self._loaded:
             kind, path = self._entry(modality)
-            self._loaded[modality] = _class(kind).load(path)
+            on = () if kind == "bpe" else (_resolved(self.device),)
+            self._loaded[modality] = _class(kind).load(path, *on)
         return self._loaded[modality]
 
     def describe(self) -> dict[str, dict[str, str | int | float]]:
         """{modality: {"kind", "fingerprint", "size"}}, from the files, without building a model.
 
         With latents also "patch_width", "latent_scale" and "latent_shift": a model reads (latents - shift) * scale.
+        With speech also "units_per_second".
         """
         return {
             modality: {
@@ -135,6 +143,7 @@ class Tokenizers:
                 "fingerprint": fingerprint_files(kind, _class(kind).files(path)),
                 "size": _class(kind).stored_size(path),
                 **(_class(kind).stored_latents(path) if kind == "kl" else {}),
+                **(_class(kind).stored_rate(path) if kind == "units" else {}),
             }
             for modality, kind, path in self.entries
         }
@@ -145,7 +154,8 @@ class Tokenizers:
         return self.tokenizer(modality).encode(self._decoded(modality, data))
 
     def encode_many(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | ValueError]:
-        """As `encode` of each, pictures in batches; an unreadable one gives its ValueError in its place."""
+        """As `encode` of each, pictures and short recordings in batches; an unreadable one gives its ValueError in
+        its place."""
         results: list[np.ndarray | ValueError] = []
         for start in range(0, len(data), DECODED_AT_ONCE):
             results += self._encode_some(modality, data[start : start + DECODED_AT_ONCE])
@@ -158,14 +168,14 @@ class Tokenizers:
         for item in data:
             try:
                 value = self._decoded(modality, item)
-                if self._entry(modality)[0] in PICTURES:
+                if _joins_a_batch(self._entry(modality)[0], value):
                     values.append(value)
                     results.append(None)
                 else:
                     results.append(tokenizer.encode(value))
             except ValueError as error:
                 results.append(error)
-        encoded = iter(tokenizer.encode_batch(values) if values else ())
+        encoded = iter(_each(tokenizer, values))
         return [next(encoded) if result is None else result for result in results]
 
     def _entry(self, modality: str) -> tuple[str, Path]:
@@ -187,6 +197,36 @@ class Tokenizers:
         from mom_tokenizers.speech import decode_audio
 
         return decode_audio(data)
+
+
+def _joins_a_batch(kind: str, value: Any) -> bool:
+    """Pictures, and recordings of up to half a minute: a longer one is a batch of windows by itself."""
+    return kind in PICTURES or (kind == "units" and len(value[0]) <= 30 * value[1])
+
+
+def _each(tokenizer: Tokenizer, values: Sequence[Any]) -> list[np.ndarray | ValueError]:
+    try:
+        return list(tokenizer.encode_batch(values)) if values else []
+    except ValueError as error:  # one of them is the matter, e.g. too short: the others must not suffer
+        if len(values) == 1:
+            return [error]
+        return [result for value in values for result in _each(tokenizer, [value])]
+
+
+def _located(folder: Path, path: str, kind: str) -> Path:
+    if kind == "bpe" and path.startswith("hf://"):
+        from mom_tokenizers.text import hub_folder
+
+        return hub_folder(path)
+    return folder / path
+
+
+def _resolved(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _class(kind: str) -> Any:

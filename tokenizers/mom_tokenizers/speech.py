@@ -1,30 +1,43 @@
-"""Speech units: 25 a second, each the nearest k-means centroid of 40 ms of features."""
+"""Speech units: 25 a second, each the nearest k-means centroid of 40 ms of features; or a codec's own codes.
+
+A stored tokenizer is a folder: speech_tokenizer.json, centroids.safetensors, and, where its extractor is a published
+model, that model's folder under the extractor's name.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import shutil
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
+from mom_tokenizers.speech_features import (
+    FRAMES_PER_UNIT,
+    MEL_BANDS,
+    SAMPLE_RATE,
+    UNITS_PER_SECOND,
+    WINDOW_SECONDS,
+    MimiCodes,
+    load_model,
+    log_mel,
+    mean_bands,
+    sound_of_log_mel,
+)
+from mom_tokenizers.speech_features import (
+    extractor as make_extractor,
+)
 
-SAMPLE_RATE = 16_000
-UNITS_PER_SECOND = 25
-HOP = SAMPLE_RATE // UNITS_PER_SECOND
-EXTRACTORS = ("log_mel", "hubert")
-CONFIG, CENTROIDS, MODEL_FOLDER = "speech_tokenizer.json", "centroids.safetensors", "hubert"
-MEL_BANDS, MEL_HOP, MEL_WINDOW, MEL_FFT = 40, 160, 400, 512
-FRAMES_PER_UNIT = HOP // MEL_HOP
+CONFIG, CENTROIDS = "speech_tokenizer.json", "centroids.safetensors"
+KEYS = ("extractor", "layer", "window_seconds", "deduplicate", "units_per_second", "size")
+ASSIGNED_AT_ONCE = 4_096
 
 Waveform = tuple[np.ndarray, int]
 
@@ -37,93 +50,55 @@ def decode_audio(data: bytes) -> Waveform:
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             promised, rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)
+            # a block at a time, so that a long recording is never held with all its channels
+            blocks = [b.mean(axis=1) for b in file.blocks(blocksize=1 << 20, dtype="float32", always_2d=True)]
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", error)  # without the buffer's address, different each time
         raise ValueError(f"not a readable recording: {reason}") from error
-    if len(samples) == 0 or len(samples) < promised:
-        raise ValueError(f"recording ends early: {len(samples)} of {promised} samples")
-    waveform = samples.mean(axis=1)
+    waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    if len(waveform) == 0 or len(waveform) < promised:
+        raise ValueError(f"recording ends early: {len(waveform)} of {promised} samples")
     if not np.isfinite(waveform).all():
         raise ValueError("recording holds samples that are no finite numbers")
     return waveform, rate
 
 
-def count_units(samples: int, rate: int) -> int:
-    """floor(25 * seconds + 1/2), in integers: 40 ms a unit, the last one complete at half or more."""
-    return (2 * UNITS_PER_SECOND * samples + rate) // (2 * rate)
+def count_units(samples: int, rate: int, per_second: float = UNITS_PER_SECOND) -> int:
+    """floor(per_second * seconds + 1/2), in integers: 40 ms a unit at 25, the last one complete at half or more."""
+    twice = round(2 * per_second)
+    return (twice * samples + rate) // (2 * rate)
 
 
-def _resampled(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """float32 (units * 640,) at 16 kHz: the tail padded with zeros, or cut where it is below half a unit."""
-    waveform = np.asarray(waveform, np.float32)
-    if waveform.ndim != 1 or rate < 1:
-        raise ValueError(f"speech: expected a mono waveform and a rate, got shape {waveform.shape} at {rate} Hz")
-    units = count_units(len(waveform), rate)
-    if units == 0:
-        raise ValueError(f"speech: {len(waveform)} samples at {rate} Hz are below 20 ms, too short for a unit")
-    at_16k = waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
-    exact = np.zeros(units * HOP, np.float32)
-    exact[: len(at_16k)] = at_16k[: len(exact)]
-    return exact
+def read_centroids(file: str | Path) -> np.ndarray:
+    """float32 (units, features) from .safetensors ('centroids', or the one tensor it holds) or .npy.
 
-
-@lru_cache(maxsize=1)
-def _mel_filters() -> np.ndarray:
-    """float32 (257, 40)."""
-    from transformers.audio_utils import mel_filter_bank
-
-    return mel_filter_bank(
-        MEL_FFT // 2 + 1, MEL_BANDS, 20.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-    ).astype(np.float32)
-
-
-def log_mel(samples: np.ndarray) -> np.ndarray:
-    """float32 (units, 160): 4 frames of 40 log-mel bands, 10 ms apart, less the clip's mean."""
-    around = (MEL_WINDOW - MEL_HOP) // 2
-    frames = np.lib.stride_tricks.sliding_window_view(np.pad(samples, around), MEL_WINDOW)[::MEL_HOP]
-    power = np.abs(np.fft.rfft(frames * np.hanning(MEL_WINDOW).astype(np.float32), MEL_FFT)) ** 2
-    mel = power.astype(np.float32) @ _mel_filters()
-    # 80 dB below the clip's peak and less is silence, whether digital or not
-    decibel = np.log10(np.maximum(mel, max(float(mel.max()) * 1e-8, 1e-10)))
-    decibel -= decibel.mean(axis=0)
-    return decibel.reshape(-1, FRAMES_PER_UNIT * MEL_BANDS).astype(np.float32)
-
-
-class HubertFeatures:
-    """Hidden states of a HuBERT folder's layer (1 = after the first Transformer layer), exactly 25 a second."""
-
-    def __init__(self, path: Path, layer: int, device: str = "cpu"):
-        from transformers import HubertModel
+    Raises ValueError for anything else: joblib's and torch's files are pickles, which run code when they are read.
+    """
+    file = Path(file)
+    if file.suffix == ".safetensors":
+        from safetensors.numpy import load_file
 
         try:
-            model: Any = HubertModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
+            tensors = load_file(file)
         except Exception as error:
-            raise ValueError(f"{path}: not a HuBERT folder with safetensors weights: {error}") from error
-        self.model = model.to(device).eval().requires_grad_(False)
-        config = self.model.config
-        if not 0 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"speech: layer {layer} of a HuBERT with {config.num_hidden_layers} layers")
-        hop = math.prod(config.conv_stride)
-        if hop != HOP:
-            raise ValueError(f"{path}: its units are {SAMPLE_RATE / hop:g} a second; {UNITS_PER_SECOND} are needed")
-        receptive_field = 1 + sum(
-            (kernel - 1) * math.prod(config.conv_stride[:i]) for i, kernel in enumerate(config.conv_kernel)
+            raise ValueError(f"{file}: not a safetensors file: {error}") from error
+        found = tensors.get("centroids", next(iter(tensors.values())) if len(tensors) == 1 else None)
+        if found is None:
+            raise ValueError(f"{file}: no tensor 'centroids' among {sorted(tensors)}")
+    elif file.suffix == ".npy":
+        try:
+            found = np.load(file, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{file}: not an array of numbers: {error}") from error
+    else:
+        raise ValueError(
+            f"{file}: centroids are read from .safetensors or .npy only, for pickles run code when they are read. "
+            'Where you trust the file, convert a k-means of scikit-learn once: python -c "import joblib, numpy; '
+            f"numpy.save('centroids.npy', joblib.load('{file.name}').cluster_centers_)\""
         )
-        self.padding = max(0, receptive_field - hop)
-        self.layer = layer
-        preprocessor = path / "preprocessor_config.json"
-        self.normalize = preprocessor.is_file() and bool(read_json(preprocessor).get("do_normalize", False))
-
-    def __call__(self, samples: np.ndarray) -> np.ndarray:
-        import torch
-
-        if self.normalize:
-            samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
-        padded = torch.from_numpy(np.pad(samples, (0, self.padding)).astype(np.float32))
-        with torch.inference_mode():
-            states = self.model(padded[None].to(self.model.device), output_hidden_states=True).hidden_states
-        return states[self.layer][0].float().cpu().numpy()
+    if found.ndim != 2 or found.dtype.kind != "f" or not np.isfinite(found).all():
+        raise ValueError(f"{file}: expected finite floats (units, features), got {found.dtype} {found.shape}")
+    return found.astype(np.float32)
 
 
 class SpeechTokenizer:
@@ -133,21 +108,53 @@ class SpeechTokenizer:
 
     def __init__(
         self,
-        centroids: np.ndarray,
+        centroids: np.ndarray | None,
         extractor: str = "log_mel",
         *,
         model: str | Path | None = None,
         layer: int | None = None,
+        window_seconds: float = WINDOW_SECONDS,
+        deduplicate: bool = False,
+        mean: np.ndarray | None = None,
+        device: str = "cpu",
         source: Path | None = None,
     ):
-        """`centroids`: (units, features). `model`, `layer`: the HuBERT folder and layer of extractor 'hubert'."""
-        self._features = _extractor(extractor, model, layer)
-        self._centroids = np.ascontiguousarray(centroids, np.float32)
-        self._half_norms = 0.5 * (self._centroids.astype(np.float64) ** 2).sum(axis=1)
-        self._config = {"extractor": extractor} | ({"layer": layer} if extractor == "hubert" else {})
-        self._model = None if model is None else Path(model)
+        """`centroids`: (units, features); None for extractor 'mimi', which has codes of its own.
+
+        `model`, `layer`: the folder and layer of any extractor but 'log_mel'. `window_seconds`: longer clips go
+        through the model in overlapping windows. `deduplicate`: drop a unit equal to the one before it, and with it
+        how long it lasted. `mean`: (40,) log-mel bands of the average clip, for decode().
+        """
+        self._model = None if extractor == "log_mel" or model is None else Path(model)
+        self._features = make_extractor(extractor, self._model, layer, window_seconds, device)
+        self.units_per_second = self._features.sample_rate / self._features.hop
+        self._config: dict[str, Any] = {"extractor": extractor}
+        if layer is not None and extractor != "log_mel":
+            self._config["layer"] = layer
+        if self._model is not None:
+            self._config["window_seconds"] = window_seconds
+        if deduplicate:
+            self._config["deduplicate"] = True
         self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
-        self.size = len(self._centroids)
+        self._tensors: dict[str, np.ndarray] = {}
+        if isinstance(self._features, MimiCodes):
+            if centroids is not None:
+                raise ValueError("speech: extractor 'mimi' has a codebook of its own; centroids are of no use")
+            self.size = self._features.size
+            self._config |= {"units_per_second": self.units_per_second, "size": self.size}
+            return
+        if centroids is None:
+            raise ValueError(f"speech: extractor '{extractor}' needs centroids")
+        if np.shape(centroids)[1:] != (self._features.width,):
+            raise ValueError(
+                f"speech: centroids {np.shape(centroids)} are of other features, but the model's are "
+                f"{self._features.width} wide"
+            )
+        self._tensors["centroids"] = np.ascontiguousarray(centroids, np.float32)
+        if mean is not None:
+            self._tensors["mean"] = np.ascontiguousarray(mean, np.float32)
+        self._half_norms = 0.5 * (self._tensors["centroids"].astype(np.float64) ** 2).sum(axis=1)
+        self.size = len(centroids)
 
     @classmethod
     def train(
@@ -159,76 +166,122 @@ class SpeechTokenizer:
         model: str | Path | None = None,
         layer: int | None = None,
         seed: int = 0,
+        device: str = "cpu",
     ) -> SpeechTokenizer:
         """Mini-batch k-means over the features of all waveforms. Raises ValueError for too little speech."""
         from sklearn.cluster import MiniBatchKMeans
 
-        features = _extractor(extractor, model, layer)
-        found = [features(_resampled(waveform, rate)) for waveform, rate in waveforms]
+        if extractor == "mimi":
+            raise ValueError("speech: extractor 'mimi' has a codebook of its own; there is nothing to train")
+        hears = make_extractor(extractor, None if model is None else Path(model), layer, device=device)
+        found, means = [], []
+        for waveform, rate in waveforms:
+            samples = _resampled(waveform, rate, hears.sample_rate, hears.hop)
+            pieces = sorted(hears([samples]), key=lambda piece: piece[1])
+            found += [features for _, _, features in pieces]
+            if extractor == "log_mel":
+                means.append(mean_bands(log_mel(samples)))
         total = sum(map(len, found))
         if total < size:
             raise ValueError(f"speech: {total} frames of 40 ms are too few for {size} units; give more recordings")
         kmeans = MiniBatchKMeans(size, batch_size=10_000, max_iter=50, n_init=1, random_state=seed)
-        return cls(kmeans.fit(np.concatenate(found)).cluster_centers_, extractor, model=model, layer=layer)
+        return cls(
+            kmeans.fit(np.concatenate(found)).cluster_centers_,
+            extractor,
+            model=model,
+            layer=layer,
+            mean=np.mean(means, axis=0) if means else None,
+            device=device,
+        )
 
     @classmethod
-    def load(cls, path: str | Path) -> SpeechTokenizer:
+    def load(cls, path: str | Path, device: str = "cpu") -> SpeechTokenizer:
         """From a folder as save() writes it. Raises ValueError."""
         path = Path(path)
         files = cls.files(path)
         config = read_json(files[CONFIG])
-        if unknown := set(config) - {"extractor", "layer"}:
-            raise ValueError(f"{files[CONFIG]}: unknown {sorted(unknown)}; known: extractor, layer")
-        from safetensors.numpy import load_file
+        if unknown := set(config) - set(KEYS):
+            raise ValueError(f"{files[CONFIG]}: unknown {sorted(unknown)}; known: {', '.join(KEYS)}")
+        tensors: dict[str, np.ndarray] = {}
+        if CENTROIDS in files:
+            from safetensors.numpy import load_file
 
-        try:
-            centroids = load_file(files[CENTROIDS])["centroids"]
-        except Exception as error:
-            raise ValueError(f"{files[CENTROIDS]}: no tensor 'centroids' to be read: {error}") from error
-        model = path / MODEL_FOLDER if config.get("extractor") == "hubert" else None
-        return cls(centroids, config.get("extractor", ""), model=model, layer=config.get("layer"), source=path)
+            try:
+                tensors = load_file(files[CENTROIDS])
+                tensors["centroids"]
+            except Exception as error:
+                raise ValueError(f"{files[CENTROIDS]}: no tensor 'centroids' to be read: {error}") from error
+        name = config.get("extractor", "")
+        loaded = cls(
+            tensors.get("centroids"),
+            name,
+            model=path / name,
+            layer=config.get("layer"),
+            window_seconds=config.get("window_seconds", WINDOW_SECONDS),
+            deduplicate=config.get("deduplicate", False),
+            mean=tensors.get("mean"),
+            device=device,
+            source=path,
+        )
+        for key, value in (("units_per_second", loaded.units_per_second), ("size", loaded.size)):
+            if config.get(key, value) != value:
+                raise ValueError(f"{files[CONFIG]}: {key} {config[key]}, but the model's is {value:g}")
+        return loaded
 
     @staticmethod
     def files(path: str | Path) -> dict[str, Path]:
         """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
         path = Path(path)
-        for name in (CONFIG, CENTROIDS):
-            if not (path / name).is_file():
-                raise ValueError(f"{path}: no {name} there; expected a folder written by train_tokenizers.py")
-        found = [path / CONFIG, path / CENTROIDS]
-        found += [path / MODEL_FOLDER / n for n in ("config.json", "preprocessor_config.json")]
-        found += sorted((path / MODEL_FOLDER).glob("*.safetensors"))
-        return {str(file.relative_to(path)): file for file in found if file.is_file()}
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"{path}: no {CONFIG} there; expected a folder written by train_tokenizers.py")
+        name = str(read_json(path / CONFIG).get("extractor"))
+        if name != "mimi" and not (path / CENTROIDS).is_file():
+            raise ValueError(f"{path}: no {CENTROIDS} there; expected a folder written by train_tokenizers.py")
+        found = [path / CONFIG, *([] if name == "mimi" else [path / CENTROIDS]), *_model_files(path / name)]
+        return {str(file.relative_to(path)): file for file in found}
 
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
-        """Number of units of a stored tokenizer, read from the header of its centroids."""
+        """Number of units of a stored tokenizer, from its config or the header of its centroids."""
+        files = cls.files(path)
+        if CENTROIDS not in files:
+            return int(read_json(files[CONFIG])["size"])
         from safetensors import safe_open
 
-        with safe_open(str(cls.files(path)[CENTROIDS]), "numpy") as file:
+        with safe_open(str(files[CENTROIDS]), "numpy") as file:
             return int(file.get_slice("centroids").get_shape()[0])
 
+    @classmethod
+    def stored_rate(cls, path: str | Path) -> dict[str, float | bool]:
+        """{"units_per_second"} of a stored tokenizer; where "deduplicate" is in it, at most so many."""
+        config = read_json(cls.files(path)[CONFIG])
+        rate = {"units_per_second": config.get("units_per_second", float(UNITS_PER_SECOND))}
+        return rate | ({"deduplicate": True} if config.get("deduplicate") else {})
+
     def save(self, directory: str | Path) -> None:
+        """A model of which there is only a .bin is written as safetensors."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        files: dict[str, Path] = {}
         if self._source is not None:
             files = self.files(self._source)
         else:
-            from safetensors.numpy import save_file
-
             (directory / CONFIG).write_text(json.dumps(self._config) + "\n")
-            save_file({"centroids": self._centroids}, directory / CENTROIDS)
-            names = [] if self._model is None else ["config.json", "preprocessor_config.json"]
-            weights = [] if self._model is None else sorted(p.name for p in self._model.glob("*.safetensors"))
-            files = {
-                f"{MODEL_FOLDER}/{name}": self._model / name
-                for name in names + weights
-                if self._model is not None and (self._model / name).is_file()
-            }
-        for name, file in files.items():
-            if file.resolve() != (directory / name).resolve():
-                (directory / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, directory / name)
+            if self._tensors:
+                from safetensors.numpy import save_file
+
+                save_file(self._tensors, directory / CENTROIDS)
+            if self._model is not None:
+                name = self._config["extractor"]
+                found = _model_files(self._model)
+                files = {f"{name}/{file.name}": file for file in found}
+                if not any(file.suffix == ".safetensors" for file in found):
+                    load_model(self._model, name).save_pretrained(str(directory / name))
+                    del files[f"{name}/config.json"]
+        for relative, file in files.items():
+            if file.resolve() != (directory / relative).resolve():
+                (directory / relative).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, directory / relative)
 
     def fingerprint(self) -> str:
         """16 hex digits; the same after save and load, and on every machine."""
@@ -240,28 +293,74 @@ class SpeechTokenizer:
 
     def features(self, value: Waveform) -> np.ndarray:
         """float32 (units, features) of a waveform, before quantisation."""
-        return self._features(_resampled(*value))
+        pieces = sorted(self._features([self.resampled(value)]), key=lambda piece: piece[1])
+        return np.concatenate([features for _, _, features in pieces])
 
     def encode(self, value: Waveform) -> np.ndarray:
-        """uint32 (count_units(samples, rate),). Raises ValueError for less than 20 ms."""
-        features = self.features(value)
-        # |x|^2 is the same for all centroids; float64, so that ties fall alike everywhere
-        scores = features.astype(np.float64) @ self._centroids.T.astype(np.float64) - self._half_norms
-        return scores.argmax(axis=1).astype(np.uint32)
+        """uint32 (count_units(samples, rate, units_per_second),). Raises ValueError for less than half a unit."""
+        return self.encode_batch([value])[0]
 
     def encode_batch(self, values: Sequence[Waveform]) -> list[np.ndarray]:
-        # One by one: padding to a common length changes the group norm of HuBERT's extractor, hence units.
-        return [self.encode(value) for value in values]
+        """As `encode` of each: clips of equal length, and windows of long ones, go through a model together."""
+        clips = [self.resampled(value) for value in values]
+        units = [np.empty(len(samples) // self._features.hop, np.uint32) for samples in clips]
+        for clip, first, features in self._features(clips):
+            units[clip][first : first + len(features)] = self._nearest(features) if self._tensors else features
+        if self._config.get("deduplicate"):
+            return [u[np.r_[True, u[1:] != u[:-1]]] for u in units]
+        return units
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> NoReturn:
-        raise ValueError("speech: no vocoder is configured, so units cannot be turned into sound")
+    def resampled(self, value: Waveform) -> np.ndarray:
+        """float32 (units * hop,) as the features hear it. Raises ValueError for less than half a unit."""
+        return _resampled(*value, self._features.sample_rate, self._features.hop)
+
+    def _nearest(self, features: np.ndarray) -> np.ndarray:
+        # |x|^2 is the same for all centroids; float64, so that ties fall alike everywhere
+        centroids_WK = self._tensors["centroids"].T.astype(np.float64)
+        return np.concatenate(
+            [
+                (features[i : i + ASSIGNED_AT_ONCE].astype(np.float64) @ centroids_WK - self._half_norms).argmax(axis=1)
+                for i in range(0, len(features), ASSIGNED_AT_ONCE)
+            ]
+        )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> Waveform:
+        """(float32 (units * 640,), 16,000): an approximate sound of log-mel units, to hear what they keep.
+
+        Raises ValueError for units out of range, for none, and for other extractors, whose features are no sound.
+        """
+        if self._config["extractor"] != "log_mel":
+            raise ValueError(
+                f"speech: no vocoder is configured for units of '{self._config['extractor']}'; only log_mel has sound"
+            )
+        units = np.asarray(ids, np.int64)
+        if units.ndim != 1 or not len(units):
+            raise ValueError(f"speech: expected units (n,), n > 0, got shape {units.shape}")
+        if units.min() < 0 or units.max() >= self.size:
+            raise ValueError(f"speech: unit {units.min()} or {units.max()} lies outside the {self.size} there are")
+        bands = self._tensors["centroids"][units].reshape(len(units) * FRAMES_PER_UNIT, MEL_BANDS)
+        mean = self._tensors.get("mean", np.zeros(MEL_BANDS, np.float32))
+        return sound_of_log_mel(bands + mean), SAMPLE_RATE
 
 
-def _extractor(name: str, model: str | Path | None, layer: int | None) -> Any:
-    if name == "log_mel":
-        return log_mel
-    if name == "hubert":
-        if model is None or layer is None:
-            raise ValueError("speech: extractor 'hubert' needs a model folder and a layer")
-        return HubertFeatures(Path(model), layer)
-    raise ValueError(f"speech: unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
+def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.ndarray:
+    """float32 (units * hop,) at `to_rate`: the tail padded with zeros, or cut where it is below half a unit."""
+    waveform = np.asarray(waveform, np.float32)
+    if waveform.ndim != 1 or rate < 1:
+        raise ValueError(f"speech: expected a mono waveform and a rate, got shape {waveform.shape} at {rate} Hz")
+    units = count_units(len(waveform), rate, to_rate / hop)
+    if units == 0:
+        raise ValueError(
+            f"speech: {len(waveform)} samples at {rate} Hz are below {500 * hop / to_rate:g} ms, too short for a unit"
+        )
+    resampled = waveform if rate == to_rate else soxr.resample(waveform, rate, to_rate)
+    if len(resampled) == units * hop:
+        return resampled
+    exact = np.zeros(units * hop, np.float32)
+    exact[: len(resampled)] = resampled[: len(exact)]
+    return exact
+
+
+def _model_files(folder: Path) -> list[Path]:
+    names = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+    return [f for f in [*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))] if f.is_file()]
