@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from mom_data.shards import LATENT_BIT, SCHEMA, TokenSegment
+from mom_data.shards import LATENT_BIT, SCHEMA, TokenSegment, crc32
 from mom_data.storage import CACHE_BYTES, RemoteFolder, Stored, folder_at
 
 log = logging.getLogger(__name__)
@@ -220,7 +219,7 @@ class TokenDataset:
         read, and the first time that this process reads a part; later parts then cost their own bytes alone.
         """
         index = self.index(shard)
-        token_at, latent_at, crc32 = index.at
+        token_at, latent_at, checksum = index.at
         size, width = self.token_dtype.itemsize, 2 * self._latent_width
         complete = not index.checked[document] or (tokens == (0, whole[0]) and latents == (0, whole[1]))
         (t, t_end), (p, p_end) = ((0, whole[0]), (0, whole[1])) if complete else (tokens, latents)
@@ -237,7 +236,7 @@ class TokenDataset:
         if len(token_bytes) != (t_end - t) * size or len(latent_bytes) != (p_end - p) * width:
             return None
         if complete:
-            if zlib.crc32(latent_bytes, zlib.crc32(token_bytes)) != crc32[document]:
+            if crc32(latent_bytes, crc32(token_bytes)) != checksum[document]:
                 return None
             index.checked[document] = 1
         token_values = np.frombuffer(token_bytes, self.token_dtype)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import torch
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mom_data.batch import PackedBatch, build_batch
 from mom_data.plan import Cursor, Lane, Plan
+from mom_data.wire import Header, from_wire, to_wire
 from mom_tokenizers.vocab import VocabLayout
 
 
@@ -57,9 +59,14 @@ class PlannedBatches(IterableDataset):
         self.cursors = dict(cursors or {})
         self.corrupt_share = corrupt_share
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[PackedBatch | tuple[torch.Tensor, Header]]:
+        """Batches; in a loader's worker as one buffer each."""
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info is None:
+            return self.made()
+        return (to_wire(batch) for batch in self.made(info.id, info.num_workers))
+
+    def made(self, worker: int = 0, workers: int = 1) -> Iterator[PackedBatch]:
         plan = self.plan
         lanes: dict[int, Lane] = {}
         for sequences, end in islice(self.share.micro_batches(self.start), worker, None, workers):
@@ -76,7 +83,8 @@ class PlannedBatches(IterableDataset):
                     plan.sources[source].dataset.prefetch(shard)
                 cursors[number] = lane.cursor
             batch = build_batch(rows, plan.sources, self.vocab, plan.length, sequences, self.corrupt_share)
-            yield replace(batch, end_sequence=end, cursors=cursors)
+            batch = replace(batch, end_sequence=end, cursors=cursors)
+            yield batch
 
 
 def batches(
@@ -94,5 +102,8 @@ def batches(
     batch of a finished step, with the cursors of the batches until there; what was prefetched beyond it is made
     again."""
     source = PlannedBatches(plan, vocab, share, start, cursors, corrupt_share=corrupt_share)
+    if not workers:
+        return (batch.pin_memory() if pin else batch for batch in source.made())
     pipeline = webdataset.DataPipeline(source)
-    return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin))
+    loader = webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin)
+    return (from_wire(*sent) for sent in loader)

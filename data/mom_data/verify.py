@@ -11,7 +11,6 @@ import hashlib
 import json
 import mmap
 import tarfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 from pydantic import BaseModel, Field, ValidationError
 
-from mom_data.shards import LATENT_BIT, SCHEMA, TAR_HEADER, index_block, join_index, sha256_of
+from mom_data.shards import LATENT_BIT, SCHEMA, TAR_HEADER, crc32, index_block, join_index, sha256_of
 
 INDEX_BYTES = 40
 """What an index should take per document at most; short shards pay more, for its header is paid once."""
@@ -425,8 +424,8 @@ def _verify_documents(
         if max(token_at[d] + token_bytes[d], latent_at[d] + latent_bytes[d]) > len(content):
             what = "it lies beyond the end of the file"
         else:
-            found = zlib.crc32(content[token_at[d] : token_at[d] + token_bytes[d]])
-            if zlib.crc32(content[latent_at[d] : latent_at[d] + latent_bytes[d]], found) == crc:
+            found = crc32(content[token_at[d] : token_at[d] + token_bytes[d]])
+            if crc32(content[latent_at[d] : latent_at[d] + latent_bytes[d]], found) == crc:
                 continue
             what = "its bytes do not match their crc32"
         remedy = _COPY.format("the shard") + "; until then training masks this document"
