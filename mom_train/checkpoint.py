@@ -1,25 +1,34 @@
-"""Checkpoints: sharded by torch DCP, committed last, found through LATEST.
+"""Saving while training goes on, and loading what verifies.
 
-    RUN/checkpoints/step-N/     DCP's files and train_state.json; DCP writes `.metadata` last, the mark of a commit
-    RUN/LATEST                  the name of the newest committed one, replaced atomically
-
-A directory without `.metadata` is a save that did not finish: it is ignored, and removed by the next save.
+A save copies the tensors to host memory in a background thread, which must be done before the next optimiser step
+changes them (`staged`), and writes them from there while training goes on. The thread's collectives have a gloo group
+of their own. Layout and safety of what is written: mom_train/checkpoint_store.py.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import threading
+import time
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from mom_train.checkpoint_store import Checkpoint, Checkpoints
+from mom_train.config import CheckpointConfig
+from mom_train.ema import Ema
 from mom_train.model import LanguageModel
+from mom_train.parallel import agreed
+
+log = logging.getLogger(__name__)
+_LONGEST_WRITE = timedelta(hours=2)  # ranks wait for the slowest one's files
 
 
 @dataclass
@@ -49,63 +58,196 @@ class TrainState:
         vars(self).update(values)
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The newest committed checkpoint, or None. Raises ValueError where LATEST names one that is not there."""
-    pointer = run_dir / "LATEST"
-    if not pointer.exists():
-        return None
-    path = run_dir / "checkpoints" / pointer.read_text().strip()
-    if not (path / ".metadata").is_file():
-        others = sorted(p.parent.name for p in (run_dir / "checkpoints").glob("*/.metadata"))
-        raise ValueError(
-            f"{pointer} names {path.name}, which is not a committed checkpoint. "
-            + (f"Committed: {', '.join(others)}; write one of these names into it." if others else "None is committed.")
-        )
-    return path
-
-
-def read_train_state(path: Path) -> TrainState:
+def read_train_state(checkpoint: Checkpoint) -> TrainState:
     state = TrainState()
-    state.load_state_dict(json.loads((path / "train_state.json").read_text()))
+    state.load_state_dict(checkpoint.train_state())
     return state
 
 
-def save(run_dir: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, state: TrainState, keep: int) -> Path:
-    """Save on all ranks, commit, then drop all but the newest `keep`."""
-    path = run_dir / "checkpoints" / f"step-{state.step}"
-    main = dist.get_rank() == 0
-    if main:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        (path / "train_state.json").write_text(json.dumps(state.state_dict(), indent=1) + "\n")
-    dist.barrier()
-    tensors, optimizer_tensors = get_state_dict(model, optimizer)
-    dcp.save({"model": tensors, "optimizer": optimizer_tensors}, checkpoint_id=str(path))
-    if main:
-        pointer = run_dir / "LATEST"
-        partial = pointer.with_name(".LATEST.partial")
-        partial.write_text(path.name + "\n")
-        partial.rename(pointer)
-        _prune(run_dir / "checkpoints", keep)
-    return path
+def tensors(model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Any]:
+    """What a checkpoint holds, by name: aliases, not copies. The optimiser's hyperparameters are the config's and stay
+    out, so that every value is a tensor."""
+    weights, of_optimizer = get_state_dict(model, optimizer)
+    values = {"model": weights, "optimizer": {"state": of_optimizer["state"]}}
+    return values if ema is None else values | {"ema": ema.average}
 
 
-def load(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimiser in place, resharding as needed."""
-    tensors, optimizer_tensors = get_state_dict(model, optimizer)
-    values: dict[str, Any] = {"model": tensors, "optimizer": optimizer_tensors}
-    dcp.load(values, checkpoint_id=str(path))
-    set_state_dict(model, optimizer, model_state_dict=values["model"], optim_state_dict=values["optimizer"])
+class Checkpointer:
+    """A run's checkpoints while it trains: one save at a time, in the background. A context manager.
 
+    Every method is to be called on all ranks alike. `finished` and `time_is_up` are one rank's view; the ranks agree on
+    them together with what else they agree on before a step, and `settle` then tells all of them at the same step how
+    the save went.
+    """
 
-def _prune(folder: Path, keep: int) -> None:
-    committed = sorted((p for p in folder.iterdir() if (p / ".metadata").is_file()), key=_step)
-    unfinished = [p for p in folder.iterdir() if p.is_dir() and not (p / ".metadata").is_file()]
-    for path in [*committed[:-keep], *unfinished]:
-        # the mark goes first: a removal that is interrupted must not leave something that looks whole
-        (path / ".metadata").unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+    def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig):
+        self.checkpoints, self.config = checkpoints, config
+        self.committed_step = 0
+        """Of the newest that this run committed or began from."""
+        self.stall = 0.0
+        """Seconds that the last save kept training waiting."""
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        cuda = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(cuda, False, True, cuda))
+        self._copied: Any = None  # the future of a copy that the optimiser must wait for
+        self._thread: threading.Thread | None = None
+        self._step, self._error, self._failures = 0, "", 0
+        self._last = time.monotonic()
 
+    def __enter__(self) -> Checkpointer:
+        return self
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:  # also where the run fails: what can be committed is
+            self._thread.join()
+        self._stager.close()
+
+    # ---- at the start -------------------------------------------------------------------------------------
+
+    def newest(self, below: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint, of those before step `below` if given, whose checksums verify, or None where there is
+        no checkpoint; the ranks share the reading. Damaged ones are marked, so that they do not count as one, and
+        LATEST is set back.
+
+        Raises ValueError where there are checkpoints and none verifies.
+        """
+        steps = [agreed(partial(self._candidates, below))]
+        dist.broadcast_object_list(steps)
+        damaged: list[str] = []
+        for checkpoint in (self.checkpoints[step] for step in steps[0]):
+            found: list[list[str]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(found, agreed(partial(checkpoint.damage, dist.get_rank(), dist.get_world_size())))
+            lines = sorted({line for of_rank in found for line in of_rank})
+            if not lines:
+                if damaged:
+                    log.warning("carrying on from %s, an older checkpoint", checkpoint)
+                    self.fall_back(checkpoint)
+                return checkpoint
+            log.warning("DAMAGED CHECKPOINT %s: %s", checkpoint, "; ".join(lines))
+            damaged += lines
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.checkpoints.root} verifies: {'; '.join(damaged)}. Restore these files, or "
+                "remove LATEST to train from the start."
+            )
+        return None
+
+    def _candidates(self, below: int | None) -> list[int]:
+        if dist.get_rank() != 0:
+            return []
+        latest = self.checkpoints.latest()
+        for removed in self.checkpoints.clean():
+            log.warning("removed %s, a save that did not finish", removed)
+        if latest is None:
+            return []
+        return [
+            c.step
+            for c in reversed(self.checkpoints.committed())
+            if c.step <= latest.step and (below is None or c.step < below)
+        ]
+
+    def fall_back(self, to: Checkpoint) -> None:
+        """Set LATEST back to `to`, and mark those after it so that they are never carried on from."""
+        agreed(partial(self._mark_after, to))
+
+    def _mark_after(self, to: Checkpoint) -> None:
+        if dist.get_rank() == 0:
+            self.checkpoints.point(to)
+            for checkpoint in self.checkpoints.committed():
+                if checkpoint.step > to.step:
+                    checkpoint.mark_damaged()
+
+    def load(
+        self, checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | None
+    ) -> None:
+        """Fill model, optimiser and average in place, resharding as needed."""
+        metadata = agreed(checkpoint.metadata)
+        averaged = any(name.startswith("ema.") for name in metadata.state_dict_metadata)
+        values = tensors(model, optimizer, ema if averaged else None)
+        checkpoint.load(values)
+        groups = {"param_groups": get_state_dict(model, optimizer)[1]["param_groups"]}
+        set_state_dict(
+            model, optimizer, model_state_dict=values["model"], optim_state_dict=values["optimizer"] | groups
+        )
+        if ema is not None and not averaged:
+            log.warning("%s holds no average of the weights: training.ema_decay starts from its weights", checkpoint)
+            ema.restart()
+        self.committed_step = checkpoint.step
+
+    # ---- while training -----------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        return any(every and step % every == 0 for every in (self.config.every, self.config.keep_every))
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether `seconds` have passed since the last save began, and none is being written."""
+        seconds = self.config.seconds
+        return seconds is not None and self._thread is None and time.monotonic() - self._last >= seconds
+
+    @property
+    def finished(self) -> bool:
+        """Whether this rank has done its part of the save, or has none."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def save(
+        self, model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | None, train_state: TrainState
+    ) -> None:
+        """Begin. The weights must not change before `staged`. Waits for a save that is still being written.
+
+        Raises ValueError as `settle` where that one failed once too often.
+        """
+        begun = time.perf_counter()
+        self.wait()
+        self._last, self._step, self._error = time.monotonic(), train_state.step, ""
+        text = json.dumps(train_state.state_dict(), indent=1) + "\n"
+        self._copied = self._stager.stage(tensors(model, optimizer, ema))
+        self._thread = threading.Thread(target=self._write, args=(self._copied, text), daemon=True, name="checkpoint")
+        self._thread.start()
+        self.stall = time.perf_counter() - begun
+
+    def staged(self) -> None:
+        """Wait until the optimiser may change the weights."""
+        if self._copied is not None:
+            begun = time.perf_counter()
+            self._copied.result()
+            self._copied = None
+            self.stall += time.perf_counter() - begun
+
+    def settle(self) -> None:
+        """Take note of how the save ended that all ranks have finished.
+
+        Raises ValueError where it failed and `max_failures` were reached in a row.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if not self._error:
+            self.committed_step, self._failures = self._step, 0
+            return
+        self._failures += 1
+        log.error("CHECKPOINT FAILED at step %d, LATEST stays as it was: %s", self._step, self._error)
+        if self._failures >= self.config.max_failures:
+            raise ValueError(
+                f"{self._failures} checkpoints in a row could not be written (checkpoint.max_failures="
+                f"{self.config.max_failures}), the last because of {self._error}. The newest committed one is of step "
+                f"{self.committed_step}; the run carries on from there when started again."
+            )
+
+    def wait(self) -> None:
+        """Until the save is committed or has failed; then as `settle`."""
+        self.staged()
+        self.settle()
+
+    def _write(self, copied: Any, train_state: str) -> None:
+        try:
+            self.checkpoints.write(self._step, copied.result(), train_state, self._group)
+        except Exception as error:
+            self._error = str(error)
+            return
+        if dist.get_rank() == 0:
+            try:
+                self.checkpoints.prune(self._step, self.config.keep, self.config.keep_every)
+            except OSError as error:
+                log.warning("older checkpoints could not be removed: %s", error)

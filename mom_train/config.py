@@ -225,7 +225,7 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     every: PositiveInt | None = None
     """Steps between checkpoints; one always follows the last step."""
-    seconds: float | None = Field(None, gt=0)
+    seconds: float | None = Field(default=None, gt=0)
     """Seconds between checkpoints, besides those by steps."""
     keep: PositiveInt = 2
     """The newest so many are kept; older ones are deleted."""

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mom_train import checkpoint
+from mom_train.checkpoint_store import Checkpoint, Checkpoints, Files
 from mom_train.model import LanguageModel
 
 Weights = Mapping[str, Callable[[], Tensor]]
@@ -65,12 +64,10 @@ def open_weights(path: Path) -> Weights:
 
     Published Mamba-1 names and shapes are turned into ours. Raises ValueError where there is nothing to read.
     """
-    if path.is_dir() and (path / "LATEST").is_file():
-        found = checkpoint.latest(path)
-        assert found is not None
-        path = found
     if (path / ".metadata").is_file():
-        return _open_checkpoint(path)
+        return _open_checkpoint(Checkpoint(Files(str(path)), str(path)))
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (latest := Checkpoints.of(path).latest()):
+        return _open_checkpoint(latest)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(f.is_file() and f.suffix == ".safetensors" for f in files):
         raise ValueError(f"{path}: no checkpoint and no .safetensors weights there (pickled weights are not loaded)")
@@ -109,14 +106,15 @@ def _from_mamba(name: str, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return shaped
 
 
-def _open_checkpoint(path: Path) -> Weights:
-    stored = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+def _open_checkpoint(checkpoint: Checkpoint) -> Weights:
+    checkpoint.check()
+    stored = checkpoint.metadata().state_dict_metadata
 
     def reader(key: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             entry = stored[key]
             value = torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-            dcp.load({key: value}, checkpoint_id=str(path), no_dist=True)
+            checkpoint.load({key: value}, no_dist=True)
             return value
 
         return read

@@ -8,18 +8,16 @@ Inside a span only the ids that may stand there can be sampled, so every picture
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mom_data.shards import TokenSegment
 from mom_tokenizers.vocab import VocabLayout
-from mom_train import checkpoint
+from mom_train.checkpoint_store import Checkpoints
 from mom_train.config import DiffusionConfig, RunConfig
 from mom_train.diffusion import NoisedPatches, cosine_alpha_bar
 from mom_train.layout import RowLayout
@@ -50,22 +48,26 @@ class Sampling:
     condition_dropout."""
 
 
-def load_model(run_dir: Path, step: int | None = None, device: str = "cpu") -> tuple[LanguageModel, RunConfig]:
-    """The model of a run's newest checkpoint, or of one step, in one process. Raises ValueError where there is none."""
-    path = checkpoint.latest(run_dir) if step is None else run_dir / "checkpoints" / f"step-{step}"
-    if path is None or not (path / ".metadata").is_file():
-        raise ValueError(f"{path or run_dir}: no committed checkpoint there")
-    config = RunConfig.model_validate(checkpoint.read_train_state(path).config)
+def load_model(
+    run: Path | str, step: int | None = None, device: str = "cpu", ema: bool = False
+) -> tuple[LanguageModel, RunConfig]:
+    """The model of a run's newest checkpoint, or of one step, in one process; with `ema` the average of its weights.
+
+    Raises ValueError where there is none, or it does not verify.
+    """
+    checkpoint = Checkpoints.of(run).find(step)
+    checkpoint.check()
+    config = RunConfig.model_validate(checkpoint.train_state()["config"])
+    if ema and not any(name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata):
+        raise ValueError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
     vocab = VocabLayout(config.vocabulary)
     with torch.device("meta"):
         diffusion = config.objective.diffusion
         model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
     model.to_empty(device=device)
-    values = {"model": model.state_dict()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP wonders whether one process is meant; it is
-        dcp.load(values, checkpoint_id=str(path), no_dist=True)
-    model.load_state_dict(values["model"])
+    weights = model.state_dict()
+    checkpoint.load({"ema" if ema else "model": weights}, no_dist=True)
+    model.load_state_dict(weights)
     return model.eval(), config
 
 

@@ -6,11 +6,9 @@ import importlib.metadata
 import json
 import logging
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -24,11 +22,12 @@ from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
 from mom_tokenizers.vocab import VocabLayout
-from mom_train import checkpoint
-from mom_train.checkpoint import TrainState
+from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
+from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig, SourceConfig
 from mom_train.convert import load_weights, open_weights
 from mom_train.diffusion import NoisedPatches
+from mom_train.ema import Ema
 from mom_train.flops import training_flops_per_token
 from mom_train.metrics import Clock, Record
 from mom_train.model import LanguageModel, Losses, initialize
@@ -72,7 +71,11 @@ class Trainer:
             config=config.model_dump(mode="json"),
             version=importlib.metadata.version("mixture-of-mamba"),
         )
-        resume_from = agreed(self._read_latest)
+        checkpoints = agreed(lambda: Checkpoints(config.checkpoint.path or config.run_dir))
+        self.checkpointer = Checkpointer(checkpoints, config.checkpoint)
+        resume_from = self.checkpointer.newest()
+        if resume_from is not None:
+            agreed(lambda: self._carry_on(resume_from))
         with torch.device("meta"):
             model = LanguageModel(
                 config.model,
@@ -89,8 +92,10 @@ class Trainer:
             initialize(self.model, config.seed)
             if (source := config.init_from) is not None:
                 load_weights(self.model, agreed(lambda: open_weights(source)), source)
-        else:
-            checkpoint.load(resume_from, self.model, self.optimizer)
+        decay = config.training.ema_decay
+        self.ema = None if decay is None else Ema(self.model, decay)
+        if resume_from is not None:
+            self.checkpointer.load(resume_from, self.model, self.optimizer, self.ema)
         diffusion = config.objective.diffusion
         length = config.data.sequence_length
         self.flops_per_token = training_flops_per_token(config.model, self.vocab.size, length)
@@ -99,13 +104,11 @@ class Trainer:
         )
         self.modality_of_id = torch.from_numpy(self.vocab.modality_of_id).to(ranks.device)
         self.read = self.damaged = 0
-        self.stall = 0.0  # seconds that the last checkpoint took
+        self.time_to_save = False
 
-    def _read_latest(self) -> Path | None:
-        path = checkpoint.latest(self.config.run_dir)
-        if path is None:
-            return None
-        saved = checkpoint.read_train_state(path)
+    def _carry_on(self, path: Checkpoint) -> None:
+        """From the state saved there. Raises ValueError where it is another model's or another order's."""
+        saved = read_train_state(path)
         now = self.config.model_dump(mode="json")
         for section in ("model", "vocabulary", "objective"):
             # as text: the order of the vocabulary numbers the modalities
@@ -122,7 +125,6 @@ class Trainer:
             )
         self.state.step, self.state.sequence = saved.step, saved.sequence
         self.state.tokens, self.state.flops = saved.tokens, saved.flops
-        return path
 
     # ---- the run ------------------------------------------------------------------------------------------
 
@@ -131,12 +133,12 @@ class Trainer:
         config, state = self.config, self.state
         last = min(config.training.stop_at or config.training.steps, config.training.steps)
         record = Record(config.run_dir, state.step, last) if self.ranks.main else None
-        with record or nullcontext():
+        with record or nullcontext(), self.checkpointer:
             if state.step == 0 and self.validation_plans:
                 values = self.validate()
                 if record is not None:
                     record.write(0, values)
-            stream, clock, saved_at = self.stream(), Clock(sum(self._tokens.values())), state.step
+            stream, clock = self.stream(), Clock(sum(self._tokens.values()))
             while state.step < last:
                 with clock.waiting():
                     step_batches = [self.prepared(b) for b in islice(stream, self.accumulation)]
@@ -147,7 +149,8 @@ class Trainer:
                 grad_norm = self.step()
                 self.advance(step_batches, counts, tokens_M)
 
-                validating, saving = (self.due(s.every, last) for s in (config.validation, config.checkpoint))
+                validating = self.due(config.validation.every, last)
+                saving = state.step == last or self.time_to_save or self.checkpointer.due(state.step)
                 if validating or saving or self.due(config.log_every, last):
                     values = clock.lap(sum(self._tokens.values())) | self.values(sums, counts, grad_norm)
                     with clock.paused():
@@ -157,11 +160,14 @@ class Trainer:
                             record.write(state.step, values)
                         if saving:
                             self.save()
-                            saved_at = state.step
                 if record is not None:
                     record.bar.update()
-            if state.step != saved_at:
+            self.checkpointer.wait()
+            if self.checkpointer.committed_step != state.step:
                 self.save()
+                self.checkpointer.wait()
+            if self.checkpointer.committed_step != state.step:
+                raise ValueError(f"the state after step {state.step} could not be saved: see above")
 
     def stream(self) -> Iterator[PackedBatch]:
         config, ranks = self.config, self.ranks
@@ -194,12 +200,13 @@ class Trainer:
 
     def agree(self, step_batches: Sequence[PackedBatch], stop: Stop) -> tuple[Counts, Tensor, bool]:
         """What all ranks must know before a step: what the losses are divided by, the input tokens by modality (M,)
-        int64 on the CPU, and whether any rank was asked to stop.
+        int64 on the CPU, and whether any rank was asked to stop. Whether it is time for a checkpoint, and how the last
+        one went, is agreed on in passing.
 
-        Raises ValueError, on all ranks, when too many documents were damaged.
+        Raises ValueError, on all ranks, when too many documents were damaged or too many checkpoints failed.
         """
         M = self._M
-        local = torch.zeros(2 * M + 4, dtype=torch.int64)
+        local = torch.zeros(2 * M + 6, dtype=torch.int64)
         for batch in step_batches:
             local[:M] += self._targets(batch)
             local[M : 2 * M] += batch.real_tokens
@@ -208,8 +215,13 @@ class Trainer:
             local[-2] += batch.documents_read
             for name in batch.damaged:
                 log.warning("masked %s: its bytes do not match their checksum", name)
+        local[-6] = self.checkpointer.time_is_up
+        local[-5] = self.checkpointer.finished
         local[-1] = stop.requested
         dist.all_reduce(local)
+        self.time_to_save = bool(local[-6])
+        if local[-5] == self.ranks.world_size:
+            self.checkpointer.settle()
         self.damaged += int(local[-3])
         self.read += int(local[-2])
         allowed = self.config.data.max_bad_fraction * max(self.read, 1000)
@@ -270,8 +282,11 @@ class Trainer:
         rate = learning_rate(self.state.step, self.config.training.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.checkpointer.staged()  # the last moment to copy what a checkpoint holds
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.state.step + 1)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def advance(self, step_batches: Sequence[PackedBatch], counts: Counts, tokens_M: Tensor) -> None:
@@ -292,7 +307,7 @@ class Trainer:
             **{f"tokens/{m}": n for m, n in self._tokens.items()},
             "flops/total": self.state.flops,
             "data/damaged": self.damaged,
-            "checkpoint/stall_s": self.stall,
+            "checkpoint/stall_s": self.checkpointer.stall,
         }
 
     def losses(self, prefix: str, sums: Tensor, counts: Counts) -> dict[str, float]:
@@ -310,8 +325,13 @@ class Trainer:
             total += diffusion.weight * values["image"]
         return {f"{prefix}loss/total": total} | {f"{prefix}loss/{m}": v for m, v in values.items()}
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
+        """Losses of the weights, or of their average where `validation.ema` asks for it."""
+        with self.ema.applied() if self.ema is not None and self.config.validation.ema else nullcontext():
+            return self._validate()
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
         """Losses on the first `validation.sequences` sequences of each set: the same ones, with the same noise, at any
         world size, and as many passes on every rank."""
         self.model.eval()
@@ -335,10 +355,8 @@ class Trainer:
         return values
 
     def save(self) -> None:
-        """Checkpoint. The seconds that training stands still for it are logged with the next step."""
-        start = time.perf_counter()
-        checkpoint.save(self.config.run_dir, self.model, self.optimizer, self.state, self.config.checkpoint.keep)
-        self.stall = time.perf_counter() - start
+        """Begin a checkpoint. The seconds that training stood still for it are logged with the next step."""
+        self.checkpointer.save(self.model, self.optimizer, self.ema, self.state)
 
 
 def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
@@ -348,13 +366,15 @@ def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
         from mom_tokenizers.bundle import Tokenizers
 
         made_by = Tokenizers.load(config.tokenizers).describe()
-    opened: dict[tuple[Path, str], TokenDataset] = {}
+    opened: dict[tuple[str, str], TokenDataset] = {}
+    cache, cache_bytes = config.data.cache, int(config.data.cache_gib * 2**30)
 
     def sources(entries: Sequence[SourceConfig]) -> Iterator[Source]:
         for entry in entries:
             key = (entry.path, entry.shards)
-            dataset = opened.setdefault(key, opened.get(key) or TokenDataset(entry.path, entry.shards))
-            yield Source(dataset, entry.weight)
+            if key not in opened:
+                opened[key] = TokenDataset(entry.path, entry.shards, cache, cache_bytes)
+            yield Source(opened[key], entry.weight)
 
     data = config.data
     train = Plan(tuple(sources(data.train)), data.sequence_length, data.lanes, data.pack_window, config.seed)

@@ -20,44 +20,52 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train.convert import mamba_name, to_mamba, transformers_config
 from mom_train.generation import load_model
 
+FORMATS = ("safetensors", "transformers")
+
+
+def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -> None:
+    """Write the weights, or their average, of a run's newest checkpoint, or of one step, into the folder `out`."""
+    model, config = load_model(run, step, ema=ema)
+    values = {name: value.detach() for name, value in model.named_parameters()}
+    texts = {"config.yaml": config.to_yaml(), "vocab.json": VocabLayout(config.vocabulary).to_json() + "\n"}
+    dense = config.model.architecture == "mamba" and not config.model.decoupled
+    if form == "transformers" and dense and config.objective.diffusion is None:
+        texts["config.json"] = transformers_config(model)
+        values = {mamba_name(name): to_mamba(name, value).contiguous() for name, value in values.items()}
+    elif form == "transformers":
+        if config.objective.diffusion is not None:
+            raise ValueError("Transformers has no interface for latent patches: export as safetensors")
+        from mom_train.transformers_model import REMOTE_CODE, REMOTE_MODULE, MixtureOfMambaConfig
+
+        exported = MixtureOfMambaConfig(
+            model=config.model.model_dump(mode="json"),
+            vocabulary=[[name, size] for name, size in config.vocabulary.items()],
+            architectures=["MixtureOfMambaForCausalLM"],
+            auto_map={
+                "AutoConfig": f"{REMOTE_MODULE}.MixtureOfMambaConfig",
+                "AutoModelForCausalLM": f"{REMOTE_MODULE}.MixtureOfMambaForCausalLM",
+            },
+        )
+        texts |= {"config.json": exported.to_json_string(use_diff=False), f"{REMOTE_MODULE}.py": REMOTE_CODE}
+        values = {f"model.{name}": value for name, value in values.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(values, out / "model.safetensors", metadata={"format": "pt"})
+    for name, text in texts.items():
+        (out / name).write_text(text)
+    size = sum(value.nbytes for value in values.values())
+    print(f"{out}: {len(values)} tensors, {size / 1e6:.1f} MB, {', '.join(texts)}")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--format", choices=["safetensors", "transformers"], default="safetensors")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (training.ema_decay)")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     arguments = parser.parse_args()
     with exit_clearly("export_model"):
-        model, config = load_model(arguments.run, arguments.step)
-        values = {name: value.detach() for name, value in model.named_parameters()}
-        texts = {"config.yaml": config.to_yaml(), "vocab.json": VocabLayout(config.vocabulary).to_json() + "\n"}
-        dense = config.model.architecture == "mamba" and not config.model.decoupled
-        if arguments.format == "transformers" and dense and config.objective.diffusion is None:
-            texts["config.json"] = transformers_config(model)
-            values = {mamba_name(name): to_mamba(name, value).contiguous() for name, value in values.items()}
-        elif arguments.format == "transformers":
-            if config.objective.diffusion is not None:
-                raise ValueError("Transformers has no interface for latent patches: export as safetensors")
-            from mom_train.transformers_model import REMOTE_CODE, REMOTE_MODULE, MixtureOfMambaConfig
-
-            exported = MixtureOfMambaConfig(
-                model=config.model.model_dump(mode="json"),
-                vocabulary=[[name, size] for name, size in config.vocabulary.items()],
-                architectures=["MixtureOfMambaForCausalLM"],
-                auto_map={
-                    "AutoConfig": f"{REMOTE_MODULE}.MixtureOfMambaConfig",
-                    "AutoModelForCausalLM": f"{REMOTE_MODULE}.MixtureOfMambaForCausalLM",
-                },
-            )
-            texts |= {"config.json": exported.to_json_string(use_diff=False), f"{REMOTE_MODULE}.py": REMOTE_CODE}
-            values = {f"model.{name}": value for name, value in values.items()}
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        save_file(values, arguments.out / "model.safetensors", metadata={"format": "pt"})
-        for name, text in texts.items():
-            (arguments.out / name).write_text(text)
-        size = sum(value.nbytes for value in values.values())
-        print(f"{arguments.out}: {len(values)} tensors, {size / 1e6:.1f} MB, {', '.join(texts)}")
+        export(arguments.run, arguments.out, arguments.step, arguments.format, arguments.ema)
 
 
 if __name__ == "__main__":

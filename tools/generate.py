@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="", help="text to start from")
     parser.add_argument("--start", choices=["image", "speech"], help="open this span after the prompt")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="with the average of the weights (training.ema_decay)")
     parser.add_argument("--samples", type=int, default=1, help="documents (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder (default: RUN/samples)")
     parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml (default: the run's)")
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     with exit_clearly("generate"):
-        model, config = load_model(arguments.run, arguments.step, arguments.device)
+        model, config = load_model(arguments.run, arguments.step, arguments.device, arguments.ema)
         path = arguments.tokenizers or config.tokenizers
         if path is None:
             raise ValueError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")

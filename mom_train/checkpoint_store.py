@@ -1,0 +1,491 @@
+"""Where checkpoints lie: a folder, or any URL that fsspec opens (s3://bucket/run).
+
+    ROOT/checkpoints/step-N/     __R_0.distcp (rank R's tensors), train_state.json, checksums.json, .metadata
+    ROOT/LATEST                  the name of the newest one
+
+A save writes the tensors, then checksums.json (size and crc32 of every file), then `.metadata`, which is DCP's index of
+the tensors and marks the commit, then LATEST. A folder without `.metadata` is a save that did not finish.
+
+Nothing in a checkpoint can run code. DCP pickles `.metadata`, and stock DCP unpickles it without any limit; here only
+the few classes of such an index are let through. DCP also keeps every value that is not a tensor as a pickle, which its
+load planner opens with `weights_only=False`; ours hold none, and one that does is refused. Tensors themselves DCP reads
+with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import yaml
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as index
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+_CHUNK = 1 << 22  # bytes read at a time
+_METADATA, _SUMS, _STATE = ".metadata", "checksums.json", "train_state.json"
+_DAMAGED = ".metadata.damaged"  # what `.metadata` is called once the checkpoint is known not to verify
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Of a file's bytes."""
+
+    size: int
+    crc32: int
+
+
+class _Summed(io.RawIOBase):
+    """A file being written from front to back, and the sum of what was written."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.size, self.crc32 = stream, 0, 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        size = memoryview(data).nbytes
+        self.size += size
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return size
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+
+class Files(filesystem.FileSystemBase):
+    """A folder or URL for DCP and for us; paths are strings. Remembers the sum of each file it wrote, by name."""
+
+    def __init__(self, root: str):
+        try:
+            self.fs, self.root = url_to_fs(root, use_listings_cache=False)  # other ranks write here too
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{root}: {error}") from None
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.written: dict[str, Sum] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with self.fs.open(str(path), mode) as stream:
+            if "r" in mode:
+                yield stream
+                return
+            summed = _Summed(stream)
+            try:
+                yield summed
+            except Exception:
+                if summed.error is not None:  # torch.save covers a full disk with "unexpected pos"
+                    raise summed.error from None
+                raise
+            stream.flush()
+            self.written[_name(path)] = Sum(summed.size, summed.crc32)
+
+    def read(self, path: str) -> bytes:
+        return bytes(self.fs.cat_file(path))
+
+    def write(self, path: str, data: bytes) -> None:
+        """All of it or nothing, and on the disk before this returns."""
+        self.written[_name(path)] = Sum(len(data), zlib.crc32(data))
+        if not self.local:
+            self.fs.pipe_file(path, data)  # an object appears whole
+            return
+        partial = f"{path}.partial"
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rename(partial, path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        if not self.local:
+            self.fs.mv(str(path), str(new_path))
+            return
+        os.replace(path, new_path)
+        folder = os.open(os.path.dirname(new_path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def remove(self, folder: str) -> None:
+        """The folder and what is in it, its mark of a commit first: half a removal must not look whole."""
+        if self.fs.exists(f"{folder}/{_METADATA}"):
+            self.fs.rm_file(f"{folder}/{_METADATA}")
+        if self.local:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+        elif self.fs.exists(folder):
+            self.fs.rm(folder, recursive=True)
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            return sorted(_name(path) for path in self.fs.ls(folder, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def size(self, path: str) -> int:
+        return int(self.fs.size(path))
+
+    def init_path(self, path: str | os.PathLike[str]) -> str:
+        return str(path)
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        return f"{path}/{suffix}"
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        self.fs.makedirs(str(path), exist_ok=True)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return bool(self.fs.exists(str(path)))
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        self.fs.rm_file(str(path))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    return str(path).rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One step's folder."""
+
+    files: Files
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def name(self) -> str:
+        return _name(self.path)
+
+    @property
+    def step(self) -> int:
+        return int(self.name.removeprefix("step-"))
+
+    @property
+    def committed(self) -> bool:
+        return self.files.exists(f"{self.path}/{_METADATA}")
+
+    @property
+    def damaged(self) -> bool:
+        """Whether a run found it so and fell back to an older one."""
+        return self.files.exists(f"{self.path}/{_DAMAGED}")
+
+    def mark_damaged(self) -> None:
+        self.files.rename(f"{self.path}/{_METADATA}", f"{self.path}/{_DAMAGED}")
+
+    def train_state(self) -> dict[str, Any]:
+        """What the run kept beside the tensors. Raises ValueError where it cannot be read."""
+        try:
+            values = json.loads(self.files.read(f"{self.path}/{_STATE}"))
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"{self.path}/{_STATE}: {error}") from None
+        assert isinstance(values, dict)
+        return values
+
+    def keep_every(self) -> int | None:
+        """The config's `checkpoint.keep_every` when it was saved."""
+        config = self.train_state().get("config") or {}
+        return config.get("checkpoint", {}).get("keep_every")
+
+    def permanent(self, keep_every: int | None) -> bool:
+        return keep_every is not None and self.step % keep_every == 0
+
+    def sums(self) -> dict[str, Sum]:
+        """What each of its files should hold. Raises ValueError where that is not known."""
+        path = f"{self.path}/{_SUMS}"
+        try:
+            return {str(name): Sum(**values) for name, values in json.loads(self.files.read(path)).items()}
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+
+    def damage(self, part: int = 0, parts: int = 1, progress: Callable[[int], object] = bool) -> list[str]:
+        """What is wrong with each `parts`-th of its files, one line a file; all bytes of them are read. `progress` is
+        called with the length of each piece read."""
+        try:
+            sums = self.sums()
+        except ValueError as error:
+            return [str(error)]
+        missing = [n for n in (_METADATA, _STATE) if n not in sums]
+        found = [f"{self.path}/{name} is not in {_SUMS}" for name in missing]
+        for name in sorted(sums)[part::parts]:
+            path, want = f"{self.path}/{name}", sums[name]
+            try:
+                size, crc32 = 0, 0
+                with self.files.fs.open(path, "rb") as stream:
+                    while chunk := stream.read(_CHUNK):
+                        size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+                        progress(len(chunk))
+            except FileNotFoundError:
+                found.append(f"{path} is missing")
+                continue
+            if size != want.size:
+                found.append(f"{path} has {size:,} bytes instead of {want.size:,}")
+            elif crc32 != want.crc32:
+                found.append(f"{path} has crc32 {crc32:08x} instead of {want.crc32:08x}")
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError where it is damaged."""
+        if damage := self.damage():
+            raise ValueError(f"{self} is damaged: {'; '.join(damage)}")
+
+    def metadata(self) -> index.Metadata:
+        """Shapes, types and places of the tensors by name. Raises ValueError where it holds anything else."""
+        path = f"{self.path}/{_METADATA}"
+        try:
+            metadata = _IndexUnpickler(io.BytesIO(self.files.read(path)), path).load()
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} is not a committed checkpoint: it has no {_METADATA}") from None
+        except ValueError:
+            raise
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        if not isinstance(metadata, index.Metadata):
+            raise ValueError(f"{path} is no index of a checkpoint")
+        sums = self.sums()
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, index.TensorStorageMetadata):
+                raise ValueError(f"{path}: '{key}' is not a tensor but a pickle, which could run code; not loaded")
+        for place in metadata.storage_data.values():
+            if place.relative_path not in sums:
+                raise ValueError(f"{path}: tensors in '{place.relative_path}', which {_SUMS} does not know")
+        return metadata
+
+    def load(self, values: dict[str, Any], no_dist: bool = False) -> None:
+        """Fill the tensors of the nested dict `values` in place, resharding as needed; collective unless `no_dist`.
+
+        Raises ValueError, on all ranks, where one is missing or of another shape.
+        """
+        if no_dist:
+            self.metadata()  # what is wrong with it in one line; DCP would log tracebacks first
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # DCP wonders whether one process is meant; it is
+                dcp.load(values, storage_reader=_Reader(self), no_dist=no_dist)
+        except CheckpointException as error:  # a BaseException: `except Exception` would let it pass
+            raise ValueError(f"{self.path}: {first_failure(error)}") from None
+
+
+class Checkpoints:
+    """All of a run's."""
+
+    def __init__(self, root: str | Path):
+        self.files = Files(str(root))
+        self.root = self.files.root
+
+    @classmethod
+    def of(cls, run: str | Path) -> Checkpoints:
+        """Of a run's folder, which says in config.yaml where they are, or of the URL that they are under."""
+        config = Path(run) / "config.yaml"
+        values = yaml.safe_load(config.read_text()) if config.is_file() else None
+        elsewhere = (values or {}).get("checkpoint", {}).get("path")
+        return cls(elsewhere or run)
+
+    def __getitem__(self, step: int) -> Checkpoint:
+        return Checkpoint(self.files, f"{self.root}/checkpoints/step-{step}")
+
+    def all(self) -> list[Checkpoint]:
+        """Committed or not, by step."""
+        names = [n.removeprefix("step-") for n in self.files.names(f"{self.root}/checkpoints") if n.startswith("step-")]
+        return [self[step] for step in sorted(int(n) for n in names if n.isdigit())]
+
+    def committed(self) -> list[Checkpoint]:
+        return [c for c in self.all() if c.committed]
+
+    def latest(self) -> Checkpoint | None:
+        """The newest committed one, or None. Raises ValueError where LATEST names one that is not there."""
+        pointer = f"{self.root}/LATEST"
+        try:
+            name = self.files.read(pointer).decode().strip()
+        except FileNotFoundError:
+            return None
+        found = Checkpoint(self.files, f"{self.root}/checkpoints/{name}")
+        if not found.committed:
+            others = [c.name for c in self.committed()]
+            raise ValueError(
+                f"{pointer} names {name}, which is not a committed checkpoint. "
+                + (f"Committed: {', '.join(others)}; write one of these names into it." if others else "None is.")
+            )
+        return found
+
+    def find(self, step: int | None = None) -> Checkpoint:
+        """The newest, or that of one step. Raises ValueError where there is none."""
+        found = self.latest() if step is None else self[step]
+        if found is None or not found.committed:
+            raise ValueError(f"{found or self.root}: no committed checkpoint there")
+        return found
+
+    def point(self, to: Checkpoint) -> None:
+        self.files.write(f"{self.root}/LATEST", f"{to.name}\n".encode())
+
+    def prune(self, newest: int, keep: int, keep_every: int | None) -> list[Checkpoint]:
+        """Remove all up to step `newest` but the last `keep` and the multiples of `keep_every`. Later ones stay: a run
+        that was taken back to an older step has not come to them yet."""
+        older = [c for c in self.committed() if c.step <= newest]
+        removed = [c for c in older[:-keep] if not c.permanent(keep_every)]
+        for checkpoint in removed:
+            self.files.remove(checkpoint.path)
+        return removed
+
+    def clean(self) -> list[Checkpoint]:
+        """Remove saves that did not finish."""
+        removed = [c for c in self.all() if not c.committed and not c.damaged]
+        for checkpoint in removed:
+            self.files.remove(checkpoint.path)
+        return removed
+
+    def write(self, step: int, values: dict[str, Any], train_state: str, group: dist.ProcessGroup) -> None:
+        """Save and commit the nested dict of tensors `values`; collective over `group`. Raises ValueError, on all
+        ranks, where any rank could not write; what it left there is then removed."""
+        checkpoint = self[step]
+        writer = _Writer(self, checkpoint, train_state)
+        try:
+            dcp.save(values, storage_writer=writer, process_group=group)
+        except CheckpointException as error:
+            if dist.get_rank(group) == 0 and not checkpoint.committed:
+                with suppress(OSError):  # a full disk needs its space back; a read-only one has nothing to remove
+                    self.files.remove(checkpoint.path)
+            raise ValueError(f"{checkpoint}: {first_failure(error)}") from None
+
+
+def first_failure(error: CheckpointException) -> str:
+    rank, (reason, _) = min(error.failures.items())
+    return f"[rank {rank}] {reason}"
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads the pickled index that DCP writes, and no other pickle."""
+
+    _ALLOWED = {  # noqa: RUF012
+        (c.__module__, c.__qualname__): c
+        for c in (
+            index.Metadata,
+            index.MetadataIndex,
+            index.TensorStorageMetadata,
+            index.BytesStorageMetadata,
+            index.ChunkStorageMetadata,
+            index.TensorProperties,
+            index._MEM_FORMAT_ENCODING,
+            index.StorageMeta,
+            filesystem._StorageInfo,
+            torch.Size,
+        )
+    }
+
+    def __init__(self, stream: io.BytesIO, path: str):
+        super().__init__(stream)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ALLOWED:
+            return self._ALLOWED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return lambda layout: torch.strided
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11 pickles a member of an Enum
+            return lambda of, member: index._MEM_FORMAT_ENCODING[member]
+        raise ValueError(f"{self._path} asks for {module}.{name}, which no checkpoint needs; not loaded")
+
+
+class _Reader(dcp.FileSystemReader):
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__(checkpoint.path)
+        self.fs, self.path = checkpoint.files, checkpoint.path  # type: ignore[assignment]
+        self._checkpoint = checkpoint
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> index.Metadata:
+        metadata = self._checkpoint.metadata()
+        metadata.storage_meta = index.StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+@dataclass(frozen=True)
+class _Written(WriteResult):
+    file: Sum
+
+
+class _Writer(dcp.FileSystemWriter):
+    """One save: its steps run on every rank, and fail on all where one fails."""
+
+    def __init__(self, checkpoints: Checkpoints, checkpoint: Checkpoint, train_state: str):
+        files = copy.copy(checkpoints.files)
+        files.written = {}
+        super().__init__(checkpoint.path, sync_files=files.local)
+        self.fs, self.path = files, checkpoint.path  # type: ignore[assignment]
+        self._files, self._checkpoints, self._checkpoint = files, checkpoints, checkpoint
+        self._train_state = train_state
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On rank 0, when all ranks have planned and none writes yet."""
+        folder = self._checkpoint.path
+        self._files.remove(folder)
+        self._files.mkdir(folder)
+        self._files.write(f"{folder}/{_STATE}", self._train_state.encode())
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written: Future[list[WriteResult]] = Future()
+        results = super().write_data(plan, planner).value()
+        written.set_result(
+            [
+                _Written(r.index, r.size_in_bytes, r.storage_data, self._files.written[r.storage_data.relative_path])
+                for r in results
+            ]
+        )
+        return written
+
+    def finish(self, metadata: index.Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0, when all ranks have written: commit."""
+        written = [result for of_rank in results for result in of_rank]
+        metadata.storage_data = {r.index: r.storage_data for r in written}
+        metadata.storage_meta = index.StorageMeta(save_id=self.save_id)
+        metadata.version = filesystem.CURRENT_DCP_VERSION
+        content = pickle.dumps(metadata)
+        sums = {r.storage_data.relative_path: r.file for r in written if isinstance(r, _Written)}
+        sums |= {_STATE: self._files.written[_STATE], _METADATA: Sum(len(content), zlib.crc32(content))}
+        text = json.dumps({name: asdict(value) for name, value in sorted(sums.items())}, indent=1) + "\n"
+        self._files.write(f"{self.path}/{_SUMS}", text.encode())
+        self._files.write(f"{self.path}/{_METADATA}", content)
+        self._checkpoints.point(self._checkpoint)
