@@ -27,11 +27,12 @@ def main() -> None:
             config = load_config(arguments.config, arguments.overrides)
             from mom_train.trainer import train  # torch comes in here: a config error answers at once
 
-            train(config)
+            code = train(config)
         except ValueError:
             if rank == 0 or os.environ.get("MOM_DEBUG"):
                 raise
             sys.exit(EXIT_USER_ERROR)  # rank 0 says it
+        sys.exit(code)
 
 
 if __name__ == "__main__":

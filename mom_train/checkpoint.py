@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from mom_data.plan import Cursor
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import CheckpointConfig
 from mom_train.ema import Ema
 from mom_train.model import LanguageModel
-from mom_train.parallel import agreed
+from mom_train.parallel import CHECKPOINT_GROUP, agreed
 
 log = logging.getLogger(__name__)
 _LONGEST_WRITE = timedelta(hours=2)  # ranks wait for the slowest one's files
@@ -46,6 +47,12 @@ class TrainState:
     """Training FLOPs spent."""
     data_fingerprint: str = ""
     """Of the plan that `sequence` counts in."""
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    """Of that plan: since which sequence, and its sources and packing."""
+    lanes: dict[str, Cursor] = field(default_factory=dict)
+    """Lane -> cursor at or before `sequence`, so that nothing before has to be planned again."""
+    judge: dict[str, Any] = field(default_factory=dict)
+    """What steps are judged by (mom_train/anomaly.py)."""
     config: dict[str, Any] | None = None
     """The resolved config."""
     version: str = ""
@@ -56,6 +63,7 @@ class TrainState:
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         vars(self).update(values)
+        self.lanes = {lane: Cursor(*cursor) for lane, cursor in self.lanes.items()}
 
 
 def read_train_state(checkpoint: Checkpoint) -> TrainState:
@@ -86,7 +94,7 @@ class Checkpointer:
         """Of the newest that this run committed or began from."""
         self.stall = 0.0
         """Seconds that the last save kept training waiting."""
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE, group_desc=CHECKPOINT_GROUP)
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(cuda, False, True, cuda))
         self._copied: Any = None  # the future of a copy that the optimiser must wait for

@@ -111,9 +111,17 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
     return config.model_copy(update={"objective": config.objective.model_copy(update={"diffusion": diffusion})})
 
 
-def newest(*known: Mapping[int, Cursor]) -> dict[int, Cursor]:
+def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
+    """The orders of training and validation of a run that begins, checked."""
+    datasets = Datasets(config.data)
+    plans = training_plan(config, datasets)[0], validation_plans(config, datasets)
+    check(config, datasets)
+    return plans
+
+
+def newest(*known: Mapping[str, Cursor]) -> dict[str, Cursor]:
     """The furthest cursor of each lane."""
-    merged: dict[int, Cursor] = {}
+    merged: dict[str, Cursor] = {}
     for cursors in known:
         for lane, cursor in cursors.items():
             if lane not in merged or cursor.rows > merged[lane].rows:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def load_model(
     config = RunConfig.model_validate(checkpoint.train_state()["config"])
     if ema and not any(name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata):
         raise ValueError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
-    vocab = VocabLayout(config.vocabulary)
+    vocab = config.layout
     with torch.device("meta"):
         diffusion = config.objective.diffusion
         model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
@@ -136,6 +137,8 @@ class Sampler:
         openings = {vocab.brackets(m)[0]: m for m in vocab.modalities[1:]}
         free = torch.zeros(vocab.size, dtype=torch.bool)
         free[: self._size("text")] = True
+        free[torch.from_numpy(vocab.modality_of_id != 0)] = False  # codes may lie among the text's ids
+        free[list(specials.values())] = False
         free[[specials["eos"], *openings]] = True
         text: list[int] = []
         while self.position < self.sampling.max_tokens:
@@ -165,9 +168,8 @@ class Sampler:
     def codes(self, modality: str) -> list[int]:
         """Local ids of one span: a whole picture, or units until the closing bracket."""
         number = self.vocab.modalities.index(modality)
-        offset, size = self.vocab.offsets[modality], self._size(modality)
         allowed = torch.zeros(self.vocab.size, dtype=torch.bool)
-        allowed[offset : offset + size] = True
+        allowed[torch.from_numpy(self.vocab.ids(modality, np.arange(self._size(modality))))] = True
         fixed = modality == "image"
         closing = self.vocab.brackets(modality)[1]
         ids: list[int] = []
@@ -176,7 +178,7 @@ class Sampler:
             token = self.choose(allowed)
             if token == closing:
                 break
-            ids.append(token - offset)
+            ids.append(int(self.vocab.codes(modality, np.array(token))))
             self.read([token], number)
         return ids
 
@@ -244,7 +246,7 @@ def sample_document(
     sampler.read([vocab.specials["bos"]])
     for segment in prompt:
         name = vocab.modalities[segment.modality]
-        ids = [int(i) + vocab.offsets[name] for i in segment.values]
+        ids = vocab.ids(name, np.asarray(segment.values, np.int64)).tolist()
         if segment.modality == 0:
             sampler.read(ids)
             continue

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from mom_train.model import LanguageModel
 
 T = TypeVar("T")
+CHECKPOINT_GROUP = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Ranks:
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the group that torchrun describes, or be a group of one. NCCL for CUDA tensors, gloo for the rest."""
+def process_group(timeout: float = 1800) -> Iterator[Ranks]:
+    """Join the group that torchrun describes, or be a group of one. NCCL for CUDA tensors, gloo for the rest. A
+    collective may take `timeout` seconds."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -45,7 +47,7 @@ def process_group() -> Iterator[Ranks]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -66,9 +68,10 @@ def model_mesh(ranks: Ranks, shard_ranks: int | None) -> DeviceMesh:
 
 
 def set_timeout(seconds: float) -> None:
-    """How long a collective of any group may take from now on before its rank fails."""
+    """How long a collective may take from now on before its rank fails; those that write a checkpoint take longer."""
     for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if group.group_desc != CHECKPOINT_GROUP:
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False, cpu_offload: bool = False) -> LanguageModel:

@@ -24,7 +24,6 @@ import yaml
 
 from mom_data.document import Document, expand_inputs, read_documents
 from mom_data.errors import EXIT_USER_ERROR, exit_clearly
-from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import RunConfig, load_config
 from mom_train.metrics import read_metrics
 
@@ -83,17 +82,17 @@ def unigram(config: RunConfig, rows: int = 1024) -> dict[str, float]:
     predicting zero, where they have unit variance."""
     from mom_data.loader import Share, batches
     from mom_data.statistics import unigram_losses
-    from mom_train.trainer import build_plans
+    from mom_train.data import build_plans
 
     train, validation = build_plans(config)
-    vocab = VocabLayout(config.vocabulary)
+    vocab = config.layout
     [held_out] = validation.values()
     share, wanted = Share(0, 1, 8, 8), config.validation.sequences
     losses = unigram_losses(
         islice(batches(train, vocab, share), rows // 8), islice(batches(held_out, vocab, share), wanted // 8), vocab
     )
     diffusion = config.objective.diffusion
-    if diffusion is not None and "image" in config.vocabulary:
+    if diffusion is not None and "image" in config.layout.modalities:
         losses["image"] = 2.0 if diffusion.prediction == "flow" else 1.0
         losses["total"] += diffusion.weight * losses["image"]
     return losses
@@ -103,9 +102,9 @@ def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
     """The table that the demo ends with."""
     lines = read_metrics(config.run_dir)
     first, last = lines[0], lines[-1]
-    columns = [m for m in (*config.vocabulary, "total") if f"val/{name}/loss/{m}" in last]
+    columns = [m for m in (*config.layout.modalities, "total") if f"val/{name}/loss/{m}" in last]
     speed = statistics.median(line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line)
-    tokens = {m: int(last[f"tokens/{m}"]) for m in config.vocabulary}
+    tokens = {m: int(last[f"tokens/{m}"]) for m in config.layout.modalities}
     rows = {
         "unigram baseline": [baseline[c] for c in columns],
         "held out, at the start": [first[f"val/{name}/loss/{c}"] for c in columns],
@@ -188,7 +187,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
     name = "held_out"
     given = load_config(arguments.config)
-    vocabulary = {m: given.vocabulary[m] for m in found}
+    vocabulary = {m: dict(given.layout.sizes)[m] for m in found}
     overrides = [
         f"run_dir={work / 'run'}",
         f"tokenizers={made / 'tokenizers.yaml'}",

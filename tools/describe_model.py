@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from mom_data.errors import exit_clearly
-from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import ModelConfig, RunConfig, load_config
 from mom_train.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
 
@@ -92,7 +91,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         raise ValueError(f"--ranks {ranks}: at least one rank")
     accumulation = config.accumulation(ranks)
     model, length = config.model, config.data.sequence_length
-    vocab = VocabLayout(config.vocabulary)
+    vocab = config.layout
     patch_width = config.objective.diffusion.patch_width if config.objective.diffusion else None
     total = parameters(model, vocab.size, len(vocab.modalities), patch_width)
     active = active_parameters(model, vocab.size, patch_width)

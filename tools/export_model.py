@@ -16,7 +16,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from mom_data.errors import exit_clearly
-from mom_tokenizers.vocab import VocabLayout
 from mom_train.convert import mamba_name, to_mamba, transformers_config
 from mom_train.generation import load_model
 
@@ -27,7 +26,7 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
     """Write the weights, or their average, of a run's newest checkpoint, or of one step, into the folder `out`."""
     model, config = load_model(run, step, ema=ema)
     values = {name: value.detach() for name, value in model.named_parameters()}
-    texts = {"config.yaml": config.to_yaml(), "vocab.json": VocabLayout(config.vocabulary).to_json() + "\n"}
+    texts = {"config.yaml": config.to_yaml(), "vocab.json": config.layout.to_json() + "\n"}
     dense = config.model.architecture == "mamba" and not config.model.decoupled
     if form == "transformers" and dense and config.objective.diffusion is None:
         texts["config.json"] = transformers_config(model)
@@ -35,11 +34,13 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
     elif form == "transformers":
         if config.objective.diffusion is not None:
             raise ValueError("Transformers has no interface for latent patches: export as safetensors")
+        if config.layout.mapped:
+            raise ValueError("codes inside the text's vocabulary have no place in it yet: export as safetensors")
         from mom_train.transformers_model import REMOTE_CODE, REMOTE_MODULE, MixtureOfMambaConfig
 
         exported = MixtureOfMambaConfig(
             model=config.model.model_dump(mode="json"),
-            vocabulary=[[name, size] for name, size in config.vocabulary.items()],
+            vocabulary=[[name, size] for name, size in config.layout.sizes],
             architectures=["MixtureOfMambaForCausalLM"],
             auto_map={
                 "AutoConfig": f"{REMOTE_MODULE}.MixtureOfMambaConfig",

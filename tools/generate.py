@@ -20,7 +20,6 @@ import torch
 from mom_data.errors import exit_clearly
 from mom_data.shards import TokenSegment
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.vocab import VocabLayout
 from mom_train.generation import Sampling, load_model, sample_document
 
 
@@ -79,7 +78,7 @@ def main() -> None:
         path = arguments.tokenizers or config.tokenizers
         if path is None:
             raise ValueError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
-        tokenizers, vocab = Tokenizers.load(path), VocabLayout(config.vocabulary)
+        tokenizers, vocab = Tokenizers.load(path), config.layout
         patches = arguments.patches
         if patches is None and "image" in tokenizers.modalities:
             image = tokenizers.tokenizer("image")

@@ -94,14 +94,15 @@ def first_losses(config):
 
     from mom_data.loader import Share, batches
     from mom_train.parallel import process_group
-    from mom_train.trainer import Stop, Trainer
+    from mom_train.status import Stop
+    from mom_train.trainer import Trainer
 
     with process_group() as ranks:
         trainer = Trainer(config, ranks)
         share = Share(ranks.rank, ranks.world_size, config.training.batch, config.training.micro_batch)
-        step = list(islice(batches(trainer.train_plan, VOCAB, share), trainer.accumulation))
-        counts, _, _ = trainer.agree(step, Stop())
-        return trainer.losses("", trainer.forward_backward(step, counts), counts)
+        step = list(islice(batches(trainer.plan, VOCAB, share), trainer.accumulation))
+        counts = trainer.agree(step, Stop()).counts
+        return trainer.passes.means("", trainer.passes.forward_backward(step, counts), counts)
 
 
 def test_an_upcycled_mixture_starts_with_the_dense_models_loss(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from PIL import Image
 from mom_data.dataset import TokenDataset
 from mom_data.document import read_documents
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.text import TextTokenizer
 
 TOOLS = Path(__file__).parents[2] / "tools"
 RECIPE = {
@@ -120,24 +122,133 @@ def test_too_many_unreadable_samples_are_an_error_and_nothing_is_lost(made, tmp_
     assert TokenDataset(tmp_path / "t").manifest["documents"] == 120
 
 
-def test_killed_at_any_moment_it_finishes_with_the_same_bytes(made, tokens, tmp_path):
-    output = tmp_path / "t"
-    process = subprocess.Popen(
-        command(made, output, "--workers", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    deadline = time.time() + 300
-    while not list(output.glob(".parts/*.json")):
-        assert time.time() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (output / "manifest.json").exists()
-    run(made, output, "--workers", "2")
-    assert checksums(output) == checksums(tokens)
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Many lines of text and a tokenizer for nothing else: processes that start soon."""
+    folder, rng = tmp_path_factory.mktemp("words"), random.Random(1)
+    (folder / "raw").mkdir()
+    for name in ("a", "b"):
+        texts = [" ".join(str(rng.random()) for _ in range(40)) for _ in range(4000)]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"raw/{name}.jsonl").write_text("\n".join([*lines, "no json"]) + "\n")
+    TextTokenizer.train(texts[:100], 300).save(folder / "tokenizers/text")
+    (folder / "tokenizers/tokenizers.yaml").write_text("text: {kind: bpe, path: text}\n")
+    return folder
+
+
+PARTS = ("--part-mib", "0.25", "--shard-mib", "0.1")  # several shards a part
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words):
+    run(words, words / "tokens", "--workers", "1", *PARTS)
+    return words / "tokens"
+
+
+def children(pid):
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_killed_at_any_moment_it_finishes_with_the_same_bytes(words, undisturbed, tmp_path):
+    """Alternately the whole group of processes and the first alone, whose workers must not live on."""
+    output, rng = tmp_path / "t", random.Random(3)
+    for turn in range(5):
+        process = subprocess.Popen(
+            command(words, output, "--workers", "2", *PARTS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        deadline = time.time() + 300
+        while not (turn == 0 or list(output.glob(".*.tar.partial"))) or not (output / ".parts").is_dir():
+            assert process.poll() is None, "finished before it was killed: too little to do"
+            assert time.time() < deadline
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.4)
+        workers = children(process.pid)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL) if turn % 2 else process.kill()
+        process.wait()
+        while any(Path(f"/proc/{pid}").exists() and "Z" not in state(pid) for pid in workers):
+            assert time.time() < deadline
+            time.sleep(0.01)
+        assert not (output / "manifest.json").exists()
+    run(words, output, "--workers", "2", *PARTS)
+    assert checksums(output) == checksums(undisturbed)
     before = {p: p.stat().st_mtime_ns for p in output.glob("*.tar")}
-    run(made, output)
+    run(words, output, *PARTS)
     assert {p: p.stat().st_mtime_ns for p in output.glob("*.tar")} == before
+
+
+def state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def test_a_worker_that_is_killed_is_one_clear_message_and_nothing_is_lost(words, undisturbed, tmp_path):
+    process = subprocess.Popen(
+        command(words, tmp_path / "t", "--workers", "1", *PARTS), stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "t").glob(".*.tar.partial")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    worker = max(children(process.pid), key=lambda pid: len(Path(f"/proc/{pid}/maps").read_text()))
+    os.kill(worker, signal.SIGKILL)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 2
+    assert "a worker was killed" in error
+    assert "Traceback" not in error
+    run(words, tmp_path / "t", *PARTS)
+    assert checksums(tmp_path / "t") == checksums(undisturbed)
+
+
+def test_a_file_in_parts_holds_the_same_documents_as_in_one(words, undisturbed, tmp_path):
+    run(words, tmp_path / "t")
+    whole, parts = TokenDataset(tmp_path / "t"), TokenDataset(undisturbed)
+    assert [s["name"] for s in whole.shards] == ["a-00000.tar", "b-00000.tar"]
+    assert {s["name"].split("-")[1] for s in parts.shards} >= {"p00000", "p00001", "p00002"}
+
+    def texts(dataset):
+        return [
+            dataset.read(k, d)[0].values.tolist() for k, s in enumerate(dataset.shards) for d in range(s["documents"])
+        ]
+
+    assert texts(whole) == texts(parts)
+    assert whole.manifest["skipped"] == parts.manifest["skipped"] == {"JSONDecodeError": 2}
+
+
+def test_submitted_as_an_array_it_writes_the_same_bytes(words, undisturbed, tmp_path):
+    pytest.importorskip("submitit", reason="submission is not tested: pip install submitit")
+    output = tmp_path / "t"
+    array = ("--submit", "local", "--array-size", "2", "--cpus-per-task", "1", "--time", "10")
+    said = run(words, output, *PARTS, *array, "--dry-run").stdout
+    assert [line.split(":")[0] for line in said.splitlines()[::2]] == ["index", "tokenize", "commit"]
+    assert not output.exists()
+    run(words, output, *PARTS, *array)
+    assert checksums(output) == checksums(undisturbed)
+    said = run(words, output, *PARTS, "--submit", "--dry-run", "--partition", "p", "--gpus-per-task", "1").stdout
+    assert "tokenize: 8 x 8 cpus, 1 gpus, 1440 min, partition p, array_parallelism 8, dependency afterok" in said
+
+
+def test_stripes_together_are_the_whole(words, undisturbed, tmp_path):
+    for k in (1, 0):
+        run(words, tmp_path / "t", *PARTS, "--workers", "1", "--stripe", f"{k}/2")
+        assert not (tmp_path / "t/manifest.json").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*.tar")}
+    run(words, tmp_path / "t", *PARTS)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*.tar")} == before
+    assert checksums(tmp_path / "t") == checksums(undisturbed)
+    run(words, tmp_path / "t", *PARTS, "--stripe", "2/2", code=2)
+
+
+def test_documents_above_a_limit_are_counted_apart_from_unreadable_ones(made, tmp_path):
+    # "number 7 of 0, ünïcode" has 22 characters, from number 10 on there are 23
+    figures = json.loads(run(made, tmp_path / "t", "--max-characters", "22", "--json").stdout)
+    assert (figures["documents"], figures["above_limits"], figures["unreadable"]) == (30, 90, 3)
+    manifest = TokenDataset(tmp_path / "t").manifest
+    assert manifest["skipped"]["above the limits"] == 90
+    skipped = [json.loads(line) for line in (tmp_path / "t/skipped.jsonl").read_text().splitlines()]
+    assert "above the limits: 23 characters" in {s["reason"] for s in skipped}
 
 
 def test_train_and_val_split_the_documents_between_them(made, tokens, tmp_path):
@@ -161,7 +272,7 @@ def test_a_damaged_or_missing_input_is_one_clear_message(made, tmp_path):
 
 def test_a_run_refuses_shards_of_other_tokenizers(made, tokens, tmp_path):
     from mom_train.config import load_config
-    from mom_train.trainer import build_plans
+    from mom_train.data import build_plans
 
     other = made / "tokenizers2"
     recipe = made / "recipe2.yaml"
@@ -233,7 +344,6 @@ def test_latents_reach_the_shards_bit_for_bit(made, continuous):
 
 def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, tmp_path):
     from mom_train.config import load_config
-    from mom_train.trainer import build_plans, resolve_latents
 
     config = TOOLS.parent / "configs/demo_transfusion.yaml"
 
@@ -241,7 +351,11 @@ def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, t
         overrides = [f"data.train=[{{path: {folder}}}]", "data.validation={}", f"run_dir={tmp_path}", "tokenizers=null"]
         overrides += ["data.sequence_length=64", "vocabulary={text: 2048, image: 512, speech: 200}"]
         run_config = load_config(config, [*overrides, f"objective.diffusion={diffusion}", *more])
-        return resolve_latents(run_config, build_plans(run_config)[0]).objective.diffusion
+        from mom_train.data import Datasets, check, training_plan
+
+        datasets = Datasets(run_config.data)
+        training_plan(run_config, datasets)
+        return check(run_config, datasets).objective.diffusion
 
     found = resolved(continuous / "tokens")
     assert (found.latent_scale, found.latent_shift) == (0.7, 0.1)

@@ -19,12 +19,13 @@ def one_step(config):
 
     from mom_data.loader import Share, batches
     from mom_train.parallel import process_group
-    from mom_train.trainer import Stop, Trainer
+    from mom_train.status import Stop
+    from mom_train.trainer import Trainer
 
     with process_group() as ranks:
         trainer = Trainer(config, ranks)
         share = Share(ranks.rank, ranks.world_size, config.training.batch, config.training.micro_batch)
-        step = list(islice(batches(trainer.train_plan, VOCAB, share), trainer.accumulation))
+        step = list(islice(batches(trainer.plan, VOCAB, share), trainer.accumulation))
         present = [[int(n) > 0 for n in b.real_tokens] for b in step]
 
         def whole(tensors):
@@ -33,19 +34,20 @@ def one_step(config):
             }
 
         before = whole(trainer.model.named_parameters())
-        counts, tokens_M, _ = trainer.agree(step, Stop())
-        sums = trainer.forward_backward(step, counts)
+        agreement = trainer.agree(step, Stop())
+        sums = trainer.passes.forward_backward(step, agreement.counts)
         gradients = whole((n, p.grad) for n, p in trainer.model.named_parameters())
-        norm = float(trainer.step())
+        all_sums, norms = trainer.step(sums, agreement.counts, step, detailed=True)
         return {
             "present": present,
-            "losses": trainer.losses("", sums, counts),
-            "tokens": tokens_M.tolist(),
+            "losses": trainer.passes.means("", all_sums, agreement.counts),
+            "tokens": agreement.tokens_M.tolist(),
             "before": before,
             "gradients": gradients,
-            "norm": norm,
+            "norm": float(norms.pop("total")),
+            "norms": {part: float(norm) for part, norm in norms.items()},
             "after": whole(trainer.model.named_parameters()),
-            "validation": trainer.validate(),
+            "validation": trainer.validate(Stop()),
         }
 
 
@@ -56,6 +58,7 @@ def assert_same(a, b):
         for name in a[key]:
             assert a[key][name] == pytest.approx(b[key][name], rel=1e-5), name
     assert a["norm"] == pytest.approx(b["norm"], rel=1e-5)
+    assert a["norms"] == pytest.approx(b["norms"], rel=1e-5)
     for name, value in a["before"].items():
         assert np.array_equal(value, b["before"][name]), f"initial {name}"
     for name, value in a["gradients"].items():

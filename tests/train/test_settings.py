@@ -63,7 +63,8 @@ def train_few_steps(configs, steps):
 
     from mom_data.loader import Share, batches
     from mom_train.parallel import process_group
-    from mom_train.trainer import Stop, Trainer
+    from mom_train.status import Stop
+    from mom_train.trainer import Trainer
 
     curves, stop = {}, Stop()
     with process_group() as ranks:
@@ -71,12 +72,12 @@ def train_few_steps(configs, steps):
             trainer = Trainer(config, ranks)
             share = Share(ranks.rank, ranks.world_size, config.training.batch, config.training.micro_batch)
             curves[name] = []
-            for batch in islice(batches(trainer.train_plan, trainer.vocab, share), steps):
-                counts, tokens_M, _ = trainer.agree([batch], stop)
-                sums = trainer.forward_backward([batch], counts)
-                trainer.step()
-                trainer.advance([batch], counts, tokens_M)
-                curves[name].append(trainer.losses("", sums, counts))
+            for batch in islice(batches(trainer.plan, trainer.vocab, share), steps):
+                agreement = trainer.agree([batch], stop)
+                sums = trainer.passes.forward_backward([batch], agreement.counts)
+                all_sums, _ = trainer.step(sums, agreement.counts, [batch])
+                trainer.advance([batch], agreement)
+                curves[name].append(trainer.passes.means("", all_sums, agreement.counts))
     return curves
 
 

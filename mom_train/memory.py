@@ -1,0 +1,153 @@
+"""Memory of a training step on each rank, predicted from the config: nothing is built and torch is not imported.
+
+A step's memory has few moments where it can be highest: the head's forward pass, when every block's activations are
+kept and the logits are made; the backward pass of the last block, when they are still kept, and of the first, when
+nearly all gradients are there; the embedding's, whose gradient is dense; and the optimiser's update. The peak is the
+largest of their sums. Each follows from what FSDP2 and autograd hold there, counted in bytes.
+
+Letters as in mom_train/flops.py, and n = parameters, u = those of a block, T = rows of a micro-batch (B x L), S = ranks
+that share one copy of the model, e = bytes of a matmul's operands (4, or 2 in bf16), C = logits alive at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from mom_train.config import ModelConfig, RunConfig
+from mom_train.flops import parameters
+
+_FP32 = 4
+_SCAN_CHUNK = 32  # the scan keeps one state per so many positions (the C backend's; longer chunks keep less)
+_SCAN_CHANNELS = 256  # gradients of B and C are summed over channels in ranges of so many
+_CHUNK_LOGITS = 1 << 24  # as mom_train/linear_cross_entropy.py
+Device = Literal["cuda", "cpu"]
+
+
+def block_activation_bytes(config: ModelConfig, element: int, mask_length: int = 0) -> int:
+    """Bytes per token that one block keeps for its backward pass; `element` is the bytes of a matmul's operands.
+
+    Mamba: 8d for the norm (the fp32 residual and its normalised form; a fused CUDA norm keeps the first alone),
+    e (d + 5D + R + 2N) for in_proj's input and output, conv, x_proj, dt_proj and the scan's output, and 4DN / chunk for
+    the scan's states. Transformer: 16d for two norms, e (9d + 4h) for q, k and v before and after RoPE, attention's
+    output in both orders, the inputs, and SwiGLU's four; 4 bytes a head for the softmax; e x `mask_length` where
+    attention takes a dense mask of so many positions, which each block keeps in its own type (CPU).
+    """
+    d, D, N, R = config.dim, config.inner, config.state, config.rank
+    if config.architecture == "transformer":
+        assert config.heads is not None
+        return 16 * d + element * (9 * d + 4 * config.feed_forward + mask_length) + _FP32 * config.heads
+    return 8 * d + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // _SCAN_CHUNK
+
+
+def block_backward_bytes(config: ModelConfig, element: int) -> int:
+    """Bytes per token that one block's backward pass needs at most beside what was kept.
+
+    Mamba, in the scan: 4d for the residual's gradient, eD for the output's, 12D fp32 gradients of x, dt and z, those of
+    B and C for each range of channels; in bf16 the inputs again in fp32 (16D). Transformer, in SwiGLU: 8d for the
+    residual's gradient and the branch's, 4eh for gate and up apart and together.
+    """
+    d, D, N = config.dim, config.inner, config.state
+    if config.architecture == "transformer":
+        return 8 * d + 4 * element * config.feed_forward
+    widened = 0 if element == _FP32 else 16 * D + 8 * N
+    return 4 * d + element * D + 12 * D + 8 * N * -(-D // _SCAN_CHANNELS) + widened
+
+
+def _head_forward(tokens: int, dim: int, vocabulary: int, element: int) -> int:
+    """Workspace of the head's forward pass, which makes its gradients too: the weight's gradient 4Vd (and in bf16 its
+    copy 2Vd), and either two buffers of logits, 8C (in bf16 12C from the second chunk on), or one, 4C (6C), beside one
+    chunk's gradient, 4Vd (6Vd)."""
+    weight = vocabulary * dim
+    rows = min(tokens, max(1, _CHUNK_LOGITS // vocabulary))
+    logits = rows * vocabulary
+    if element == _FP32:
+        return 4 * weight + max(8 * logits, 4 * logits + 4 * weight)
+    softmax = (12 if rows < tokens else 8) * logits
+    return 6 * weight + max(softmax, 6 * logits + 6 * weight)
+
+
+def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, Any]:
+    """Predicted bytes on each of `ranks` ranks at the highest moment of a step, with and without activation
+    checkpointing.
+
+    parameters, gradients, optimizer, ema   4, 4, 8 and 4 bytes x n / S; with accumulation gradients are whole, 4n, from
+                    the first micro-batch until the last one's backward pass reaches their unit. With
+                    parallel.cpu_offload they are `host` instead, but for whole gradients
+    units           what FSDP2 has of whole units: fp32 weights, the buffer they were gathered in (S > 1), a prefetched
+                    unit, gradients being made, and those on their way to be summed
+    weight_casts    bf16 copies of the linear maps, which autograd keeps from forward to backward, unsharded; with
+                    checkpointing those of one block
+    activations     T x what is kept for each: `block_activation_bytes` of every block; with checkpointing every block's
+                    fp32 input and one block's. Final norm and head keep 8d + 2ed (in bf16 4d more) in both
+    workspace       `block_backward_bytes`, or what the head's loss needs, or the update's norms
+
+    Not included: the allocator's fragmentation, NCCL's buffers, routers' copies, the batch itself.
+    Raises ValueError where the ranks cannot share the work as the config says.
+    """
+    shard_ranks = config.parallel.shard_ranks or ranks
+    if ranks % shard_ranks:
+        raise ValueError(f"parallel.shard_ranks={shard_ranks} does not divide the {ranks} ranks")
+    return {
+        "without_checkpointing": _variant(config, ranks, shard_ranks, device, False),
+        "with_checkpointing": _variant(config, ranks, shard_ranks, device, True),
+        "activation_checkpointing": config.training.activation_checkpointing,
+    }
+
+
+def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: bool) -> dict[str, Any]:
+    model, diffusion = config.model, config.objective.diffusion
+    d, blocks, vocabulary, L = model.dim, model.blocks, config.layout.size, config.data.sequence_length
+    counts = parameters(model, vocabulary, len(config.layout.modalities), diffusion.patch_width if diffusion else None)
+    n, ends = sum(counts.values()), counts["embedding"]  # as many in the head
+    block = (n - 2 * ends - counts.get("adapters", 0)) // blocks
+    element = 2 if config.training.precision == "bf16" else _FP32
+    linear = sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
+    casts = 2 * linear if element == 2 else 0
+    T = config.training.micro_batch * L
+    accumulates, offload = config.accumulation(ranks) > 1, config.parallel.cpu_offload
+    gathered = _FP32 * (2 if S > 1 else 1)  # a whole unit's bytes per weight, with the buffer it came in
+
+    kept = block_activation_bytes(model, element, L if device == "cpu" else 0)
+    tail = 8 * d + 2 * element * d + (4 * d if element == 2 else 0)
+    every = blocks * _FP32 * d if recompute else blocks * kept
+    work = T * block_backward_bytes(model, element)
+
+    def at(done: int, units: int, weight_casts: int, per_token: int, workspace: int) -> dict[str, int]:
+        """Of a moment when the gradients of `done` parameters have been summed over the ranks."""
+        whole = _FP32 * (n - done) if accumulates else 0
+        states = {
+            "parameters": _FP32 * n // S,
+            "gradients": _FP32 * done // S,
+            "optimizer": 2 * _FP32 * n // S,
+            "ema": 0 if config.training.ema_decay is None else _FP32 * n // S,
+        }
+        if offload:
+            states = dict.fromkeys(states, 0)
+        states["gradients"] += whole
+        rest = {"units": units, "weight_casts": weight_casts, "activations": per_token * T, "workspace": workspace}
+        return states | rest
+
+    one = casts // blocks
+    recomputed = kept if recompute else 0
+    # a unit's weights, its gradients, a prefetched unit where there is one to gather, and the unit's before on its way
+    unit = (gathered + _FP32) * block + (_FP32 * block if S > 1 else 0)
+    moments = {
+        "head_forward": at(0, gathered * ends, 0 if recompute else casts, every + tail, _head_forward(T, d, vocabulary, element)),
+        "last_block_backward": at(ends, unit + _FP32 * ends, one if recompute else casts, every + recomputed, work),
+        "first_block_backward": at(
+            n - ends - block, unit + _FP32 * block, one, kept + (_FP32 * d if recompute else 0), work
+        ),
+        "embedding_backward": at(n - ends, (gathered + 2 * _FP32) * ends, 0, 8 * d, 0),
+        "update": at(n, 0, 0, 0, 0 if offload else 16 * max(ends, linear // blocks) // S),
+    }
+    sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
+    peak = max(sums, key=lambda moment: sums[moment])
+    states_bytes = (16 if config.training.ema_decay is None else 20) * n // S
+    return {
+        "total": sums[peak],
+        "peak_at": peak,
+        "by_use": moments[peak],
+        "moments": sums,
+        "host": states_bytes if offload else 0,
+        "activations_per_token": every + tail + recomputed,
+    }
