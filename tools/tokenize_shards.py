@@ -1,277 +1,366 @@
-"""Raw documents in, token shards out: resumable, parallel over input files, the same bytes on every run.
+"""Raw documents in, token shards out: resumable, parallel between and inside input files, the same bytes on every run.
 
     python tools/tokenize_shards.py --config TOKENIZERS.yaml --input 'raw/*.tar' --output OUT --workers 8
 
-Killed at any moment and started again, it goes on with the input files that are not finished. Samples that cannot
-be read are skipped, counted and listed in OUT/skipped.jsonl; the dataset exists once OUT/manifest.json does.
+Inputs are read once for their headers and cut into parts (--part-mib); a part's shards depend on the input, the
+tokenizers, --part-mib and --shard-mib, not on the number of workers. What is gzipped cannot be entered in the middle
+and is one part: gunzip a large .tar.gz first. Killed at any moment and started again, it goes on with the parts that
+are not finished. Documents that cannot be read, or are above --max-..., are skipped, counted and listed in
+OUT/skipped.jsonl; the dataset exists once OUT/manifest.json does.
+
+--submit runs the same on a Slurm cluster (or, to try it, as local processes): an array that reads the headers, an
+array that tokenizes, and a job that commits the manifest. Elsewhere, run it with --stripe 0/N .. N-1/N, then without.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
-from itertools import islice
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
-from mom_data.document import BadSample, Document, expand_inputs, read_documents
+from mom_data.document import Limits, Part, expand_inputs
 from mom_data.errors import exit_clearly
-from mom_data.shards import ShardWriter, TokenSegment, write_manifest
+from mom_data.shards import write_manifest
+from mom_data.tokenize import TOO_LARGE, Job, Settings, index, jobs_of, known_index, names_of, tokenize_part, tokenizing
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.image import MAX_PIXELS
 
-_GROUP = 64  # documents encoded together
+_REPORTED = 256  # samples between two touches of the shared counters
 _progress: Any = None  # shared counters of documents and tokens, set in each worker
+_pending = 0  # samples this worker has not reported yet
+_device = "cpu"  # this worker's
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One input file; everything that decides its output."""
-
-    source: Path
-    name: str
-    tokenizers: Path
-    described: dict[str, dict[str, Any]]
-    output: Path
-    split: str | None
-    holdout: float
-    drop: tuple[str, ...]
-    shard_bytes: int
-    threads: int
-
-    @property
-    def part(self) -> Path:
-        """The record of a finished input: its shards and what was skipped."""
-        return self.output / ".parts" / f"{self.name}.json"
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            "source": self.source.name,
-            "bytes": self.source.stat().st_size,
-            "tokenizers": self.described,
-            "split": [self.split, self.holdout] if self.split else None,
-            "shard_bytes": self.shard_bytes,
-            **({"drop": sorted(self.drop)} if self.drop else {}),
-        }
-
-    def finished(self) -> dict[str, Any] | None:
-        """The record, where the input is done, with the same settings, and its shards are there."""
-        if not self.part.exists():
-            return None
-        record = json.loads(self.part.read_text())
-        files = [self.output / s["name"] for s in record["shards"]]
-        there = all(f.is_file() and f.with_suffix(".idx").is_file() for f in files)
-        return record if there and record["identity"] == self.identity() else None
+def _start_worker(progress: Any, devices: Any) -> None:
+    global _progress, _device
+    # a pool's workers outlive a parent that was killed, and would work on beside those of a restart
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _progress, _device = progress, devices.get()
 
 
-def wanted(key: str, split: str | None, holdout: float) -> bool:
-    """Whether a document belongs to the split: a share `holdout` of keys, by hash, is val and the rest train."""
-    if split is None:
-        return True
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") < holdout * 2**64) == (split == "val")
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def encode_documents(
-    documents: Sequence[Document], tokenizers: Tokenizers
-) -> Iterator[tuple[str, list[TokenSegment] | str]]:
-    """(key, segments, or why the document is skipped) of each; pictures and recordings go through in batches."""
-    modalities = tokenizers.modalities
-    positions: dict[str, list[tuple[int, int]]] = {}
-    encoded: dict[tuple[int, int], np.ndarray | ValueError] = {}
-    for d, document in enumerate(documents):
-        for s, segment in enumerate(document.segments):
-            positions.setdefault(segment.modality, []).append((d, s))
-    for modality, where in positions.items():
-        if modality not in modalities:
-            error = ValueError(f"no tokenizer for modality '{modality}'")
-            encoded.update(dict.fromkeys(where, error))
+def _report(documents: int, tokens: int) -> None:
+    global _pending
+    _pending += documents
+    if tokens or _pending >= _REPORTED:
+        with _progress.get_lock():
+            _progress[0] += _pending
+            _progress[1] += tokens
+        _pending = 0
+
+
+def _tokenize(job: Job) -> dict[str, Any]:
+    try:
+        return tokenize_part(job, lambda: tokenizing(job.settings.tokenizers, _device), _report)
+    except (ValueError, OSError, MemoryError) as error:
+        raise ValueError(f"{job.name} (process {os.getpid()}): {error or 'out of memory'}") from error
+    except Exception as error:
+        raise RuntimeError(f"{job.name} (process {os.getpid()}): {type(error).__name__}: {error}") from error
+
+
+def _index(arguments: tuple[Path, str, Settings, Path]) -> list[Part]:
+    return index(*arguments)
+
+
+def each(
+    pool: ProcessPoolExecutor,
+    work: Callable[[Given], Made],
+    given: Mapping[str, Given],
+    tick: Callable[[int], None],
+) -> dict[str, Made]:
+    """What `work` makes of each, by name. What fails does not hold up the others; then one error names all of it."""
+    futures: dict[Future[Made], str] = {pool.submit(work, value): name for name, value in given.items()}
+    waiting, running = set(futures), list(futures.values())
+    made: dict[str, Made] = {}
+    failed: list[str] = []
+    try:
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.5)
+            for future in finished:
+                try:
+                    made[futures[future]] = future.result()
+                except ValueError as error:
+                    failed.append(str(error))
+            running = [futures[future] for future in waiting if future.running()]
+            tick(len(made))
+    except BrokenProcessPool:
+        raise ValueError(
+            f"a worker was killed, perhaps for want of memory, at one of {', '.join(sorted(running)[:8])}. Finished "
+            "parts are kept: run again, with fewer --workers if it was memory."
+        ) from None
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    if failed:
+        more = f"; and {len(failed) - 8} more" if len(failed) > 8 else ""
+        raise ValueError("; ".join(sorted(failed)[:8]) + more)
+    return made
+
+
+class Workers:
+    """Processes that read headers and tokenize, with progress lines."""
+
+    def __init__(self, number: int, devices: Sequence[str]):
+        context = multiprocessing.get_context("spawn")  # forking beside torch's threads can hang
+        self._progress = context.Array("q", 2)
+        queue = context.Queue()
+        for k in range(number):
+            queue.put(devices[k % len(devices)])
+        self.pool = ProcessPoolExecutor(number, context, _start_worker, (self._progress, queue))
+
+    def index(self, sources: Mapping[str, Path], settings: Settings, output: Path) -> dict[str, list[Part]]:
+        """The parts of every source, by name."""
+        known = {name: known_index(source, name, settings, output) for name, source in sources.items()}
+        left = {name: (sources[name], name, settings, output) for name, parts in known.items() if parts is None}
+        with self._bar(unit="file", desc="read headers", total=len(sources)) as bar:
+            found = each(self.pool, _index, left, lambda done: _to(bar, len(sources) - len(left) + done))
+        return {name: known[name] or found[name] for name in sources}
+
+    def tokenize(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """The record of every job, by name; finished ones are not done again."""
+        done = {job.name: record for job in jobs if (record := job.finished()) is not None}
+        left = {job.name: job for job in jobs if job.name not in done}
+        before = sum(job.part.documents for job in jobs if job.name in done)
+        start = time.perf_counter()
+
+        def tick(finished: int) -> None:
+            rate = self._progress[1] / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{rate:,.0f} tok/s, {finished}/{len(left)} parts", refresh=False)
+            _to(bar, before + self._progress[0])
+
+        with self._bar(unit="doc", desc="tokenize", initial=before,
+                       total=sum(job.part.documents for job in jobs)) as bar:  # fmt: skip
+            return done | each(self.pool, _tokenize, left, tick)
+
+    @staticmethod
+    def _bar(**options: Any) -> Any:
+        return tqdm(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
+
+
+def _to(bar: Any, n: int) -> None:
+    bar.update(n - bar.n)
+
+
+def commit(jobs: Sequence[Job], records: Mapping[str, Mapping[str, Any]], max_bad_fraction: float) -> dict[str, Any]:
+    """Write the manifest, unless too much could not be read. Returns the figures of the data set."""
+    output, settings = jobs[0].output, jobs[0].settings
+    ordered = [records[job.name] for job in jobs]
+    shards = [s for record in ordered for s in record["shards"] if s["documents"]]
+    skipped = [entry for record in ordered for entry in record["skipped"]]
+    (output / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped))
+    documents = sum(s["documents"] for s in shards)
+    if not documents:
+        raise ValueError(f"no document could be read from the inputs; see {output}/skipped.jsonl")
+    bad = sum(not entry["reason"].startswith(TOO_LARGE) for entry in skipped)
+    if bad > max_bad_fraction * (documents + len(skipped)):
+        raise ValueError(
+            f"{bad} of {documents + len(skipped)} documents could not be read, more than "
+            f"--max-bad-fraction {max_bad_fraction}; {output}/skipped.jsonl lists them. What is done "
+            "is kept: run again with a larger share to commit it."
+        )
+    reasons = Counter(entry["reason"].split(":")[0] for entry in skipped)
+    write_manifest(output, shards, settings.described, settings.token_dtype, reasons)
+    tokens = {m: sum(s["tokens"][m] for s in shards) for m in settings.described}
+    return {"documents": documents, "shards": len(shards), "tokens": tokens, "unreadable": bad,
+            "above_limits": len(skipped) - bad}  # fmt: skip
+
+
+def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output: Path) -> None:
+    """The three steps as jobs; each is this program with the arguments it was called with."""
+    try:
+        from submitit import AutoExecutor
+        from submitit.core.utils import UncompletedJobError
+        from submitit.helpers import Checkpointable, CommandFunction
+    except ImportError:
+        raise ValueError("--submit needs submitit: pip install 'mixture-of-mamba[slurm]'") from None
+
+    class Step(CommandFunction, Checkpointable):
+        """A command that is started again after a time-out or preemption; it goes on where it was."""
+
+    tool = [sys.executable, str(Path(__file__).resolve()), "--workers", str(options.cpus_per_task), *rest]
+    size = options.array_size
+    headers = min(size, inputs)
+    steps: dict[str, list[list[str]]] = {
+        "index": [["--index-only", "--stripe", f"{k}/{headers}"] for k in range(headers)],
+        "tokenize": [["--stripe", f"{k}/{size}"] for k in range(size)],
+        "commit": [[]],
+    }
+    slurm = {"partition": options.partition, "account": options.account, "array_parallelism": size}
+    after: dict[str, str] = {}
+    for step, tasks in steps.items():
+        gpus = options.gpus_per_task if step == "tokenize" else 0
+        shown = [f"{key} {value}" for key, value in {**slurm, **after}.items() if value and options.submit == "slurm"]
+        print(f"{step}: {len(tasks)} x {options.cpus_per_task} cpus, {gpus} gpus, {options.time} min"
+              + "".join(f", {one}" for one in shown) + ":\n  " + " ".join([*tool, *tasks[0]]), flush=True)  # fmt: skip
+        if options.dry_run:
+            after = {"dependency": f"afterok:<{step}>"}
             continue
-        values = [documents[d].segments[s].data for d, s in where]
-        encoded.update(zip(where, tokenizers.encode_many(modality, values), strict=True))
-    for d, document in enumerate(documents):
-        segments: list[TokenSegment] = []
-        reason = None if document.segments else "no segments"
-        for s, segment in enumerate(document.segments):
-            ids = encoded[d, s]
-            if isinstance(ids, ValueError):
-                reason = f"segment {s} ({segment.modality}): {ids}"
-                break
-            if len(ids):
-                segments.append(TokenSegment(modalities.index(segment.modality), ids))
-        yield document.key, reason or segments or "empty"
-
-
-def tokenize(job: Job) -> dict[str, Any]:
-    """Tokenize one input file into one or more shards. Raises ValueError where the file itself is damaged."""
-    import torch
-
-    torch.set_num_threads(job.threads)
-    tokenizers = Tokenizers.load(job.tokenizers)
-    dtype = token_dtype(job.described)
-    records: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-
-    def documents() -> Iterator[Document]:
-        for item in read_documents(job.source):
-            if not wanted(item.key, job.split, job.holdout):
-                continue
-            if isinstance(item, BadSample):
-                skipped.append({"shard": job.source.name, "key": item.key, "reason": item.reason})
-            elif kept := tuple(s for s in item.segments if s.modality not in job.drop):
-                yield replace(item, segments=kept)
-            elif not item.segments:
-                yield item
-
-    stream = documents()
-    more = True
-    while more:
-        path = job.output / f"{job.name}-{len(records):05d}.tar"
-        with ShardWriter(path, tokenizers.modalities, dtype) as writer:
-            while writer.bytes_written < job.shard_bytes:
-                group = list(islice(stream, _GROUP))
-                if not group:
-                    more = False
-                    break
-                tokens = 0
-                for key, result in encode_documents(group, tokenizers):
-                    if isinstance(result, str):
-                        skipped.append({"shard": job.source.name, "key": key, "reason": result})
-                    else:
-                        writer.add(key, result)
-                        tokens += sum(len(s.values) for s in result)
-                if _progress is not None:
-                    with _progress.get_lock():
-                        _progress[0] += len(group)
-                        _progress[1] += tokens
-        records.append(writer.record())
-    record = {"identity": job.identity(), "shards": records, "skipped": skipped}
-    partial = job.part.with_suffix(".partial")
-    partial.write_text(json.dumps(record))
-    partial.rename(job.part)
-    return record
-
-
-def token_dtype(described: dict[str, dict[str, Any]]) -> type:
-    """The smallest type that holds every modality's local ids."""
-    return np.uint16 if max(t["size"] for t in described.values()) <= 1 << 16 else np.uint32
-
-
-def _start_worker(progress: Any) -> None:
-    global _progress
-    _progress = progress
-
-
-def run(jobs: Sequence[Job], workers: int) -> dict[str, dict[str, Any]]:
-    """The record of every job, by name, with a progress line; finished ones are not done again."""
-    done = {job.name: record for job in jobs if (record := job.finished()) is not None}
-    left = [job for job in jobs if job.name not in done]
-    if not left:
-        return done
-    context = multiprocessing.get_context("spawn")  # forking beside torch's threads can hang
-    progress = context.Array("q", 2)
-    start = time.perf_counter()
-    bar = tqdm(unit="doc", desc=f"tokenize {len(left)} of {len(jobs)} files", dynamic_ncols=True,
-               mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
-    with bar, ProcessPoolExecutor(workers, context, _start_worker, (progress,)) as pool:
-        futures: dict[Future[dict[str, Any]], Job] = {pool.submit(tokenize, job): job for job in left}
-        waiting = set(futures)
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # a folder of its own: job numbers can come again
         try:
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.5)
-                bar.update(progress[0] - bar.n)
-                rate = progress[1] / (time.perf_counter() - start)
-                bar.set_postfix_str(f"{rate:,.0f} tok/s, {len(left) - len(waiting)}/{len(left)} files", refresh=False)
-                for future in finished:
-                    done[futures[future].name] = future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return done
+            executor = AutoExecutor(output / ".submit" / stamp / step / "%j", options.submit)
+        except RuntimeError as error:
+            raise ValueError(f"--submit {options.submit}: {error}") from error
+        extra = {**after, "kill-on-invalid-dep": "yes"} if after else {}
+        executor.update_parameters(
+            name=f"tokens-{step}", timeout_min=options.time, cpus_per_task=options.cpus_per_task,
+            gpus_per_node=gpus, nodes=1, tasks_per_node=1, slurm_additional_parameters=extra,
+            **{f"slurm_{key}": value for key, value in slurm.items() if value},
+        )  # fmt: skip
+        with executor.batch():
+            jobs = [executor.submit(Step([*tool, *task])) for task in tasks]
+        if options.submit == "slurm":
+            number = jobs[0].job_id.split("_")[0]
+            after = {"dependency": f"afterok:{number}"}
+            print(f"  job {number}; logs in {jobs[0].paths.folder.parent}", flush=True)
+            continue
+        for job in jobs:
+            try:
+                print("  " + (job.result().strip().splitlines() or ["done"])[-1], flush=True)
+            except UncompletedJobError:
+                raise ValueError(f"{step}: a task ended without a result; its log: {job.paths.stderr}") from None
+            except Exception as error:
+                raise ValueError(f"{step}: {str(error).strip().splitlines()[-1]} (log: {job.paths.stderr})") from error
 
 
-def names(sources: Sequence[Path]) -> list[str]:
-    """A name for each input's shards: its stem, with its folder's in front where that alone is not unique.
-
-    No dots: webdataset would take them for extensions.
-    """
-    stems = [path.name.split(".")[0] for path in sources]
-    if len(set(stems)) < len(stems):
-        stems = [f"{path.parent.name}-{stem}".replace(".", "_") for path, stem in zip(sources, stems, strict=True)]
-    twice = [stem for stem, n in Counter(stems).items() if n > 1]
-    if twice:
-        raise ValueError(f"several inputs would write shards named {twice[0]}: give the files different names")
-    return stems
+def stripe(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit() and int(k) < int(n)):
+        raise argparse.ArgumentTypeError(f"expected K/N with 0 <= K < N, got {text!r}")
+    return int(k), int(n)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
+    """(the run's arguments, the submission's, the command line without the latter)"""
+    cluster = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = cluster.add_argument_group("on a cluster")
+    group.add_argument("--submit", nargs="?", const="slurm", choices=["slurm", "local"], help="as jobs, by submitit")
+    group.add_argument("--dry-run", action="store_true", help="with --submit: only say what would be submitted")
+    group.add_argument("--array-size", type=int, default=8, metavar="N", help="tasks of the array (%(default)s)")
+    group.add_argument("--partition", help="Slurm's")
+    group.add_argument("--account", help="Slurm's")
+    group.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="limit of a task (%(default)s)")
+    group.add_argument("--cpus-per-task", type=int, default=8, help="also its --workers (%(default)s)")
+    group.add_argument("--gpus-per-task", type=int, default=0, help="one worker a GPU (%(default)s)")
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cluster], allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, required=True, help="tokenizers.yaml, as train_tokenizers.py writes it")
     parser.add_argument("--input", nargs="+", required=True, help="tars, JSON-lines files, globs or folders")
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of models; one worker a GPU")
     parser.add_argument("--split", choices=["train", "val"], help="take one side of a hold-out by document key")
     parser.add_argument("--holdout", type=float, default=0.03, help="share of documents that is val (%(default)s)")
-    parser.add_argument(
-        "--drop-modalities",
-        nargs="+",
-        default=(),
-        metavar="MODALITY",
-        help="leave out segments of these, and documents of nothing else; neither counts as unreadable",
-    )
+    parser.add_argument("--drop-modalities", nargs="+", default=(), metavar="MODALITY",
+                        help="leave out segments of these, and documents of nothing else; no error")  # fmt: skip
+    parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, help="of a picture (%(default)s)")
+    parser.add_argument("--max-seconds", type=positive, default=7200, help="of a recording (%(default)s)")
+    parser.add_argument("--max-characters", type=positive, help="of a text (default: no limit)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="fail above it (default: %(default)s)")
-    parser.add_argument("--shard-mib", type=int, default=128, help="start a new shard at this size (%(default)s)")
+    parser.add_argument("--part-mib", type=positive, default=256, help="of raw input, worked on at once (%(default)s)")
+    parser.add_argument("--shard-mib", type=positive, default=128, help="start a new shard at this size (%(default)s)")
+    parser.add_argument("--stripe", type=stripe, metavar="K/N", help="do every N-th part from K on; commit nothing")
+    parser.add_argument("--index-only", action="store_true", help="read the headers (of the stripe's inputs) and stop")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="figures as JSON, to OUT or stdout")
     arguments = parser.parse_args()
+    options, rest = cluster.parse_known_args()
+    return arguments, options, rest
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    described = Tokenizers.load(arguments.config).describe()
+    if both := [m for m in arguments.drop_modalities if m in described]:
+        raise ValueError(f"--drop-modalities {both[0]}: {arguments.config} has a tokenizer for it; take it out there")
+    if arguments.max_pixels > MAX_PIXELS:
+        raise ValueError(f"--max-pixels {arguments.max_pixels:.0f}: no picture above {MAX_PIXELS} is ever unpacked")
+    limits = Limits(int(arguments.max_pixels), arguments.max_seconds,
+                    arguments.max_characters and int(arguments.max_characters))  # fmt: skip
+    return Settings(
+        arguments.config, described, int(arguments.part_mib * 2**20), int(arguments.shard_mib * 2**20),
+        arguments.split, arguments.holdout, tuple(arguments.drop_modalities), limits,
+    )  # fmt: skip
+
+
+def devices_of(wanted: str, settings: Settings) -> list[str]:
+    """Where models run: every GPU there is, or the CPU."""
+    import torch
+
+    if all(t["kind"] == "bpe" for t in settings.described.values()) or wanted == "cpu":
+        return ["cpu"]
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    return [f"cuda:{k}" for k in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def main() -> None:
+    arguments, options, rest = parse()
     with exit_clearly("tokenize_shards"):
         sources = expand_inputs(arguments.input)
+        names = names_of(sources)
+        settings = settings_of(arguments)
         output: Path = arguments.output
-        (output / ".parts").mkdir(parents=True, exist_ok=True)
-        described = Tokenizers.load(arguments.config).describe()
-        if both := [m for m in arguments.drop_modalities if m in described]:
-            raise ValueError(
-                f"--drop-modalities {both[0]}: {arguments.config} has a tokenizer for it; take it out there"
+        if options.submit:
+            submit(options, rest, len(sources), output)
+            return
+        if arguments.stripe and hasattr(signal, "SIGUSR2"):
+            # submitit's signal before a time-out reaches every process of the step; submitit itself acts on it
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        start = time.perf_counter()
+        devices = devices_of(arguments.device, settings)
+        workers = Workers(max(1, arguments.workers if devices == ["cpu"] else len(devices)), devices)
+        k, n = arguments.stripe or (0, 1)
+        named = dict(zip(names, sources, strict=True))
+        if arguments.index_only:
+            parts = workers.index(dict(list(named.items())[k::n]), settings, output)
+            print(f"{output}: {sum(map(len, parts.values()))} parts in {len(parts)} inputs")
+            return
+        parts = workers.index(named, settings, output)
+        jobs = jobs_of(sources, names, [parts[name] for name in names], settings, output)
+        records = workers.tokenize(jobs[k::n])
+        if arguments.stripe:
+            print(f"{output}: {len(records)} of {len(jobs)} parts finished; run without --stripe to commit")
+            return
+        figures = commit(jobs, records, arguments.max_bad_fraction)
+        figures["seconds"] = round(time.perf_counter() - start, 3)
+        if arguments.json:
+            text = json.dumps(figures, indent=1) + "\n"
+            sys.stdout.write(text) if arguments.json == "-" else Path(arguments.json).write_text(text)
+        if arguments.json != "-":
+            print(
+                f"{output}: {figures['documents']:,} documents in {figures['shards']} shards, "
+                + ", ".join(f"{count:,} {m}" for m, count in figures["tokens"].items())
+                + f" tokens, {figures['unreadable']} unreadable and {figures['above_limits']} too large skipped"
             )
-        workers = max(1, min(arguments.workers, len(sources)))
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if workers > 1 else "true")
-        jobs = [
-            Job(source, name, arguments.config, described, output, arguments.split, arguments.holdout,
-                tuple(arguments.drop_modalities), arguments.shard_mib << 20, threads)
-            for source, name in zip(sources, names(sources), strict=True)
-        ]  # fmt: skip
-        records = run(jobs, workers)
-        ordered = [records[job.name] for job in jobs]
-        shards = [s for record in ordered for s in record["shards"] if s["documents"]]
-        skipped = [entry for record in ordered for entry in record["skipped"]]
-        (output / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped))
-        documents = sum(s["documents"] for s in shards)
-        if not documents:
-            raise ValueError(f"no document could be read from the {len(sources)} inputs; see {output}/skipped.jsonl")
-        if len(skipped) > arguments.max_bad_fraction * (documents + len(skipped)):
-            raise ValueError(
-                f"{len(skipped)} of {documents + len(skipped)} documents could not be read, more than "
-                f"--max-bad-fraction {arguments.max_bad_fraction}; {output}/skipped.jsonl lists them. What is done "
-                "is kept: run again with a larger share to commit it."
-            )
-        reasons = Counter(entry["reason"].split(":")[0] for entry in skipped)
-        write_manifest(output, shards, described, token_dtype(described), reasons)
-        tokens = {m: sum(s["tokens"][m] for s in shards) for m in described}
-        print(
-            f"{output}: {documents:,} documents in {len(shards)} shards, "
-            + ", ".join(f"{n:,} {m}" for m, n in tokens.items())
-            + f" tokens, {len(skipped)} skipped"
-        )
 
 
 if __name__ == "__main__":

@@ -15,17 +15,24 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import itertools
 import json
+import operator
+import os
 import tarfile
-from collections.abc import Iterator
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SPEECH_EXTENSIONS = ("wav", "flac", "ogg", "opus", "mp3")
+PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 # Of captioned pairs, this share has its text first (text -> image); the rest is read image -> text.
 TEXT_FIRST_SHARE = 0.8
 
@@ -50,6 +57,55 @@ class BadSample:
 
     key: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive samples of a raw file: `documents` from number `first` on, in its bytes [start, end) as unpacked
+    (end None: to its end); `wanted` of them are on the chosen side of a split."""
+
+    start: int
+    end: int | None
+    first: int
+    documents: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a segment may measure; None is no limit. Sizes are read from headers, nothing is decompressed."""
+
+    pixels: int | None = None
+    seconds: float | None = None
+    characters: int | None = None
+
+    def exceeded(self, segment: Segment) -> str | None:
+        """Why the segment is too large, or None; also where the header cannot be read: its tokenizer says why."""
+        if isinstance(segment.data, str):
+            n = len(segment.data)
+            return f"{n} characters" if self.characters is not None and n > self.characters else None
+        if segment.modality == "image" and self.pixels is not None:
+            from PIL import Image
+
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    with Image.open(io.BytesIO(segment.data)) as picture:
+                        width, height = picture.size
+            except Image.DecompressionBombError as error:
+                return str(error)
+            except Exception:
+                return None
+            return f"picture of {width} x {height}" if width * height > self.pixels else None
+        if segment.modality == "speech" and self.seconds is not None:
+            import soundfile
+
+            try:
+                seconds = float(soundfile.info(io.BytesIO(segment.data)).duration)
+            except Exception:
+                return None
+            return f"recording of {seconds:.1f} s" if seconds > self.seconds else None
+        return None
 
 
 def expand_inputs(patterns: list[str]) -> list[Path]:
@@ -80,74 +136,142 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
     return list(found)
 
 
-def read_documents(path: str | Path) -> Iterator[Document | BadSample]:
-    """Documents of one raw file, in file order.
+def index_parts(path: Path, part_bytes: int, wanted: Callable[[str], bool] | None = None) -> list[Part]:
+    """Cut a raw file into parts of at least `part_bytes`, from its headers alone (of JSON lines: its line ends).
+
+    A function of the file and `part_bytes`. What is gzipped cannot be entered in the middle and is one part. `wanted`
+    tells of a key whether the document counts as wanted. Raises ValueError where the file is damaged.
+    """
+    parts: list[Part] = []
+    start = first = documents = chosen = 0
+    lines = path.name.endswith((".jsonl", ".jsonl.gz"))
+    keys = ((key, at) for key, at, _ in _lines(path, None)) if lines else _tar_keys(path)
+    for key, at in keys:
+        if documents and at - start >= part_bytes and not path.name.endswith(".gz"):
+            parts.append(Part(start, at, first, documents, chosen))
+            start, first, documents, chosen = at, first + documents, 0, 0
+        documents += 1
+        chosen += wanted is None or wanted(key)
+    return [*parts, Part(start, None, first, documents, chosen)]
+
+
+def read_documents(path: str | Path, part: Part | None = None) -> Iterator[Document | BadSample]:
+    """Documents of one raw file, or of a part of it, in file order. Nothing is unpickled, nothing is unpacked to disk.
 
     Raises ValueError when the file itself is damaged (truncated, a broken header): what could still be read
     has been yielded by then.
     """
     path = Path(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _read_json_lines(path)
-        return
-    for sample in group_by_keys(_tar_members(path)):
-        key = sample["__key__"]
+    read = _read_json_lines if path.name.endswith((".jsonl", ".jsonl.gz")) else _read_tar
+    number = 0
+    for number, document in enumerate(read(path, part), 1):  # noqa: B007  # counted below
+        yield document
+    if part is not None and number != part.documents:
+        raise ValueError(
+            f"{path}: {number} samples from byte {part.start} on, {part.documents} when it was indexed: it has changed"
+        )
+
+
+def _read_tar(path: Path, part: Part | None) -> Iterator[Document | BadSample]:
+    def members() -> Iterator[tuple[str, str, bytes]]:
+        for tar, member, key, extension in _tar_members(path, part):
+            extracted = tar.extractfile(member)
+            assert extracted is not None
+            data = extracted.read()
+            if len(data) != member.size:
+                raise ValueError(f"{path}: truncated inside member {member.name}")
+            yield key, extension, data
+
+    for key, group in itertools.groupby(members(), key=operator.itemgetter(0)):
+        sample: dict[str, bytes] = {}
+        twice = None
+        for _, extension, data in group:
+            twice = extension if extension in sample else twice
+            sample[extension] = data
         try:
+            if twice is not None:
+                raise ValueError(f"two members {twice!r}")
             yield Document(key, _segments(key, sample))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             yield BadSample(key, f"{type(error).__name__}: {error}")
 
 
-def _tar_members(path: Path) -> Iterator[dict[str, Any]]:
-    """Regular members as webdataset's {"fname", "data"}, strictly.
+def _tar_keys(path: Path) -> Iterator[tuple[str, int]]:
+    """(key, offset of its first header) of every sample."""
+    last = None
+    for _, member, key, _ in _tar_members(path, None):
+        if key != last:
+            yield key, member.offset
+            last = key
+
+
+def _tar_members(path: Path, part: Part | None) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str, str]]:
+    """(tar, member, key, lower-case extension) of regular members with an extension, strictly.
 
     Python's tarfile takes a damaged header for the end of the archive, and webdataset with it: half a shard
     vanishes without a word. So whatever follows the last member must be the zeros that end a tar.
     """
     try:
-        with (
-            gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file,
-            tarfile.open(fileobj=file, mode="r:") as tar,
-        ):
-            for member in tar:
-                if member.isfile():
-                    extracted = tar.extractfile(member)
-                    assert extracted is not None
-                    data = extracted.read()
-                    if len(data) != member.size:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
+            size = None if path.name.endswith(".gz") else os.fstat(file.fileno()).st_size
+            file.seek(part.start if part else 0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while member := tar.next():
+                    if part and part.end is not None and member.offset >= part.end:
+                        return
+                    if size is not None and member.offset_data + member.size > size and member.sparse is None:
                         raise ValueError(f"{path}: truncated inside member {member.name}")
-                    yield {"fname": member.name, "data": data, "__url__": str(path)}
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            file.seek(tar.offset)
-            trailer = file.read(1024)
-            while block := trailer or file.read(1 << 20):
-                if block.strip(b"\0"):
-                    raise ValueError(
-                        f"{path}: damaged near byte {tar.offset}: not a tar header there, and data follows. "
-                        "Fetch the file again, or repack what is readable."
-                    )
-                trailer = b""
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, OSError) as error:
+                    key, extension = base_plus_ext(member.name)
+                    if member.isfile() and member.sparse is None and key is not None:
+                        yield tar, member, key, extension.lower()
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                file.seek(tar.offset)
+                trailer = file.read(1024)
+                if not trailer:
+                    raise ValueError(f"{path}: truncated: the zeros that end a tar are missing. Fetch the file again.")
+                while block := trailer or file.read(1 << 20):
+                    if block.strip(b"\0"):
+                        raise ValueError(
+                            f"{path}: damaged near byte {tar.offset}: not a tar header there, and data follows. "
+                            "Fetch the file again, or repack what is readable."
+                        )
+                    trailer = b""
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
         raise ValueError(f"{path}: not a readable tar: {error}") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[Document | BadSample]:
-    with gzip.open(path, "rt") if path.name.endswith(".gz") else open(path) as lines:
-        for number, line in enumerate(lines):
-            key = f"{path.name}:{number + 1}"
-            try:
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError("'text' is not a string")
-                yield Document(key, (Segment("text", text),))
-            except (ValueError, KeyError, TypeError) as error:
-                yield BadSample(key, f"{type(error).__name__}: {error}")
+def _read_json_lines(path: Path, part: Part | None) -> Iterator[Document | BadSample]:
+    for key, _, line in _lines(path, part):
+        try:
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError("'text' is not a string")
+            yield Document(key, (Segment("text", text),))
+        except (ValueError, KeyError, TypeError) as error:
+            yield BadSample(key, f"{type(error).__name__}: {error}")
 
 
-def _segments(key: str, sample: dict[str, Any]) -> tuple[Segment, ...]:
-    parts = {name: data for name, data in sample.items() if not name.startswith("__")}
+def _lines(path: Path, part: Part | None) -> Iterator[tuple[str, int, bytes]]:
+    """(key, offset, line)."""
+    at, number, end = (part.start, part.first, part.end) if part else (0, 0, None)
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as lines:
+            lines.seek(at)
+            for line in lines:
+                if end is not None and at >= end:
+                    return
+                number += 1
+                yield f"{path.name}:{number}", at, line
+                at += len(line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: not readable as gzip: {error}") from error
+
+
+def _segments(key: str, parts: dict[str, bytes]) -> tuple[Segment, ...]:
+    if pickled := [name for name in parts if name.split(".")[-1] in PICKLES]:
+        raise ValueError(f"member {pickled[0]!r} holds Python objects, which could run code: refused")
     meta = json.loads(parts["json"]) if "json" in parts else {}
     if "segments" in meta:
         return tuple(_declared(segment, parts) for segment in meta["segments"])

@@ -1,11 +1,17 @@
 import gzip
 import io
 import json
+import pickle
+import random
 import tarfile
+import zlib
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
-from mom_data.document import BadSample, Document, Segment, expand_inputs, read_documents
+from mom_data.document import BadSample, Document, Limits, Segment, expand_inputs, index_parts, read_documents
 
 
 def write_tar(path, members):
@@ -88,7 +94,7 @@ def test_a_bad_sample_is_reported_and_the_rest_is_read(tmp_path):
     assert [d.key for d in items if isinstance(d, Document)] == ["e"]
 
 
-@pytest.mark.parametrize("damage", ["header", "truncated", "zeroed"])
+@pytest.mark.parametrize("damage", ["header", "truncated", "cut", "zeroed"])
 def test_a_damaged_tar_is_an_error_never_a_short_corpus(tmp_path, damage):
     """tarfile and webdataset take a damaged header for the end of the archive, without a word."""
     path = write_tar(tmp_path / "t.tar", {f"{i}.txt": b"x" * 700 for i in range(20)})
@@ -98,6 +104,8 @@ def test_a_damaged_tar_is_an_error_never_a_short_corpus(tmp_path, damage):
         content[at + 3] ^= 0xFF
     elif damage == "zeroed":
         content[at : at + 512] = bytes(512)
+    elif damage == "cut":
+        del content[at:]  # exactly between two members: to tarfile, a whole archive
     else:
         del content[at + 600 :]
     path.write_bytes(content)
@@ -111,3 +119,113 @@ def test_inputs_that_match_nothing_are_all_named(tmp_path):
     assert expand_inputs([str(tmp_path / "*.tar"), str(tmp_path)]) == [tmp_path / "a.tar"]
     with pytest.raises(ValueError, match=r"nope.*gone"):
         expand_inputs([str(tmp_path / "nope"), str(tmp_path / "a.tar"), "gone*.tar"])
+
+
+def test_parts_hold_every_sample_once_whatever_their_size(tmp_path):
+    """Against one reading of the whole file; members with long names have headers in front of their own."""
+    rng = random.Random(0)
+    members = {}
+    for i in range(60):
+        name = f"{i:03d}" + "x" * rng.choice([0, 0, 150])
+        members |= {
+            f"{name}.jpg": rng.randbytes(rng.randrange(3000)),
+            f"{name}.txt": b"t",
+            f"note-{i}": b"no extension",
+        }
+    write_tar(tmp_path / "t.tar", members)
+    write_tar(tmp_path / "t.tar.gz", members)
+    lines = [b'{"text": "one\u2028 line"}\n', b"broken\r\n", b'{"text": "\xc3\xbc"}\n', b'{"text": "\xff"}\n'] * 200
+    (tmp_path / "t.jsonl").write_bytes(b"".join(lines) + b'{"text": "without an end"}')
+    for name, number in (("t.tar", 60), ("t.tar.gz", 60), ("t.jsonl", 801)):
+        path = tmp_path / name
+        whole = list(read_documents(path))
+        assert len(whole) == number
+        for size in (1, 5_000, 1 << 30):
+            parts = index_parts(path, size, lambda key: key.endswith("3"))
+            assert [item for part in parts for item in read_documents(path, part)] == whole
+            assert sum(part.wanted for part in parts) == sum(item.key.endswith("3") for item in whole)
+            assert len(parts) == 1 if size > 1 << 20 or name == "t.tar.gz" else len(parts) > 1
+            assert all(part.end is None or part.end - part.start >= size for part in parts)
+
+
+def test_a_part_of_a_file_that_has_changed_is_an_error(tmp_path):
+    path = write_tar(tmp_path / "t.tar", {f"{i}.txt": b"x" * 700 for i in range(20)})
+    last = index_parts(path, 5_000)[-1]
+    write_tar(path, {f"{i}.txt": b"x" * 700 for i in range(19)})
+    with pytest.raises(ValueError, match=r"t\.tar: \d samples .* it has changed"):
+        list(read_documents(path, last))
+
+
+def test_members_with_python_objects_are_refused_and_never_loaded(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    trap = pickle.dumps(Trap())
+    members = {f"{e}.{e}": trap for e in ("pkl", "pickle", "pyd", "pth", "pt")}
+    members |= {"beside.txt": b"text", "beside.x.pkl": trap, "fine.txt": b"text"}
+    items = list(read_documents(write_tar(tmp_path / "t.tar", members)))
+    assert [d.key for d in items if isinstance(d, Document)] == ["fine"]
+    assert all("could run code" in b.reason for b in items if isinstance(b, BadSample))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_members_that_point_outside_touch_nothing_there(tmp_path):
+    inside = tmp_path / "a/b"
+    inside.mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("secret")
+    with tarfile.open(inside / "t.tar", "w") as tar:
+        for name in ("../../escaped.txt", str(tmp_path / "absolute.txt"), "in.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"text"))
+        for name, kind in (
+            ("link.txt", tarfile.SYMTYPE),
+            ("hard.txt", tarfile.LNKTYPE),
+            ("fifo.txt", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(tmp_path / "secret.txt")
+            tar.addfile(info)
+    before = sorted(tmp_path.rglob("*"))
+    documents = list(read_documents(inside / "t.tar"))
+    assert [d.segments[0].data for d in documents] == ["text"] * 3
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_limits_go_by_what_headers_say(tmp_path):
+    def picture(width, height):
+        file = io.BytesIO()
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+    sound = io.BytesIO()
+    soundfile.write(sound, np.zeros(16_000, np.float32), 8_000, format="FLAC")
+    bomb = bytearray(picture(1, 1))
+    bomb[16:24] = (1 << 20).to_bytes(4, "big") * 2  # the header's width and height: a terapixel
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    limits = Limits(pixels=100, seconds=1.5, characters=5)
+    assert limits.exceeded(Segment("text", "12345")) is None
+    assert limits.exceeded(Segment("text", "123456")) == "6 characters"
+    assert limits.exceeded(Segment("image", picture(10, 10))) is None
+    assert limits.exceeded(Segment("image", picture(10, 11))) == "picture of 10 x 11"
+    assert limits.exceeded(Segment("speech", sound.getvalue())) == "recording of 2.0 s"
+    assert Limits(seconds=2).exceeded(Segment("speech", sound.getvalue())) is None
+    assert Limits().exceeded(Segment("speech", sound.getvalue())) is None
+    assert limits.exceeded(Segment("image", b"not a picture")) is None  # for its tokenizer to say
+    assert limits.exceeded(Segment("image", bytes(bomb)))
+
+
+def test_two_members_of_one_kind_make_a_bad_sample_and_the_rest_is_read(tmp_path):
+    path = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "a.TXT": b"two", "b.txt": b"three"})
+    bad, good = read_documents(path)
+    assert isinstance(bad, BadSample)
+    assert isinstance(good, Document)
+    assert "two members 'txt'" in bad.reason
+
+
+def test_a_truncated_gzip_of_lines_is_one_clear_message(tmp_path):
+    path = tmp_path / "t.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "some words"}\n' * 5000)[:-40])
+    with pytest.raises(ValueError, match=r"t\.jsonl\.gz: not readable as gzip"):
+        list(read_documents(path))

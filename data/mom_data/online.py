@@ -1,0 +1,218 @@
+"""Raw documents as a token dataset: each part is tokenized when it is first wanted, by the code of tokenize_shards.
+
+A shard of the dataset is one part of a raw file. How many documents it has is known from the file's headers, so the
+order can be planned; their lengths are known once it is tokenized, into a folder of this node that all its processes
+share and that grows to the size of the token dataset. The bytes are those that tools/tokenize_shards.py writes with
+the same parts, one shard each, where every document can be read; one that cannot keeps its place, empty, and is masked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from mom_data.dataset import TokenDataset
+from mom_data.document import Limits, expand_inputs
+from mom_data.shards import SCHEMA
+from mom_data.storage import LocalFolder, Stored
+from mom_data.tokenize import Job, Settings, index, jobs_of, names_of, tokenize_part, tokenizing
+from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.image import MAX_PIXELS
+
+log = logging.getLogger(__name__)
+
+LIMITS = Limits(pixels=MAX_PIXELS, seconds=7200)  # tokenize_shards' own
+
+
+class OnlineDataset(TokenDataset):
+    """Raw files (paths, globs, folders), read like a folder of token shards.
+
+    At most `processes` of the node tokenize at a time, on `device`. Split, dropped modalities and limits mean what
+    they mean to tokenize_shards. The counts of tokens in `manifest` are unknown: NaN. Raises ValueError where inputs
+    are missing or damaged, or a tokenizer is.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        tokenizers: Path,
+        cache: Path,
+        shards: str = "*",
+        *,
+        part_bytes: int = 64 << 20,
+        split: str | None = None,
+        holdout: float = 0.03,
+        drop: tuple[str, ...] = (),
+        limits: Limits = LIMITS,
+        processes: int = 2,
+        device: str = "cpu",
+    ):
+        described = Tokenizers.load(tokenizers).describe()
+        settings = Settings(
+            tokenizers.absolute(), described, part_bytes, None, split, holdout, drop, limits, keep_empty=True
+        )
+        sources = [path.absolute() for path in expand_inputs(list(inputs))]
+        names = names_of(sources)
+        self.location = ", ".join(map(str, inputs))
+        self.fingerprint = _fingerprint(sources, names, settings)
+        folder = cache.absolute() / f"tokens-{self.fingerprint}"
+        bar = tqdm(sources, desc="read headers", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
+        parts = [index(source, name, settings, folder) for source, name in zip(bar, names, strict=True)]
+        jobs = {
+            f"{job.name}-00000.tar": job
+            for job in jobs_of(sources, names, parts, settings, folder)
+            if job.part.wanted and fnmatch(f"{job.name}-00000.tar", shards)
+        }
+        if not jobs:
+            raise ValueError(f"{self.location}: no document in the shards that match {shards!r}")
+        self.modalities = list(described)
+        self.tokenizers = described
+        self.token_dtype = np.dtype(settings.token_dtype).newbyteorder("<")
+        self._latent_width = max(int(t.get("patch_width", 0)) for t in described.values())
+        self.shards = [{"name": name, "documents": job.part.wanted} for name, job in jobs.items()]
+        self.manifest = {
+            "schema": SCHEMA,
+            "modalities": self.modalities,
+            "tokenizers": self.tokenizers,
+            "token_bytes": self.token_dtype.itemsize,
+            "latent_width": self._latent_width,
+            "documents": sum(job.part.wanted for job in jobs.values()),
+            "tokens": dict.fromkeys(self.modalities, math.nan),
+            "skipped": {},
+            "shards": self.shards,
+        }
+        self._folder = OnlineFolder(folder, jobs, processes, device)
+        self._tars = [Stored(name, "", None) for name in jobs]
+        self._index_files = self._tars
+        self._forget_process()
+
+    def skipped(self, shard: int) -> list[dict[str, str]]:
+        """Key and reason of the shard's documents that are masked. Waits until it is tokenized."""
+        folder: Any = self._folder
+        return folder.record(self.shards[shard]["name"])["skipped"]
+
+    def values(
+        self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        # nothing that can be tokenized has no token
+        return None if whole == (0, 0) else super().values(shard, document, whole, tokens, latents)
+
+
+class OnlineFolder(LocalFolder):
+    """The folder of this node that parts are tokenized into, each when its files are first asked for."""
+
+    def __init__(self, folder: Path, jobs: dict[str, Job], processes: int, device: str):
+        super().__init__(folder)
+        self._jobs, self._processes, self._device = jobs, processes, device
+        self._records: dict[str, dict[str, Any]] = {}
+        self._wanted: tuple[int, queue.SimpleQueue[str], set[str]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_wanted": None}
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record of a shard, tokenized now where it was not. Raises OSError where that fails."""
+        if name not in self._records:
+            job = self._jobs[name]
+            record = job.finished()
+            if record is None:
+                record = self._make(job)
+                if bad := record["skipped"]:
+                    log.warning(
+                        "%s: %d of %d documents could not be tokenized and are masked; %s: %s",
+                        job.name, len(bad), job.part.wanted, bad[0]["key"], bad[0]["reason"],
+                    )  # fmt: skip
+            self._records[name] = record
+        return self._records[name]
+
+    def _make(self, job: Job) -> dict[str, Any]:
+        # a process of its own: a loader's worker may neither fork, nor use a GPU, nor load a model of its own
+        task = pickle.dumps((job, self._processes, self._device))
+        made = subprocess.run([sys.executable, "-m", "mom_data.online"], input=task, capture_output=True, check=False)
+        record = job.finished()
+        if record is None:
+            said = made.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {made.returncode}"]
+            raise OSError(f"{job.source} could not be tokenized: {said[-1]}")
+        return record
+
+    def checked(self, file: Stored) -> bytes:
+        shard = self.record(file.name)["shards"][0]
+        return super().checked(Stored(f"{file.name.removesuffix('.tar')}.idx", shard["index_sha256"], None))
+
+    def open(self, file: Stored) -> int:
+        self.record(file.name)
+        return super().open(file)
+
+    def prefetch(self, file: Stored) -> None:
+        """Tokenize it in the background, one shard after another. Never raises: whoever opens it learns."""
+        if self._wanted is None or self._wanted[0] != os.getpid():
+            self._wanted = os.getpid(), queue.SimpleQueue(), set()
+            threading.Thread(target=self._make_wanted, args=self._wanted[1:], daemon=True).start()
+        _, wanted, names = self._wanted
+        if file.name not in names and file.name not in self._records:
+            names.add(file.name)
+            wanted.put(file.name)
+
+    def _make_wanted(self, wanted: queue.SimpleQueue[str], names: set[str]) -> None:
+        while True:
+            name = wanted.get()
+            with contextlib.suppress(OSError):
+                self.record(name)
+            names.discard(name)
+
+
+def _fingerprint(sources: Sequence[Path], names: Sequence[str], settings: Settings) -> str:
+    made_by = {m: t["fingerprint"] for m, t in settings.described.items()}
+    identity = [SCHEMA, made_by, settings.part_bytes, settings.split, settings.holdout, sorted(settings.drop)]
+    limits = settings.limits
+    identity += [[limits.pixels, limits.seconds, limits.characters]]
+    identity += [[name, source.name, source.stat().st_size] for name, source in zip(names, sources, strict=True)]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def _slot(folder: Path, processes: int) -> FileLock:
+    """One of the node's few places for a process that tokenizes, once one is free."""
+    while True:
+        for k in range(processes):
+            lock = FileLock(folder / f".slot-{k}.lock", timeout=0)
+            with contextlib.suppress(Timeout):
+                lock.acquire()
+                return lock
+        time.sleep(0.1)
+
+
+def main() -> None:
+    """Tokenize the part that standard input names; the parent process wrote it there."""
+    job, processes, device = pickle.loads(sys.stdin.buffer.read())
+    held = []
+
+    def load() -> Tokenizers:
+        held.append(_slot(job.output, processes))
+        return tokenizing(job.settings.tokenizers, device)
+
+    try:
+        tokenize_part(job, load)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""One part of a raw file becomes token shards: the same code, and the same bytes, ahead of training and during it.
+
+    INPUT.tar  --index-->  parts (consecutive samples)  --tokenize_part-->  NAME-00000.tar, .idx, ..., and a record
+
+What a shard holds depends on the input, `part_bytes`, `shard_bytes` and the tokenizers, and on nothing else: not on
+the number of processes, nor on where one was killed. A model on another kind of processor may round otherwise, so
+pictures and speech give the same codes on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from mom_data.document import BadSample, Document, Limits, Part, index_parts, read_documents
+from mom_data.shards import ShardWriter, TokenSegment
+from mom_tokenizers.bundle import Tokenizers
+
+_GROUP = 64  # documents encoded together
+RECORDS = ".parts"  # folder, beside the shards, of the records of finished parts
+TOO_LARGE = "above the limits"  # how the reason begins where a document was left out on purpose
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the tokens, beside the input."""
+
+    tokenizers: Path
+    described: Mapping[str, Mapping[str, Any]]
+    """As `Tokenizers.describe` gives it."""
+    part_bytes: int = 256 << 20
+    """Of the raw file, unpacked: a part ends with the first document beyond. A file that is gzipped is one part."""
+    shard_bytes: int | None = 128 << 20
+    """A part's shard ends with the first group of documents beyond. None: one shard a part."""
+    split: str | None = None
+    """"train" or "val" takes one side of a hold-out by document key."""
+    holdout: float = 0.03
+    drop: tuple[str, ...] = ()
+    """Modalities left out."""
+    limits: Limits = field(default_factory=Limits)
+    keep_empty: bool = False
+    """A document without tokens (unreadable, too large, nothing left) keeps its place, without segments."""
+
+    @property
+    def token_dtype(self) -> type:
+        """The smallest type that holds every modality's local ids."""
+        return np.uint16 if max(t["size"] for t in self.described.values()) <= 1 << 16 else np.uint32
+
+    def wanted(self, key: str) -> bool:
+        """Whether a document belongs to the split: a share `holdout` of keys, by hash, is val and the rest train."""
+        if self.split is None:
+            return True
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") < self.holdout * 2**64) == (self.split == "val")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part of one input, and where its shards go."""
+
+    source: Path
+    name: str
+    part: Part
+    settings: Settings
+    output: Path
+
+    @property
+    def record_file(self) -> Path:
+        return self.output / RECORDS / f"{self.name}.json"
+
+    def identity(self) -> dict[str, Any]:
+        """What a record must have been made from to be taken for this job's."""
+        settings = self.settings
+        identity = {
+            "source": self.source.name,
+            "bytes": self.source.stat().st_size,
+            "part": asdict(self.part),
+            "tokenizers": settings.described,
+            "split": [settings.split, settings.holdout] if settings.split else None,
+            "shard_bytes": settings.shard_bytes,
+            "drop": sorted(settings.drop),
+            "limits": asdict(settings.limits),
+            "keep_empty": settings.keep_empty,
+        }
+        return json.loads(json.dumps(identity))
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record, where the part is done, with the same settings, and its shards are there."""
+        if not self.record_file.exists():
+            return None
+        record = json.loads(self.record_file.read_text())
+        files = [(self.output / s["name"], s["bytes"]) for s in record["shards"]]
+        there = all(f.is_file() and f.stat().st_size == n and f.with_suffix(".idx").is_file() for f, n in files)
+        return record if there and record["identity"] == self.identity() else None
+
+
+def names_of(sources: Sequence[Path]) -> list[str]:
+    """A name for each input's shards: its stem, with its folder's in front where that alone is not unique.
+
+    No dots: webdataset would take them for extensions.
+    """
+    stems = [path.name.split(".")[0] for path in sources]
+    if len(set(stems)) < len(stems):
+        stems = [f"{path.parent.name}-{stem}".replace(".", "_") for path, stem in zip(sources, stems, strict=True)]
+    _unique(stems)
+    return stems
+
+
+def _unique(names: Sequence[str]) -> None:
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice:
+        raise ValueError(f"several inputs would write shards named {twice[0]}: give the files different names")
+
+
+def known_index(source: Path, name: str, settings: Settings, output: Path) -> list[Part] | None:
+    """The parts of an input, where `index` has found them before."""
+    file = output / RECORDS / f"{name}.index"
+    if file.exists():
+        known = json.loads(file.read_text())
+        if known["made_from"] == _indexed_from(source, settings):
+            return [Part(**part) for part in known["parts"]]
+    return None
+
+
+def index(source: Path, name: str, settings: Settings, output: Path) -> list[Part]:
+    """The parts of an input, remembered in the output folder."""
+    file = output / RECORDS / f"{name}.index"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".index.lock")):
+        parts = known_index(source, name, settings, output)
+        if parts is None:
+            made_from = _indexed_from(source, settings)
+            parts = index_parts(source, settings.part_bytes, settings.wanted)
+            _write(file, {"made_from": made_from, "parts": [asdict(part) for part in parts]})
+    return parts
+
+
+def _indexed_from(source: Path, settings: Settings) -> list[Any]:
+    status = source.stat()
+    return [str(source), status.st_size, status.st_mtime_ns, settings.part_bytes, settings.split, settings.holdout]
+
+
+def jobs_of(
+    sources: Sequence[Path], names: Sequence[str], parts: Sequence[Sequence[Part]], settings: Settings, output: Path
+) -> list[Job]:
+    """A job for every part, in order. The shards of an input's only part bear its name alone."""
+    jobs = [
+        Job(source, name if len(own) == 1 else f"{name}-p{k:05d}", part, settings, output)
+        for source, name, own in zip(sources, names, parts, strict=True)
+        for k, part in enumerate(own)
+    ]
+    _unique([job.name for job in jobs])
+    return jobs
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizers: Tokenizers
+) -> Iterator[tuple[str, list[TokenSegment] | str]]:
+    """(key, segments, or why the document is skipped) of each; pictures and recordings go through in batches."""
+    modalities = tokenizers.modalities
+    positions: dict[str, list[tuple[int, int]]] = {}
+    encoded: dict[tuple[int, int], np.ndarray | ValueError] = {}
+    for d, document in enumerate(documents):
+        for s, segment in enumerate(document.segments):
+            positions.setdefault(segment.modality, []).append((d, s))
+    for modality, where in positions.items():
+        if modality not in modalities:
+            error = ValueError(f"no tokenizer for modality '{modality}'")
+            encoded.update(dict.fromkeys(where, error))
+            continue
+        values = [documents[d].segments[s].data for d, s in where]
+        encoded.update(zip(where, tokenizers.encode_many(modality, values), strict=True))
+    for d, document in enumerate(documents):
+        segments: list[TokenSegment] = []
+        reason = None if document.segments else "no segments"
+        for s, segment in enumerate(document.segments):
+            ids = encoded[d, s]
+            if isinstance(ids, ValueError):
+                reason = f"segment {s} ({segment.modality}): {ids}"
+                break
+            if len(ids):
+                segments.append(TokenSegment(modalities.index(segment.modality), ids))
+        yield document.key, reason or segments or "empty"
+
+
+def tokenize_part(
+    job: Job, load: Callable[[], Tokenizers], progress: Callable[[int, int], None] = lambda documents, tokens: None
+) -> dict[str, Any]:
+    """Tokenize one part into one or more shards; at once where that has been done. Returns {"identity", "shards" (as
+    in the manifest), "skipped" ({"shard", "key", "reason"} of each document)}.
+
+    `load` is called where there is work to do; `progress` is told of samples read and tokens written, as they come.
+    Safe to be killed at any moment and safe from other processes doing the same part. Raises ValueError where the
+    file itself is damaged.
+    """
+    settings = job.settings
+    job.record_file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.record_file.with_suffix(".lock")):
+        if (record := job.finished()) is not None:
+            progress(job.part.documents, 0)
+            return record
+        tokenizers = load()
+        shards: list[dict[str, Any]] = []
+        skipped: list[dict[str, str]] = []
+        groups = _groups(_to_encode(job, progress))
+        more = True
+        while more:
+            path = job.output / f"{job.name}-{len(shards):05d}.tar"
+            with ShardWriter(path, tokenizers.modalities, settings.token_dtype) as writer:
+                while settings.shard_bytes is None or writer.bytes_written < settings.shard_bytes:
+                    group = next(groups, None)
+                    if group is None:
+                        more = False
+                        break
+                    tokens = 0
+                    encoded = encode_documents([d for d in group if isinstance(d, Document)], tokenizers)
+                    for item in group:
+                        key, result = next(encoded) if isinstance(item, Document) else (item.key, item.reason)
+                        if isinstance(result, str):
+                            skipped.append({"shard": job.source.name, "key": key, "reason": result})
+                            result = []
+                        if result or settings.keep_empty:
+                            writer.add(key, result)
+                        tokens += sum(len(s.values) for s in result)
+                    progress(0, tokens)
+            shards.append(writer.record())
+        record = {"identity": job.identity(), "shards": shards, "skipped": skipped}
+        _write(job.record_file, record)
+        return record
+
+
+def _to_encode(job: Job, progress: Callable[[int, int], None]) -> Iterator[Document | BadSample]:
+    """The part's documents on the wanted side of the split, without dropped segments; BadSample for what is out."""
+    settings = job.settings
+    for item in read_documents(job.source, job.part):
+        progress(1, 0)
+        if not settings.wanted(item.key):
+            continue
+        if isinstance(item, BadSample):
+            yield item
+            continue
+        kept = tuple(s for s in item.segments if s.modality not in settings.drop)
+        if item.segments and not kept:
+            if settings.keep_empty:
+                yield BadSample(item.key, "nothing but dropped modalities")
+        elif too_large := next((e for s in kept if (e := settings.limits.exceeded(s))), None):
+            yield BadSample(item.key, f"{TOO_LARGE}: {too_large}")
+        else:
+            yield replace(item, segments=kept)
+
+
+def _groups(stream: Iterator[Document | BadSample]) -> Iterator[list[Document | BadSample]]:
+    group: list[Document | BadSample] = []
+    for item in stream:
+        group.append(item)
+        if sum(isinstance(one, Document) for one in group) == _GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def tokenizing(path: Path, device: str = "cpu") -> Tokenizers:
+    """The tokenizers of a process that encodes: loaded once, on one thread, whose sums are the same in any company."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return _loaded(path, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(path: Path, device: str) -> Tokenizers:
+    return Tokenizers.load(path, device)
+
+
+def _write(file: Path, value: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with open(partial, "w") as out:
+        json.dump(value, out)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(file)
