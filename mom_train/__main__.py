@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import sys
 
 from mom_data.errors import EXIT_USER_ERROR, exit_clearly
 from mom_train.config import load_config
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -17,6 +21,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3")
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", 0))
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # ranks whose torchrun was killed outright would train on beside those that are started next
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",

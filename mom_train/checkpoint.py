@@ -136,7 +136,7 @@ class Checkpointer:
         if damaged:
             raise ValueError(
                 f"no checkpoint in {self.checkpoints.root} verifies: {'; '.join(damaged)}. Restore these files, or "
-                "remove LATEST to train from the start."
+                "remove that folder's checkpoints and LATEST to train from the start."
             )
         return None
 

@@ -331,17 +331,19 @@ class Checkpoints:
         return [c for c in self.all() if c.committed]
 
     def latest(self) -> Checkpoint | None:
-        """The newest committed one, or None. Raises ValueError where LATEST names one that is not there."""
+        """The one that LATEST names; where there is no LATEST, as after a kill between the first commit and it, the
+        newest committed one, or None. Raises ValueError where LATEST names one that is not there."""
         pointer = f"{self.root}/LATEST"
         try:
-            name = self.files.read(pointer).decode().strip()
+            name = self.files.read(pointer).decode(errors="replace").strip()
         except FileNotFoundError:
-            return None
+            committed = self.committed()
+            return committed[-1] if committed else None
         found = Checkpoint(self.files, f"{self.root}/checkpoints/{name}")
         if not found.committed:
             others = [c.name for c in self.committed()]
             raise ValueError(
-                f"{pointer} names {name}, which is not a committed checkpoint. "
+                f"{pointer} names {name!r}, which is not a committed checkpoint. "
                 + (f"Committed: {', '.join(others)}; write one of these names into it." if others else "None is.")
             )
         return found

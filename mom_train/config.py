@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,13 +129,26 @@ class ObjectiveConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str
+    path: str | None = None
     """A folder of token shards, as tools/tokenize_shards.py writes it (holds manifest.json): here, or at http(s)://,
     s3:// or another URL that fsspec knows."""
+    raw: tuple[str, ...] = ()
+    """Instead of `path`: raw documents (files, folders, globs), tokenized by the run's `tokenizers` as they are first
+    wanted, into data.cache. To try a corpus out; what is trained on for long is better tokenized once."""
+    split: Literal["train", "val"] | None = None
+    """Of `raw`: one side of a hold-out of documents by their keys, as tokenize_shards --split."""
+    holdout: float = Field(default=0.03, ge=0, le=1)
+    """Share of documents that is `val`."""
     weight: float = Field(1.0, gt=0)
     """Share of the tokens drawn from this source, relative to the other sources' weights."""
     shards: str = "*"
     """Only the shards whose name matches this glob."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceConfig:
+        if (self.path is None) == (not self.raw):
+            raise ValueError("say where it is: either `path`, token shards, or `raw`, documents to tokenize online")
+        return self
 
 
 class DataConfig(Section):
@@ -309,6 +323,8 @@ class RunConfig(Section):
             raise ValueError("validation.ema needs training.ema_decay")
         if not self.data.train:
             raise ValueError("data.train: name at least one source")
+        if self.tokenizers is None and any(s.raw for s in (*self.data.train, *chain(*self.data.validation.values()))):
+            raise ValueError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to do it with")
         return self
 
     @cached_property

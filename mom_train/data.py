@@ -7,7 +7,8 @@ from typing import Any
 
 from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.plan import Cursor, Plan, Source
-from mom_train.config import DataConfig, RunConfig, SourceConfig
+from mom_data.storage import default_cache
+from mom_train.config import RunConfig, SourceConfig
 from mom_train.objective import with_latents_of
 
 Phase = dict[str, Any]
@@ -17,18 +18,28 @@ Phase = dict[str, Any]
 class Datasets:
     """Token datasets by where they are, each opened once."""
 
-    def __init__(self, config: DataConfig):
-        self._config = config
-        self._opened: dict[tuple[str, str], TokenDataset] = {}
+    def __init__(self, config: RunConfig):
+        self._config, self._tokenizers = config.data, config.tokenizers
+        self._opened: dict[str, TokenDataset] = {}
 
     def sources(self, entries: Iterable[SourceConfig]) -> tuple[Source, ...]:
         return tuple(Source(self._open(entry), entry.weight) for entry in entries)
 
     def _open(self, entry: SourceConfig) -> TokenDataset:
-        key = (str(entry.path), entry.shards)
+        key = entry.model_copy(update={"weight": 1.0}).model_dump_json()
         if key not in self._opened:
-            cache_bytes = int(self._config.cache_gib * 2**30)
-            self._opened[key] = TokenDataset(entry.path, entry.shards, self._config.cache, cache_bytes)
+            cache = self._config.cache
+            if entry.path is not None:
+                dataset = TokenDataset(entry.path, entry.shards, cache, int(self._config.cache_gib * 2**30))
+            else:
+                from mom_data.online import OnlineDataset  # late: it brings the tokenizers' packages along
+
+                assert self._tokenizers is not None
+                where = cache or default_cache()
+                dataset = OnlineDataset(
+                    entry.raw, self._tokenizers, where, entry.shards, split=entry.split, holdout=entry.holdout
+                )
+            self._opened[key] = dataset
         return self._opened[key]
 
     def __iter__(self) -> Any:
@@ -113,7 +124,7 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
 
 def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
     """The orders of training and validation of a run that begins, checked."""
-    datasets = Datasets(config.data)
+    datasets = Datasets(config)
     plans = training_plan(config, datasets)[0], validation_plans(config, datasets)
     check(config, datasets)
     return plans

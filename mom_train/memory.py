@@ -44,11 +44,11 @@ def block_backward_bytes(config: ModelConfig, element: int) -> int:
 
     Mamba, in the scan: 4d for the residual's gradient, eD for the output's, 12D fp32 gradients of x, dt and z, those of
     B and C for each range of channels; in bf16 the inputs again in fp32 (16D). Transformer, in SwiGLU: 8d for the
-    residual's gradient and the branch's, 4eh for gate and up apart and together.
+    residual's gradient and the branch's, 2eh for gate and up.
     """
     d, D, N = config.dim, config.inner, config.state
     if config.architecture == "transformer":
-        return 8 * d + 4 * element * config.feed_forward
+        return 8 * d + 2 * element * config.feed_forward
     widened = 0 if element == _FP32 else 16 * D + 8 * N
     return 4 * d + element * D + 12 * D + 8 * N * -(-D // _SCAN_CHANNELS) + widened
 
@@ -112,6 +112,9 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: b
     every = blocks * _FP32 * d if recompute else blocks * kept
     work = T * block_backward_bytes(model, element)
 
+    def copies(part: str) -> int:
+        return len(config.layout.modalities) * model.experts if part in model.decoupled else 1
+
     def at(done: int, units: int, weight_casts: int, per_token: int, workspace: int) -> dict[str, int]:
         """Of a moment when the gradients of `done` parameters have been summed over the ranks."""
         whole = _FP32 * (n - done) if accumulates else 0
@@ -128,17 +131,25 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: b
         return states | rest
 
     one = casts // blocks
-    recomputed = kept if recompute else 0
-    # a unit's weights, its gradients, a prefetched unit where there is one to gather, and the unit's before on its way
-    unit = (gathered + _FP32) * block + (_FP32 * block if S > 1 else 0)
+    recomputed, recomputed_input = (kept, _FP32 * d) if recompute else (0, 0)
+    unit = 2 * _FP32 * block  # its weights and its gradients; then come the one on its way and the one fetched ahead
+    ahead = _FP32 if S > 1 else 0
+    if model.architecture == "transformer":
+        largest = max(3 * d * d * copies("attention"), 2 * d * model.feed_forward * copies("feed_forward"))
+    else:
+        largest = 2 * d * model.inner * copies("in_proj")
     moments = {
-        "head_forward": at(0, gathered * ends, 0 if recompute else casts, every + tail, _head_forward(T, d, vocabulary, element)),
-        "last_block_backward": at(ends, unit + _FP32 * ends, one if recompute else casts, every + recomputed, work),
-        "first_block_backward": at(
-            n - ends - block, unit + _FP32 * block, one, kept + (_FP32 * d if recompute else 0), work
+        "head_forward": at(
+            0, gathered * ends, 0 if recompute else casts, every + tail, _head_forward(T, d, vocabulary, element)
         ),
-        "embedding_backward": at(n - ends, (gathered + 2 * _FP32) * ends, 0, 8 * d, 0),
-        "update": at(n, 0, 0, 0, 0 if offload else 16 * max(ends, linear // blocks) // S),
+        "last_block_backward": at(
+            ends, unit + _FP32 * ends + ahead * block, one if recompute else casts, every + recomputed, work
+        ),
+        "first_block_backward": at(
+            n - ends - block, unit + _FP32 * block + ahead * max(ends, block), one, kept + recomputed_input, work
+        ),
+        "embedding_backward": at(n - ends, 2 * _FP32 * ends + _FP32 * block, 0, 8 * d, 0),
+        "update": at(n, 0, 0, 0, 0 if offload else 16 * max(ends, largest) // S),
     }
     sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
     peak = max(sums, key=lambda moment: sums[moment])

@@ -61,7 +61,7 @@ class Trainer:
         self.vocab = config.layout
         self.modalities = self.vocab.modalities
         self.accumulation = agreed(lambda: config.accumulation(ranks.world_size))
-        datasets = data.Datasets(config.data)
+        datasets = data.Datasets(config)
         self.validation_plans = agreed(lambda: data.validation_plans(config, datasets))
         checkpoints = agreed(lambda: Checkpoints(config.checkpoint.path or config.run_dir))
         self.checkpointer = Checkpointer(checkpoints, config.checkpoint)

@@ -226,7 +226,7 @@ def configured(config: Path, overrides: Sequence[str]) -> tuple[Plan, int]:
     from mom_train.data import Datasets, training_plan
 
     run = load_config(config, overrides)
-    plan, _ = training_plan(run, Datasets(run.data))
+    plan, _ = training_plan(run, Datasets(run))
     return plan, run.training.steps * run.training.batch
 
 

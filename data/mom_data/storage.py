@@ -215,12 +215,16 @@ class RemoteFolder:
         os.utime(descriptor)
 
 
+def default_cache() -> Path:
+    return Path(tempfile.gettempdir(), f"mom-cache-{os.getuid()}")
+
+
 class Cache:
     """A folder of at most `limit` bytes of whole files, shared by the processes of a node; the least recently used
     goes first. The default is $TMPDIR/mom-cache-UID. Raises ValueError where the folder is another user's."""
 
     def __init__(self, folder: Path | None = None, limit: int = CACHE_BYTES):
-        self.folder = folder or Path(tempfile.gettempdir(), f"mom-cache-{os.getuid()}")
+        self.folder = folder or default_cache()
         self.limit = limit
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder is None and self.folder.stat().st_uid != os.getuid():

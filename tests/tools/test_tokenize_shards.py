@@ -353,7 +353,7 @@ def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, t
         run_config = load_config(config, [*overrides, f"objective.diffusion={diffusion}", *more])
         from mom_train.data import Datasets, check, training_plan
 
-        datasets = Datasets(run_config.data)
+        datasets = Datasets(run_config)
         training_plan(run_config, datasets)
         return check(run_config, datasets).objective.diffusion
 
