@@ -2,12 +2,15 @@
 PYTHON ?= python3
 ENV = .venv/.ok
 
-.PHONY: demo test lint format clean
+.PHONY: demo test cluster lint format clean
 demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
 	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
 
 test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
 	.venv/bin/python -m pytest $(PYTEST)
+
+cluster: $(ENV)  ## the tests that need root and Debian's Slurm (tests/cluster/slurm.py says which packages)
+	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m cluster $(PYTEST)
 
 lint: $(ENV)  ## linter, formatter and type checker, as CI runs them
 	.venv/bin/ruff check .

@@ -161,7 +161,7 @@ class DataConfig(Section):
     lanes: PositiveInt = 16
     """Independent streams that sequence i is dealt from (lane i mod lanes). Part of the order: do not change it
     mid-run."""
-    pack_window: PositiveInt = 1024
+    pack_window: PositiveInt = 2048
     """Pieces of documents packed together. Part of the order, as the next three are."""
     packing: Literal["best_fit", "concatenate"] = "best_fit"
     """How: best fit first, text split to fill gaps; or one after another, cut where a row ends."""

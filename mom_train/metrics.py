@@ -24,7 +24,8 @@ class Record:
     def __init__(self, run_dir: Path, resumed_at: int, last: int):
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
-            kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= resumed_at]
+            lines = _whole_lines(self._path) if resumed_at else []  # a run that begins anew logs step 0 again
+            kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.rename(self._path)

@@ -4,7 +4,7 @@
     python tools/describe_model.py configs/transfusion/760m-mom.yaml training.micro_batch=2 --ranks 64 --json
     python tools/describe_model.py configs/chameleon/[!_]*.yaml           # one row for each
 
-Everything is a formula (mom_train/flops.py, and `memory` here): no weight is made. Memory is predicted, not measured.
+Everything is a formula (mom_train/flops.py, mom_train/memory.py): no weight is made. Memory is predicted, not measured.
 """
 
 from __future__ import annotations
@@ -17,67 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mom_data.errors import exit_clearly
-from mom_train.config import ModelConfig, RunConfig, load_config
+from mom_train.config import RunConfig, load_config
 from mom_train.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
-
-_FP32 = 4
-_STATE_BYTES = 16  # per parameter: fp32 weight, gradient and AdamW's two moments
-_SCAN_CHUNK = 32  # the scan keeps one state per so many positions (the C backend's; longer chunks keep less)
-
-
-def block_activation_bytes(config: ModelConfig, element: int) -> int:
-    """Bytes per token that one block keeps for its backward pass; `element` is the bytes of a matmul's operands.
-
-    Mamba: 8d for the norm (the fp32 residual and its normalised form; a fused CUDA norm keeps the first alone),
-    element x (d + 5D + R + 2N) for in_proj's input and output, conv, x_proj, dt_proj and the scan's output, and
-    4DN / chunk for the scan's states. Transformer: 16d for two norms, element x (9d + 4h) for q, k and v before and
-    after RoPE, attention's output in both orders, the inputs, and SwiGLU's four; 4 bytes a head for the softmax.
-    """
-    d, D, N, R = config.dim, config.inner, config.state, config.rank
-    if config.architecture == "transformer":
-        assert config.heads is not None
-        return 16 * d + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads
-    return 8 * d + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // _SCAN_CHUNK
-
-
-def memory(config: RunConfig, counts: Mapping[str, int], ranks: int) -> dict[str, Any]:
-    """Predicted bytes on each of `ranks` ranks under FSDP2, by what they are for; `counts` as flops.parameters.
-
-    states          16 bytes x parameters / ranks: all that is sharded
-    largest_unit    weight and gradient (fp32, and its bf16 copy) of the largest unit while it is whole
-    weight_casts    bf16 copies of the linear maps, which autograd keeps from forward to backward, unsharded; with
-                    activation checkpointing those of one block
-    activations     tokens of a micro-batch x what is kept for each: every block's activations; with checkpointing
-                    every block's fp32 input and one block's activations. The final norm and head keep 8d + 2 x
-                    element x d in both
-    Not included: the allocator's fragmentation, NCCL's buffers, the head's chunk of logits, a prefetched next unit.
-    """
-    model = config.model
-    blocks = model.blocks
-    mixed = config.training.precision == "bf16"
-    element, cast = (2, 2) if mixed else (4, 0)
-    linear = sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
-    whole_block = (sum(counts.values()) - counts["embedding"] - counts["head"] - counts.get("adapters", 0)) // blocks
-    unit = max(counts["head"], whole_block, counts.get("adapters", 0))
-    states = -(-_STATE_BYTES * sum(counts.values()) // ranks)
-    tokens = config.training.micro_batch * config.data.sequence_length
-    kept = block_activation_bytes(model, element)
-    ends = 8 * model.dim + 2 * element * model.dim
-
-    def sums(weight_casts: int, per_token: int) -> dict[str, int]:
-        parts = {
-            "states": states,
-            "largest_unit": (2 * _FP32 + cast) * unit,
-            "weight_casts": weight_casts,
-            "activations": per_token * tokens,
-        }
-        return parts | {"total": sum(parts.values()), "activations_per_token": per_token}
-
-    return {
-        "without_checkpointing": sums(cast * linear, blocks * kept + ends),
-        "with_checkpointing": sums(cast * linear // blocks, (blocks * _FP32) * model.dim + kept + ends),
-        "activation_checkpointing": config.training.activation_checkpointing,
-    }
+from mom_train.memory import memory
 
 
 def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
@@ -101,7 +43,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         forward = sum(parts.values())
         return {"forward": forward, "training": TRAINING_FACTOR * forward, "by_part": parts}
 
-    bytes_by_use = memory(config, total, ranks)
+    predicted = memory(config, ranks)
     chosen = "with_checkpointing" if config.training.activation_checkpointing else "without_checkpointing"
     return {
         "architecture": model.architecture,
@@ -122,8 +64,8 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         "tokens_per_batch": config.training.batch * length,
         "ranks": ranks,
         "accumulation": accumulation,
-        "memory_bytes_per_rank": bytes_by_use[chosen]["total"],
-        "memory": bytes_by_use,
+        "memory_bytes_per_rank": predicted[chosen]["total"],
+        "memory": predicted,
     }
 
 
@@ -169,8 +111,13 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
         said += ["", _table((title, "forward", "training"), rows)]
     kinds = (mem["without_checkpointing"], mem["with_checkpointing"])
-    uses = [use for use in mem["with_checkpointing"] if use != "activations_per_token"]
-    memory_rows = [[use, *(_gigabytes(kind[use]) for kind in kinds)] for use in uses]
+    memory_rows = [
+        [use.replace("_", " "), *(_gigabytes(kind["by_use"][use]) for kind in kinds)] for use in kinds[0]["by_use"]
+    ]
+    memory_rows.append(["all", *(_gigabytes(kind["total"]) for kind in kinds)])
+    if kinds[0]["host"]:
+        memory_rows.append(["host memory", *(_gigabytes(kind["host"]) for kind in kinds)])
+    memory_rows.append(["highest in", *(kind["peak_at"].replace("_", " ") for kind in kinds)])
     memory_rows.append(["kept per token (MB)", *(f"{kind['activations_per_token'] / 1e6:.3f}" for kind in kinds)])
     header = ("predicted GB per rank", "no checkpointing", "activation checkpointing")
     chosen = "with" if mem["activation_checkpointing"] else "without"

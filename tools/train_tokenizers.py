@@ -30,7 +30,7 @@ from mom_data.document import BadSample, Document, expand_inputs, read_documents
 from mom_data.errors import exit_clearly
 from mom_tokenizers.image import decode_image, preprocess
 from mom_tokenizers.image_training import ImageConfig, Strict, train_image, usage
-from mom_tokenizers.speech import SpeechTokenizer, Waveform, decode_audio
+from mom_tokenizers.speech import SpeechTokenizer, Waveform, decode_audio, read_centroids
 from mom_tokenizers.text import TextTokenizer
 
 STAGES = ("text", "image", "speech")
@@ -43,9 +43,10 @@ class TextConfig(Strict):
 
 class SpeechConfig(Strict):
     size: int = Field(ge=2)
-    extractor: Literal["log_mel", "hubert"] = "log_mel"
-    model: str | None = None  # hubert: a folder with config.json and safetensors weights
+    extractor: Literal["log_mel", "hubert", "wav2vec2", "wavlm", "data2vec-audio", "mimi"] = "log_mel"
+    model: str | None = None  # all but log_mel: a folder with config.json and weights
     layer: int | None = None
+    centroids: str | None = None  # .safetensors or .npy of published ones, in place of k-means on the corpus
     max_seconds: PositiveFloat = 20_000
 
 
@@ -158,14 +159,20 @@ def train_text(config: TextConfig, sample: Sample, directory: Path) -> dict[str,
 
 
 def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: int) -> dict[str, Any]:
-    tokenizer = SpeechTokenizer.train(
-        tqdm(sample.waveforms, desc="speech", unit="clip"),
-        config.size,
-        extractor=config.extractor,
-        model=config.model,
-        layer=config.layer,
-        seed=seed,
-    )
+    if config.centroids is not None or config.extractor == "mimi":  # nothing is left to be trained
+        given = None if config.centroids is None else read_centroids(Path(config.centroids))
+        tokenizer = SpeechTokenizer(given, config.extractor, model=config.model, layer=config.layer)
+        if tokenizer.size != config.size:
+            raise ValueError(f"speech.size is {config.size}, but the units given are {tokenizer.size}")
+    else:
+        tokenizer = SpeechTokenizer.train(
+            tqdm(sample.waveforms, desc="speech", unit="clip"),
+            config.size,
+            extractor=config.extractor,
+            model=config.model,
+            layer=config.layer,
+            seed=seed,
+        )
     tokenizer.save(directory)
     units = np.concatenate(tokenizer.encode_batch(sample.waveforms[:200]))
     return {

@@ -1,28 +1,146 @@
-"""python -m torchrun_launch local --nproc-per-node 2 CONFIG [key=value ...]"""
+"""python -m torchrun_launch local|submit|status|logs|cancel: start the ranks of a training run, and look after it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="torchrun_launch", description="Start the ranks of a training run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    local = commands.add_parser("local", help="on this machine, through torchrun")
+    local = commands.add_parser("local", help="on this machine, or on several without Slurm, through torchrun")
     local.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks (default: one per GPU, or one)")
-    local.add_argument("config", help="YAML file, such as configs/demo.yaml")
-    local.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
+    local.add_argument("--nnodes", default="1", metavar="N|MIN:MAX", help="machines; the command runs on each of them")
+    local.add_argument("--node-rank", type=int, default=0, metavar="K", help="of this one; 0 holds the rendezvous")
+    local.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of the machine with node rank 0")
+    local.add_argument("--rdzv-id", default="mom", metavar="NAME", help="same on all machines, another for each run")
+    local.add_argument("--rdzv-timeout", type=int, default=600, metavar="S", help="for all machines to come together")
+    local.add_argument("--max-restarts", type=int, default=0, metavar="N", help="of all ranks when one fails")
+    local.add_argument("--shutdown-timeout", type=float, default=300, metavar="S", help="for ranks to save on a signal")
+    _add_config(local)
+
+    submit = commands.add_parser("submit", help="to Slurm: a job that saves, requeues and carries on by itself")
+    submit.add_argument("--nodes", type=int, required=True, metavar="N")
+    submit.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="0 on a cluster without GPUs")
+    submit.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks (default: one per GPU, or one)")
+    submit.add_argument("--cpus-per-task", type=int, metavar="N", help="cores per node")
+    submit.add_argument("--time", default="24:00:00", help="limit of one attempt, as sbatch takes it (%(default)s)")
+    for name in ("name", "partition", "account", "qos", "constraint", "exclude"):
+        submit.add_argument(f"--{name}")
+    submit.add_argument("--container-image", help="for pyxis: srun --container-image")
+    submit.add_argument("--container-mounts", metavar="FROM:TO,...", help="besides the run's own folders")
+    submit.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch's")
+    submit.add_argument("--signal-delay", type=int, default=120, metavar="S", help="to save in, before the time limit")
+    submit.add_argument("--max-requeues", type=int, default=100, metavar="N", help="attempts after the first")
+    submit.add_argument("--max-restarts", type=int, default=3, metavar="N", help="of the ranks within an attempt")
+    submit.add_argument("--rdzv-timeout", type=int, default=300, metavar="S", help="for all nodes to come together")
+    submit.add_argument("--sweep", metavar="'configs/*.yaml'", help="in place of CONFIG: a job array, one task each")
+    submit.add_argument("--array-parallelism", type=int, default=256, metavar="N", help="tasks of it at a time")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
+    _add_config(submit, optional=True)
+
+    status = commands.add_parser("status", help="state of a run: job or process, step, losses, tokens/s, time left")
+    status.add_argument("--json", nargs="?", const="-", metavar="OUT", help="as JSON, to OUT or standard output")
+    logs = commands.add_parser("logs", help="what a run's ranks print, each line with its rank")
+    logs.add_argument("-f", "--follow", action="store_true", help="until the run ends")
+    logs.add_argument("--rank", type=int, metavar="K", help="only this rank's")
+    cancel = commands.add_parser("cancel", help="end a run and wait until it has gone")
+    for command in (status, logs, cancel):
+        command.add_argument("run", type=Path, metavar="RUN", help="the run's directory (run_dir)")
     arguments = parser.parse_args()
 
     from mom_data.errors import exit_clearly
 
     with exit_clearly("torchrun_launch"):
-        from torchrun_launch.local import launch
+        sys.exit(_COMMANDS[arguments.command](arguments))
 
-        sys.exit(launch(arguments.config, arguments.overrides, arguments.nproc_per_node, os.environ))
 
+def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    parser.add_argument("config", nargs="?" if optional else None, help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
+
+
+def _local(arguments: argparse.Namespace) -> int:
+    from torchrun_launch.local import launch
+
+    return launch(
+        arguments.config,
+        arguments.overrides,
+        os.environ,
+        ranks=arguments.nproc_per_node,
+        nodes=arguments.nnodes,
+        node_rank=arguments.node_rank,
+        endpoint=arguments.rdzv_endpoint,
+        run_id=arguments.rdzv_id,
+        max_restarts=arguments.max_restarts,
+        rendezvous_timeout=arguments.rdzv_timeout,
+        shutdown_timeout=arguments.shutdown_timeout,
+    )
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from torchrun_launch import submit
+
+    configs, overrides = [arguments.config], arguments.overrides
+    if arguments.sweep is not None:  # what stands in the config's place is an override, too
+        configs, overrides = submit.sweep(arguments.sweep), [o for o in (arguments.config, *overrides) if o is not None]
+    elif arguments.config is None:
+        raise ValueError("submit: name a CONFIG, or several with --sweep")
+    given = {key: value for key, value in vars(arguments).items() if key in submit.Request.__dataclass_fields__}
+    given["sbatch"] = dict(_option(text) for text in arguments.sbatch)
+    given["nproc_per_node"] = arguments.nproc_per_node or arguments.gpus_per_node or 1
+    given["rendezvous_timeout"] = arguments.rdzv_timeout
+    request = submit.Request(**given)
+    done = submit.submit(configs, overrides, request, sys.argv[1:], arguments.dry_run)
+    if arguments.dry_run:
+        print(done["script"])
+    for run_dir, job in done["jobs"].items():
+        print(f"# would train {run_dir}" if job is None else f"job {job} trains {run_dir}")
+    return 0
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, separator, value = text.removeprefix("--").partition("=")
+    return name, value if separator else True
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from torchrun_launch.watch import describe, status
+
+    found = status(arguments.run)
+    if arguments.json is None:
+        print(describe(found))
+    elif arguments.json == "-":
+        print(json.dumps(found, indent=1))
+    else:
+        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from torchrun_launch.watch import logs
+
+    try:
+        for line in logs(arguments.run, arguments.rank, arguments.follow):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from torchrun_launch.watch import cancel
+
+    print(cancel(arguments.run))
+    return 0
+
+
+_COMMANDS = {"local": _local, "submit": _submit, "status": _status, "logs": _logs, "cancel": _cancel}
 
 if __name__ == "__main__":
     main()

@@ -1,48 +1,60 @@
-"""Ranks on this machine: torchrun, with the environment that training wants."""
+"""A run on this machine, or on several without Slurm, through torchrun."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
 
 from mom_train.config import load_config
-
-EXIT_USER_ERROR = 2
-
-
-def rank_environment(ranks: int, cores: int, given: Mapping[str, str]) -> dict[str, str]:
-    """Settings for every rank; whatever the user has set stays."""
-    wanted = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
-        # spinning OpenMP threads of several ranks slow each other down many times over
-        "OMP_WAIT_POLICY": "passive",
-        # page faults dominate large elementwise operations on the CPU
-        "THP_MEM_ALLOC_ENABLE": "1",
-    }
-    return {name: value for name, value in wanted.items() if name not in given}
+from mom_train.status import read_status
+from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
+from torchrun_launch.record import check_free, this_process, write_record
 
 
-def launch(config: str, overrides: Sequence[str], ranks: int | None, environment: MutableMapping[str, str]) -> int:
-    """Run the ranks to their end; returns the exit code: 0, 2 for an error that the user can mend, 1 otherwise.
+def launch(
+    config: str,
+    overrides: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    ranks: int | None = None,
+    nodes: str = "1",
+    node_rank: int = 0,
+    endpoint: str | None = None,
+    run_id: str = "mom",
+    max_restarts: int = 0,
+    rendezvous_timeout: int = 600,
+    shutdown_timeout: float = 300,
+) -> int:
+    """Run this node's ranks to their end; returns the exit code of `ranks.exit_code`.
 
-    The config is checked before any rank starts.
+    With `nodes` other than "1", the same command runs on each node with the same `endpoint` (HOST:PORT of the node with
+    node_rank 0, which holds the rendezvous). Raises ValueError for a wrong config before any rank starts.
     """
-    load_config(config, overrides)
-    from torch.distributed import run  # late: --help and config errors need no torch
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+    run_dir = load_config(config, overrides).run_dir
     if ranks is None:
-        import torch
+        import torch  # late: --help and config errors need no torch
 
         ranks = max(1, torch.cuda.device_count())
-    environment.update(rank_environment(ranks, len(os.sched_getaffinity(0)), environment))
-    arguments = ["--standalone", f"--nproc-per-node={ranks}", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2"]
-    try:
-        run.run(run.parse_args([*arguments, "-m", "mom_train", config, *overrides]))
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        if EXIT_USER_ERROR in codes:
-            return EXIT_USER_ERROR
-        print(f"torchrun_launch: a rank failed: {error.get_first_failure()[1].message}")
-        return 1
-    return 0
+    if nodes == "1":
+        meeting = ["--standalone"]
+    elif endpoint is None:
+        raise ValueError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
+    else:
+        meeting = rendezvous(nodes, endpoint, run_id, rendezvous_timeout, hosts_it=node_rank == 0)
+    torchrun = [*meeting, f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
+    log = None
+    if not sys.stderr.isatty():  # on a terminal the ranks write to it themselves, with a progress bar
+        log = run_dir / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-node{node_rank}-{os.getpid()}.log"
+        torchrun += ["--tee=3", f"--log-dir={run_dir / 'logs'}"]
+    if node_rank == 0:
+        check_free(run_dir)
+        write_record(run_dir, {"kind": "local", **this_process(), "logs": str(log) if log else None})
+    cores = len(os.sched_getaffinity(0))
+    before = read_status(run_dir)
+    environment = {**environment, **rank_environment(ranks, cores, environment)}
+    agent = Agent(torchrun, ["-m", "mom_train", config, *overrides], environment, log=log)
+    code = agent.wait(shutdown_timeout)
+    after = read_status(run_dir)
+    return exit_code(code, after if after != before else None)

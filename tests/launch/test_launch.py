@@ -1,10 +1,112 @@
+import json
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from torchrun_launch.local import rank_environment
+import pytest
+from run_config import tiny_config, write_config
+
+from torchrun_launch.ranks import exit_code, rank_environment
+from torchrun_launch.submit import absolute
 
 CHECKOUT = Path(__file__).parents[2]
+DRIVER = """
+import os, sys
+from pathlib import Path
+from torchrun_launch.ranks import Agent
+agent = Agent(["--standalone", "--nproc-per-node=2"], [sys.argv[1]], os.environ)
+sys.exit(agent.wait(shutdown_timeout=float(sys.argv[2])))
+"""
+LISTENS = """
+import os, signal, sys, time
+open(f"begun-{os.environ['RANK']}", "w").write(str(os.getpid()))
+time.sleep(2)  # imports, NCCL
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+while not told:
+    time.sleep(0.05)
+time.sleep(1)  # the checkpoint
+open(f"saved-{os.environ['RANK']}", "w").write(str(len(told)))
+"""
+
+
+def launcher(*arguments, code=0):
+    command = [sys.executable, "-m", "torchrun_launch", *map(str, arguments)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def until(ready, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Starts torchrun with two ranks that run a script, in `tmp_path`; waits until both have begun."""
+    started = []
+
+    def start(script, shutdown_timeout=30):
+        (tmp_path / "rank.py").write_text(script)
+        command = [sys.executable, "-c", DRIVER, "rank.py", str(shutdown_timeout)]
+        started.append(subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL))
+        files = [tmp_path / f"begun-{rank}" for rank in (0, 1)]
+        until(lambda: all(f.exists() and f.read_text() for f in files))
+        return started[-1], [int(f.read_text()) for f in files]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_reaches_each_rank_once_it_listens_and_waits_until_it_has_saved(two_ranks, tmp_path, number):
+    process, _ = two_ranks(LISTENS)
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_ranks_that_do_not_end_are_killed_when_the_time_is_up(two_ranks):
+    process, ranks = two_ranks(LISTENS.replace("time.sleep(1)", "time.sleep(100)"), shutdown_timeout=4)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    until(lambda: not any(map(alive, ranks)), 10)
+
+
+def test_a_launcher_that_is_killed_leaves_no_ranks(two_ranks):
+    process, ranks = two_ranks(LISTENS)
+    process.kill()
+    until(lambda: not any(map(alive, ranks)), 45)
+
+
+def test_a_ranks_exit_code_for_the_users_mistakes_is_torchruns_own(two_ranks):
+    process, _ = two_ranks(LISTENS.replace("time.sleep(2)", "sys.exit(2 * int(os.environ['RANK']))"))
+    assert process.wait(60) == 2
+
+
+def test_the_exit_code_says_how_the_run_ended():
+    def ended(agent_code, state):
+        return exit_code(agent_code, None if state is None else {"state": state})
+
+    assert ended(0, "finished") == ended(0, "stopped") == ended(0, None) == 0
+    assert ended(0, "preempted") == 75
+    assert ended(2, "failed") == ended(2, None) == 2
+    assert ended(3, "failed") == ended(1, "running") == ended(0, "running") == ended(-9, None) == 1
 
 
 def test_ranks_share_the_cores_and_the_users_settings_stay():
@@ -13,11 +115,69 @@ def test_ranks_share_the_cores_and_the_users_settings_stay():
     assert "OMP_NUM_THREADS" not in rank_environment(2, 8, {"OMP_NUM_THREADS": "3"})
 
 
+def test_status_logs_and_cancel_know_a_local_run(tmp_path):
+    config, run_dir = write_config(tmp_path, training__steps=100_000), tmp_path / "run"
+    assert "nothing was launched" in launcher("status", run_dir, code=2)
+    command = [sys.executable, "-m", "torchrun_launch", "local", "--nproc-per-node", "1", str(config)]
+    process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: (run_dir / "metrics.jsonl").exists() and '"step": 3' in (run_dir / "metrics.jsonl").read_text())
+        found = json.loads(launcher("status", run_dir, "--json"))
+        assert (found["kind"], found["state"], found["pid"]) == ("local", "RUNNING", process.pid)
+        assert found["metrics"]["step"] >= 3
+        assert found["metrics"]["loss/total"] > 0
+        assert f"process {process.pid}" in launcher("local", config, code=2), "two launches would share checkpoints"
+        assert "from step 0 of 100000" in launcher("logs", run_dir, "--rank", 0)
+        assert launcher("logs", run_dir, "--rank", 1) == ""
+        launcher("cancel", run_dir)
+        assert process.wait(10) == 75
+    finally:
+        process.kill()
+        process.wait()
+    found = json.loads(launcher("status", run_dir, "--json"))
+    assert found["state"] == "ENDED"
+    assert found["status"]["state"] == "preempted"
+    assert (run_dir / "LATEST").read_text() == f"step-{found['status']['step']}\n"
+
+
+def test_the_batch_script_quotes_what_the_user_gives(tmp_path):
+    run_dir = tmp_path / "a run; $(touch harm)"
+    given = ["--nodes", 16, "--gpus-per-node", 8, "--account", "my lab", "--time", "2-00:00:00", "--dry-run"]
+    given += ["--container-image", "nvcr.io#x", "--sbatch", "mem=0", "--sbatch", "exclusive"]
+    config = write_config(tmp_path, training__batch=128)
+    script = launcher("submit", *given, config, f"run_dir={run_dir}", "data.lanes=128")
+    lines = [shlex.split(line) for line in script.splitlines() if line.startswith("#SBATCH ")]
+    options = dict(option.partition("=")[::2] for _, option in lines)
+    assert options["--nodes"] == "16"
+    assert options["--gpus-per-node"] == "8"
+    assert options["--time"] == "2-00:00:00"
+    assert options["--account"] == "my lab"
+    assert options["--chdir"].startswith(f"{run_dir}/submissions/")
+    assert options["--signal"] == "USR2@120"
+    assert options.keys() >= {"--requeue", "--mem", "--exclusive"}
+    words = shlex.split(next(line for line in script.splitlines() if line.startswith("srun ")))
+    assert f"--container-workdir={options['--chdir']}" in words
+    assert words[-1].startswith(f"{run_dir}/submissions/")
+    assert not run_dir.exists(), "a dry run leaves nothing"
+
+
+def test_a_submitted_config_means_the_same_from_any_folder(tmp_path):
+    config = tiny_config(tmp_path, run_dir="runs/x", tokenizers="tokens.yaml")
+    url = config.data.train[0].model_copy(update={"path": "s3://bucket/train"})
+    near = config.data.train[0].model_copy(update={"path": "tokens/train"})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train": (url, near)})})
+    moved = absolute(config)
+    here = Path.cwd()
+    assert (moved.run_dir, moved.tokenizers) == (here / "runs/x", here / "tokens.yaml")
+    assert [source.path for source in moved.data.train] == ["s3://bucket/train", f"{here}/tokens/train"]
+    assert moved.model == config.model
+
+
 def test_every_command_answers_help():
     tools = sorted(str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "tools").glob("*.py"))
     commands = [
         ["-m", "torchrun_launch"],
-        ["-m", "torchrun_launch", "local"],
+        *(["-m", "torchrun_launch", name] for name in ("local", "submit", "status", "logs", "cancel")),
         ["-m", "mom_train"],
         *([t] for t in tools),
     ]

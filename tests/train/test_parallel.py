@@ -142,22 +142,22 @@ def train_on(config):
         return step, before, everything(*tensors)
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [((4, 2), [(1, None), (2, None)]), ((1, None), [(4, 2)]), ((2, None), [(4, 2), (4, 1)])]
-)
-def test_a_checkpoint_of_shards_loads_into_replicas_and_back(tmp_path, first, then):
-    def on(world, shard_ranks, stop_at):
-        parallel = {"shard_ranks": shard_ranks}
-        config = tiny_config(tmp_path, parallel=parallel, training__stop_at=stop_at, training__ema_decay=0.9)
-        return run_ranks(world, train_on, config)
-
-    saved = on(*first, 2)[0][2]
-    assert any(name.endswith("exp_avg_sq") for name in saved)
-    for stop_at, (world, shard_ranks) in enumerate(then, 3):
-        ranks = on(world, shard_ranks, stop_at)
-        for step, loaded, _ in ranks:
-            assert step == stop_at - 1
-            assert loaded.keys() == saved.keys()
-            for name, value in loaded.items():
-                assert np.array_equal(value, saved[name]), name
+def test_a_checkpoint_of_shards_loads_into_replicas_and_back(tmp_path):
+    saved = None
+    for stop_at, (world, shard_ranks) in enumerate([(4, 2), (2, None), (4, 2), (1, None)], 1):
+        config = tiny_config(
+            tmp_path,
+            parallel={"shard_ranks": shard_ranks},
+            training__stop_at=stop_at,
+            training__ema_decay=0.9,
+            validation__sequences=1,
+        )
+        ranks = run_ranks(world, train_on, config)
+        if saved is not None:
+            for step, loaded, _ in ranks:
+                assert step == stop_at - 1
+                assert loaded.keys() == saved.keys()
+                for name, value in loaded.items():
+                    assert np.array_equal(value, saved[name]), name
         saved = ranks[0][2]
+        assert any(name.endswith("exp_avg_sq") for name in saved)

@@ -1,0 +1,141 @@
+"""What a Slurm job runs on each of its nodes: torchrun, and at its end the decision whether the job is to run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mom_train.status import EXIT_PREEMPTED, read_status
+from torchrun_launch.agent import ENDED_FOR_GOOD
+from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
+from torchrun_launch.record import job_state, slurm, write_json
+
+_REPORT_SECONDS = 20.0  # how long a node waits for the others' reports, after its own ranks have failed
+
+
+@dataclass(frozen=True)
+class NodeTask:
+    """One node's part of a training job. submitit calls it on each node of every attempt.
+
+    The job is put back into the queue when its ranks were preempted (a signal, the time limit, training.time_limit) and
+    have committed their checkpoint, or when they failed in a way that another attempt may not; then without the nodes
+    that did not report. It is not when the job was cancelled, the error is one that repeats, `max_requeues` is used up,
+    or two attempts in a row failed without a checkpoint between them.
+    """
+
+    submission: str
+    """Folder with config.yaml and code/, where each attempt leaves what became of it."""
+    code: str
+    """The packages as they were at submission: this process's working directory."""
+    run_dir: str
+    ranks: int
+    max_restarts: int
+    max_requeues: int
+    rendezvous_timeout: int
+    shutdown_timeout: float
+
+    def __call__(self) -> None:
+        if not Path(__file__).resolve().is_relative_to(Path(self.code).resolve()):
+            raise ValueError(f"{__file__} would train in place of the code in {self.code}: is PYTHONSAFEPATH set?")
+        sys.exit(self.run())
+
+    @property
+    def attempt(self) -> int:
+        return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+    @property
+    def job(self) -> str:
+        return os.environ["SLURM_JOB_ID"]
+
+    def run(self) -> int:
+        run_dir = Path(self.run_dir)
+        node, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+        folder = self.folder(self.attempt)
+        names = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        print(f"torchrun_launch: attempt {self.attempt} of job {self.job}, node {node} of {names}", flush=True)
+        port = 20000 + int(self.job) % 10000
+        meeting = rendezvous(
+            str(nodes), f"{names[0]}:{port}", f"{self.job}-{self.attempt}", self.rendezvous_timeout, node == 0
+        )
+        torchrun = [*meeting, f"--nproc-per-node={self.ranks}", f"--max-restarts={self.max_restarts}", "--tee=3"]
+        torchrun += [f"--log-dir={folder / names[node]}"]
+        cores = len(os.sched_getaffinity(0))
+        environment = {**os.environ, **rank_environment(self.ranks, cores, os.environ)}
+        before = read_status(run_dir)
+        command = ["-m", "mom_train", str(Path(self.submission) / "config.yaml")]
+        agent = Agent(torchrun, command, environment, cwd=Path(self.code))
+        code = agent.wait(self.shutdown_timeout)
+
+        # from here to the end, Slurm ends this process with SIGKILL only: what is begun is completed
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        status = read_status(run_dir)
+        status = status if status != before else None
+        report = {"node": names[node], "code": code, "asked": agent.asked and agent.asked.name}
+        write_json(folder / f"node-{node}.json", report)
+        reported = self.reports(folder, nodes, everyone=code != 0)
+        if node != min(reported):
+            return 0 if code == 0 else exit_code(code, status)
+        lost = [names[n] for n in range(nodes) if n not in reported] if code else []
+        return self.decide(code, agent.asked, status, lost)
+
+    def folder(self, attempt: int) -> Path:
+        return Path(self.submission) / f"attempt-{attempt}"
+
+    def reports(self, folder: Path, nodes: int, everyone: bool) -> set[int]:
+        """Numbers of the nodes that have come to their end. Where a node may be lost, wait for `everyone` a while."""
+        deadline = time.monotonic() + _REPORT_SECONDS
+        while True:
+            found = {int(path.stem.removeprefix("node-")) for path in folder.glob("node-*.json")}
+            if len(found) == nodes or time.monotonic() > deadline or (not everyone and 0 in found):
+                return found
+            time.sleep(0.5)
+
+    def decide(self, code: int, asked: signal.Signals | None, status: dict[str, Any] | None, lost: list[str]) -> int:
+        """The job's exit code, or its requeue. Made by one node of those that are left."""
+        ending = exit_code(code, status)
+        step = status["step"] if status else None  # of ranks that crashed, the one that they had started from
+        over = status is not None and status["state"] in ("finished", "stopped")
+        preempted = ending == EXIT_PREEMPTED or (asked is not None and not over)
+        decision: dict[str, Any] = {"step": step, "code": code, "lost": lost, "failed": bool(ending) and not preempted}
+        if ending == 0 and not preempted:
+            verdict = "done"
+        elif code in ENDED_FOR_GOOD:
+            verdict = "not again: the error would repeat"
+        elif self.attempt >= self.max_requeues:
+            verdict = f"not again: --max-requeues {self.max_requeues} is used up"
+        elif decision["failed"] and not lost and self.failed_before(step):
+            verdict = f"not again: two attempts in a row failed after starting at step {step}"
+        elif (state := job_state(self.job)["state"]) != "RUNNING":  # cancelled, or Slurm is requeueing it itself
+            verdict = f"left to Slurm: the job is {state}"
+        else:
+            verdict = "again"
+        write_json(self.folder(self.attempt) / "decision.json", decision | {"verdict": verdict, "time": time.time()})
+        print(f"torchrun_launch: {verdict}" + (f", without {', '.join(lost)}" if lost else ""), flush=True)
+        if verdict == "again":
+            self.requeue(lost)
+            return EXIT_PREEMPTED
+        return ending
+
+    def failed_before(self, step: int | None) -> bool:
+        try:
+            last = json.loads((self.folder(self.attempt - 1) / "decision.json").read_text())
+        except FileNotFoundError:
+            return False
+        return last["failed"] and last["step"] == step
+
+    def requeue(self, lost: list[str]) -> None:
+        """Put this job back into the queue; the nodes lost so far are excluded from then on."""
+        excluded = set(lost)
+        for folder in Path(self.submission).glob("attempt-*/decision.json"):
+            excluded.update(json.loads(folder.read_text())["lost"])
+        slurm("scontrol", "requeue", self.job)
+        if excluded:  # a job's nodes can be changed only while it is pending, and this process has seconds left
+            slurm("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(sorted(excluded))}")
+        time.sleep(120)  # Slurm ends this process; an exit of its own could be taken for the job's

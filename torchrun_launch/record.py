@@ -1,0 +1,119 @@
+"""RUN/launch.json: what started a run last, and whether that is still at work. And what Slurm says of a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+_CLIENT_SECONDS = 30  # Slurm's commands hang long where its controller is away
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+def write_record(run_dir: Path, record: dict[str, Any]) -> None:
+    write_json(run_dir / "launch.json", record | {"time": time.time()})
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """Raises ValueError where nothing of ours was started there."""
+    try:
+        return json.loads((run_dir / "launch.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir}: nothing was launched here (no launch.json); name a run's directory") from None
+
+
+def this_process() -> dict[str, Any]:
+    """Names this process beyond the reuse of its number."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+
+
+def process_lives(record: dict[str, Any]) -> bool | None:
+    """Of a local launch; None where it is on another host."""
+    if record["host"] != socket.gethostname():
+        return None
+    return _born(record["pid"]) == record["born"]
+
+
+def _born(pid: int) -> int | None:
+    """Clock ticks between the machine's start and the process's; None where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state == "Z" else int(fields[18])
+
+
+def check_free(run_dir: Path) -> None:
+    """Raises ValueError where another launch is at work on the run: two would overwrite each other's checkpoints."""
+    try:
+        record = read_record(run_dir)
+    except ValueError:
+        return
+    if record["kind"] == "slurm":
+        if shutil.which("squeue") is None:
+            return
+        if (state := job_state(record["job"])["state"]) in ACTIVE:
+            raise ValueError(
+                f"{run_dir}: job {record['job']} is {state} on it. "
+                f"End it first (python -m torchrun_launch cancel {run_dir}), or use another run_dir."
+            )
+    elif process_lives(record):
+        raise ValueError(
+            f"{run_dir}: process {record['pid']} is training it. "
+            f"End it first (python -m torchrun_launch cancel {run_dir}), or use another run_dir."
+        )
+
+
+def slurm(*command: str) -> str:
+    """Output of one of Slurm's commands. Raises ValueError with what it complains of."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CLIENT_SECONDS)
+    except FileNotFoundError:
+        raise ValueError(f"{command[0]}: not found. Is this a node of the cluster?") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]} did not answer within {_CLIENT_SECONDS} s: is Slurm's controller up?") from None
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def job_state(job: str) -> dict[str, str]:
+    """state, reason, elapsed, left (of its time limit), nodes: from squeue while the job is known there, from sacct's
+    accounting after; state UNKNOWN where neither knows it. Raises ValueError where Slurm does not answer."""
+    # squeue of a job that it has forgotten is an error, of a list of jobs it is not
+    try:
+        line = slurm("squeue", "-h", "-j", job, "-o", "%T|%r|%M|%L|%N").strip()
+    except ValueError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        line = ""
+    if line:
+        return dict(zip(("state", "reason", "elapsed", "left", "nodes"), line.splitlines()[0].split("|"), strict=True))
+    try:
+        line = slurm("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode,Elapsed,NodeList").strip()
+    except ValueError:  # a cluster without accounting
+        line = ""
+    if not line:
+        return {
+            "state": "UNKNOWN",
+            "reason": "neither squeue nor sacct knows it",
+            "elapsed": "",
+            "left": "",
+            "nodes": "",
+        }
+    state, code, elapsed, nodes = line.splitlines()[-1].split("|")
+    return {"state": state.split()[0], "reason": f"exit {code}", "elapsed": elapsed, "left": "", "nodes": nodes}

@@ -1,0 +1,157 @@
+"""A run seen from outside: its state, its log, its end. For Slurm jobs and local launches alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mom_train.status import read_status
+from torchrun_launch.record import ACTIVE, job_state, process_lives, read_record, slurm
+
+_TAG = re.compile(r"\[rank (\d+)\]: ")
+_TAGS = re.compile(r"(?=\[rank \d+\]: )")
+_TAIL_BYTES = 1 << 20
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """kind, job or pid, state, and where known: status (what rank 0 says), metrics (the last logged step: losses,
+    tokens/s), seconds_left.
+
+    state is Slurm's name for a job's; for a local launch RUNNING, ENDED, or UNKNOWN from another host. Raises
+    ValueError where nothing was launched in `run_dir`.
+    """
+    record = read_record(run_dir)
+    found: dict[str, Any] = {"run_dir": str(run_dir), "kind": record["kind"], "launched": record["time"]}
+    if record["kind"] == "slurm":
+        found |= {"job": record["job"], **job_state(record["job"])}
+        attempts = sorted(Path(record["submission"]).glob("attempt-*"), key=lambda p: int(p.name.split("-")[1]))
+        found["attempts"] = len(attempts)
+    else:
+        lives = process_lives(record)
+        state = "UNKNOWN" if lives is None else "RUNNING" if lives else "ENDED"
+        found |= {"host": record["host"], "pid": record["pid"], "state": state}
+    found["status"] = said = read_status(run_dir)
+    lines = _last_lines(run_dir / "metrics.jsonl")
+    if lines:
+        last = found["metrics"] = lines[-1]
+        steps = said["steps"] if said else None
+        if steps is not None:
+            found["seconds_left"] = _seconds_left(lines, last["step"], steps)
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A few lines for people."""
+    if found["kind"] == "slurm":
+        who = f"job {found['job']} {found['state']}"
+        reason = found["reason"] if found["reason"] != "None" else ""
+        details = {"": reason, "nodes": found["nodes"], "ran": found["elapsed"], "of its limit left": found["left"]}
+        who += "".join(f", {name} {value}".replace(",  ", ", ") for name, value in details.items() if value)
+        who += f", attempt {found['attempts']}" if found["attempts"] else ""
+    else:
+        who = f"process {found['pid']} on {found['host']} {found['state']}"
+    lines = [f"{found['run_dir']}: {who}"]
+    if (said := found["status"]) is not None:
+        reason = f": {said['reason']}" if said.get("reason") else ""
+        lines.append(f"  {said['state']} at step {said['step']:,} of {said['steps']:,}{reason}")
+        if said["state"] == "running" and found["state"] in ("ENDED", "UNKNOWN", "FAILED", "NODE_FAIL", "TIMEOUT"):
+            lines.append("  its ranks ended without a word: see its log")
+    if metrics := found.get("metrics"):
+        losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss/"))
+        speed = f"{metrics['perf/tokens_per_s']:,.0f} tokens/s" if "perf/tokens_per_s" in metrics else ""
+        lines.append(f"  step {metrics['step']:,}: " + ", ".join(part for part in (losses, speed) if part))
+    if found.get("seconds_left"):
+        minutes = int(found["seconds_left"] // 60)
+        lines.append(f"  about {minutes // 60} h {minutes % 60:02d} min of training left")
+    return "\n".join(lines)
+
+
+def _seconds_left(lines: list[dict[str, float]], step: float, steps: int) -> float | None:
+    """Of training at the last logged speed: remaining tokens, at the mean of those per step so far."""
+    speed = lines[-1].get("perf/tokens_per_s")
+    tokens = sum(value for key, value in lines[-1].items() if key.startswith("tokens/"))
+    return (steps - step) * tokens / step / speed if speed and step else None
+
+
+def _last_lines(path: Path) -> list[dict[str, float]]:
+    """The last whole lines of metrics.jsonl that hold a step's losses, without reading a long file."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode()
+    except FileNotFoundError:
+        return []
+    whole = text.split("\n")[1 if size > _TAIL_BYTES else 0 : -1]
+    return [line for line in map(json.loads, filter(None, whole)) if "loss/total" in line]
+
+
+def log_files(run_dir: Path) -> list[Path]:
+    """What the run's last launch printed, one file per node. Raises ValueError where it went to a terminal."""
+    record = read_record(run_dir)
+    if record["kind"] == "slurm":
+        # the batch script's own output is task 0's file
+        return sorted(Path(record["output"]).glob(f"{record['job']}_*_log.out"))
+    if record["logs"] is None:
+        raise ValueError(f"{run_dir}: its output went to the terminal that it was started from")
+    return [path for path in [Path(record["logs"])] if path.exists()]
+
+
+def logs(run_dir: Path, rank: int | None, follow: bool) -> Iterator[str]:
+    """Lines of the log; those of one rank, without its tag, where `rank` is given. With `follow`, until the run has
+    ended."""
+    offsets: dict[Path, int] = {}
+    while True:
+        active = follow and _active(run_dir)
+        for path in log_files(run_dir):
+            with open(path, "rb") as file:
+                file.seek(offsets.get(path, 0))
+                block = file.read()
+            if active:  # a line that is still being written waits
+                block = block[: block.rfind(b"\n") + 1]
+            offsets[path] = offsets.get(path, 0) + len(block)
+            for line in block.decode(errors="replace").splitlines():
+                for part in _TAGS.split(line):  # a progress bar has no line ends: torchrun joins what follows it
+                    tag = _TAG.match(part)
+                    if rank is None and part[tag.end() if tag else 0 :]:
+                        yield part
+                    elif tag is not None and int(tag[1]) == rank and part[tag.end() :]:
+                        yield part[tag.end() :]
+        if not active:
+            return
+        time.sleep(1.0)
+
+
+def _active(run_dir: Path) -> bool:
+    record = read_record(run_dir)
+    if record["kind"] == "slurm":
+        return job_state(record["job"])["state"] in ACTIVE
+    return bool(process_lives(record))
+
+
+def cancel(run_dir: Path, timeout: float = 300) -> str:
+    """End the run's job or process, and wait until it has gone. A local run saves first; a job has what Slurm's
+    KillWait leaves it. Returns what was done. Raises ValueError where it does not end within `timeout` seconds."""
+    record = read_record(run_dir)
+    if record["kind"] == "local" and process_lives(record) is None:
+        raise ValueError(f"{run_dir}: it was started on {record['host']}; cancel it there")
+    if not _active(run_dir):
+        return f"{run_dir}: nothing runs"
+    if record["kind"] == "slurm":
+        slurm("scancel", record["job"])
+        what = f"job {record['job']}"
+    else:
+        os.kill(record["pid"], signal.SIGTERM)
+        what = f"process {record['pid']}"
+    deadline = time.monotonic() + timeout
+    while _active(run_dir):
+        if time.monotonic() > deadline:
+            raise ValueError(f"{run_dir}: {what} was told to end and still runs after {timeout:.0f} s")
+        time.sleep(0.5)
+    return f"{run_dir}: {what} has ended"
