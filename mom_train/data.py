@@ -95,8 +95,8 @@ def training_plan(
     if before.fingerprint != fingerprint:
         raise ValueError(
             "data.new_phase changes sources, weights and packing only: data.sequence_length, data.lanes and seed must "
-            "be the checkpoint's, and the shards of its last phase must still be there as they were. Restore them, or use "
-            "another run_dir."
+            "be the checkpoint's, and the shards of its last phase must still be there as they were. Restore them, or "
+            "use another run_dir."
         )
     return plan({**now, "since": sequence}, before), [*saved, {**now, "since": sequence}]
 
