@@ -57,12 +57,13 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
                 f"{dataset.location} holds latent patches: set objective.diffusion.patch_width={width}, or tokenize "
                 "with a tokenizer of codes"
             )
-        if width != config.patch_width:
+        made_by = dataset.tokenizers.get("image", {})
+        values = width // 2 if made_by.get("log_variance") else width
+        if values != config.patch_width:
             raise ValueError(
-                f"{dataset.location} holds patches of {width} values, objective.diffusion.patch_width is "
+                f"{dataset.location} holds patches of {values} values, objective.diffusion.patch_width is "
                 f"{config.patch_width}"
             )
-        made_by = dataset.tokenizers.get("image", {})
         found.setdefault((made_by.get("latent_scale", 1.0), made_by.get("latent_shift", 0.0)), dataset)
     if config is None or not found:
         return config
@@ -92,18 +93,26 @@ def row_layout(batch: PackedBatch, diffusion: DiffusionConfig | None) -> RowLayo
 def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> NoisedPatches:
     """Each picture at a timestep and with noise that (seed, its sequence, its place there) decide; on the CPU.
 
+    Patches that hold means and log-variances, [mu | log s^2], are drawn from first: mu + s * eta, eta ~ N(0, 1).
     `seed` is the run's for training; validation has its own, so that its noise is the same each time.
     """
     pictures = _pictures(batch)
-    timesteps, epsilon = [], []
+    W = config.patch_width
+    drawn = len(pictures) > 0 and batch.latents.shape[1] == 2 * W
+    timesteps, epsilon, eta = [], [], []
     for sequence, number, leads, patches in pictures:
         t, generator = draw(seed, sequence, number, config, leads)
         timesteps.append(t)
-        epsilon.append(torch.randn(patches, config.patch_width, generator=generator))
+        epsilon.append(torch.randn(patches, W, generator=generator))
+        if drawn:
+            eta.append(torch.randn(patches, W, generator=generator))
     timestep_I = torch.tensor(timesteps, dtype=torch.int64)
-    epsilon_PW = torch.cat(epsilon) if epsilon else torch.zeros(0, config.patch_width)
-    latents_PW = batch.latents if len(pictures) else torch.zeros(0, config.patch_width)
-    assert latents_PW.shape[1] == config.patch_width
+    epsilon_PW = torch.cat(epsilon) if epsilon else torch.zeros(0, W)
+    latents_PW = batch.latents if len(pictures) else torch.zeros(0, W)
+    if drawn:
+        mean_PW, log_variance_PW = latents_PW.float().split(W, dim=1)
+        latents_PW = mean_PW + (log_variance_PW / 2).exp() * torch.cat(eta)
+    assert latents_PW.shape[1] == W
     x, target = noise(latents_PW, batch.image_of_patch, timestep_I, epsilon_PW, config)
     return NoisedPatches(x, target, batch.order.long()[batch.latent_position], batch.image_of_patch, timestep_I)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,25 @@ def test_noise_belongs_to_the_picture_not_to_the_batch_it_comes_in(plan):
     assert not torch.equal(noised_patches(whole, 1, CONFIG).x, patches.x)
     assert len(patches.timestep) == len(patches.x) // 16  # one timestep per picture
     assert len(patches.timestep.unique()) > 3
+
+
+def test_means_and_log_variances_are_drawn_from_by_the_pictures_own_noise(plan):
+    plain = batch(plan, 12)
+    clean = noised_patches(plain, 0, CONFIG)
+
+    def with_log_variance(value):
+        rows = torch.full_like(plain.latents, value)
+        return noised_patches(replace(plain, latents=torch.cat([plain.latents, rows], 1)), 0, CONFIG)
+
+    assert torch.equal(with_log_variance(-100.0).x, clean.x)  # no variance: the means, with the same noise
+    eta = (with_log_variance(0.0).x - clean.x).double()
+    alpha = cosine_alpha_bar(CONFIG.steps)[clean.timestep].sqrt()[clean.picture]
+    kept = alpha > 0.1
+    scores = (eta[kept] / alpha[kept, None]).flatten()
+    assert scores.mean().abs() < 5 / len(scores) ** 0.5
+    assert scores.std() == pytest.approx(1, abs=5 / len(scores) ** 0.5)
+    halves = (with_log_variance(-2 * float(np.log(2))).x - clean.x) * 2 - eta
+    assert halves.abs().max() < 5e-3  # the log-variance is kept in fp16
 
 
 def test_pictures_that_lead_their_text_stay_below_the_noise_limit(plan):
