@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENV = .venv/.ok
 
-.PHONY: demo test cluster lint format clean
+.PHONY: demo test cluster faults lint format clean
 demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
 	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
 
@@ -11,6 +11,9 @@ test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
 
 cluster: $(ENV)  ## the tests that need root and Debian's Slurm (tests/cluster/slurm.py says which packages)
 	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m cluster $(PYTEST)
+
+faults: $(ENV)  ## the long fault campaign (two hours or so on two cores); ARGS='--faults 20 --seed 7'
+	.venv/bin/python tests/faults/campaign.py --faults 200 --seed $$(date +%j) $(ARGS)
 
 lint: $(ENV)  ## linter, formatter and type checker, as CI runs them
 	.venv/bin/ruff check .

@@ -22,7 +22,8 @@ class Watch:
     def __init__(self, run_dir: Path, rank: int):
         path = run_dir / "stacks" / f"rank-{rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w")  # noqa: SIM115  # open as long as the run: faulthandler writes to its descriptor
+        # appended to, because torchrun may start the rank again at once; open as long as the run, for faulthandler
+        self._file = open(path, "a")  # noqa: SIM115
         self._waited = 0.0
 
     def __enter__(self) -> Watch:

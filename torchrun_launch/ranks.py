@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from mom_data.errors import EXIT_USER_ERROR
 from mom_train.status import EXIT_PREEMPTED
+from torchrun_launch.agent import ENDED_FOR_GOOD
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _RANKLESS_SECONDS = 5.0  # between a signal and the end of a torchrun that has no ranks to wait for
@@ -58,13 +58,13 @@ def rendezvous(nodes: str, endpoint: str, run_id: str, timeout: int, hosts_it: b
 
 def exit_code(agent_code: int, status: Mapping[str, Any] | None) -> int:
     """The launcher's exit code: 0 finished or stopped as configured, 75 preempted, 2 for an error that the user can
-    mend, 1 otherwise. `status` is what this launch's ranks wrote, or None."""
+    mend, 3 for an incident, 1 otherwise. `status` is what this launch's ranks wrote, or None."""
     state = None if status is None else status["state"]
     if state == "preempted":
         return EXIT_PREEMPTED
     if state in ("finished", "stopped") or (agent_code == 0 and state is None):
         return 0
-    return EXIT_USER_ERROR if agent_code == EXIT_USER_ERROR else 1
+    return agent_code if agent_code in ENDED_FOR_GOOD else 1
 
 
 class Agent:

@@ -1,0 +1,131 @@
+"""Disturb a training run at seeded random moments, and see that it ends as if nothing had been.
+
+    python tests/faults/campaign.py --faults 200 --seed 0 [--ranks 2] [--kinds kill-rank full-disk ...] [--json OUT]
+
+First a reference run is left alone, with a checkpoint of every step. Then runs of the same config are killed,
+signalled, stopped, starved of disk, network and object store, and their checkpoints damaged, one fault after another,
+and the same command is started again each time, until the faults are used up. Whenever a run is down, and at its end:
+each step stands in metrics.jsonl once and equals the reference's to the last bit, every checkpoint is whole and the
+newest one's tensors are the reference's of that step, it went on from the newest checkpoint there was, status.json
+tells the truth, and nothing is left running. Exit code 1 where any of that does not hold, with how to have it again.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / name) for name in ("faults", "train", "data", "cluster")]
+
+import faults as f  # noqa: E402
+import hosts as hosts_module  # noqa: E402
+import numpy as np  # noqa: E402
+from disturbed import Campaign  # noqa: E402
+from experiment import Violation  # noqa: E402
+from reference import make_config, make_reference  # noqa: E402
+
+PLACES = {"store": f.STORE, "hosts": f.HOSTS, "disk": f.ENDING | f.PASSING | f.DISK | f.DOWN}
+
+
+def table(outcomes):
+    lines = [
+        "| fault | count | outcome | steps lost, max | mean | seconds to the next step, median |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
+    for kind in [*f.EVERY, "nan-in-data"]:
+        mine = [o for o in outcomes if o.kind == kind]
+        if mine:
+            ends = {}
+            for o in mine:
+                ends[o.ended] = ends.get(o.ended, 0) + 1
+            lost, took = [o.steps_lost for o in mine], sorted(o.seconds for o in mine if o.seconds is not None)
+            cells = [kind, len(mine), ", ".join(f"{v} {k}" for k, v in ends.items()), max(lost), f"{np.mean(lost):.1f}"]
+            lines.append(f"| {' | '.join(map(str, [*cells, f'{took[len(took) // 2]:.1f}' if took else '']))} |")
+    return "\n".join(lines)
+
+
+def deal(kinds, count, rng):
+    """Kinds by weight, shuffled; each one once before any comes again as its weight says."""
+    once = list(kinds)
+    rng.shuffle(once)
+    rest = rng.choices(list(kinds), list(kinds.values()), k=max(0, count - len(once)))
+    return (once + rest)[:count] if count < len(once) else [*once, *rest]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=200, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="of which faults come, and when")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=150, help="of each run")
+    parser.add_argument("--kinds", nargs="+", choices=f.EVERY, metavar="KIND", help=f"of {', '.join(f.EVERY)}")
+    parser.add_argument("--minutes", type=float, default=1e9, help="no new fault after that long")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="kept; a new folder in TMPDIR otherwise")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="every fault, to OUT or standard output")
+    given = parser.parse_args(arguments)
+    began, rng = time.monotonic(), random.Random(given.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing running
+    kinds = {k: w for k, w in f.EVERY.items() if given.kinds is None or k in given.kinds}
+    skipped = {}
+    if os.geteuid() != 0:
+        skipped |= dict.fromkeys(f.DISK, "mounting a small disk needs root")
+    if reason := hosts_module.why_not():
+        skipped |= dict.fromkeys(f.HOSTS, reason)
+    try:
+        import moto.server  # noqa: F401
+        import s3fs  # noqa: F401
+    except ImportError as error:
+        skipped |= dict.fromkeys(f.STORE, str(error))
+    for kind in kinds.keys() & skipped.keys():
+        print(f"NOT TESTED: {kind}: {skipped[kind]}", file=sys.stderr)
+        del kinds[kind]
+    cards = deal(kinds, given.faults, rng)
+    folder = given.output or Path(tempfile.mkdtemp(prefix="mom-faults-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    again = f"python tests/faults/campaign.py --faults {given.faults} --seed {given.seed} --ranks {given.ranks}"
+    again += f" --steps {given.steps}" + (f" --kinds {' '.join(given.kinds)}" if given.kinds else "")
+    outcomes, campaign, reference = [], None, None
+    try:
+        reference = make_reference(folder, make_config(folder, given.steps, given.ranks), given.ranks)
+        print(
+            f"undisturbed: first step after {reference.start_seconds:.1f} s, {reference.step_seconds * 1000:.0f} ms a "
+            f"step, NaN in steps {list(reference.bad_steps)}, which changed no weight",
+            file=sys.stderr,
+            flush=True,
+        )
+        for place, there in PLACES.items():
+            deck = [k for k in cards if k in there]
+            if deck:
+                own = random.Random(f"{given.seed} {place}")
+                until = began + 60 * given.minutes
+                campaign = Campaign(place, reference, folder, given.ranks, own, deck, until, outcomes)
+                campaign.run_all()
+    except Violation as violation:
+        recent = [f"{o.kind} {o.moment}" for o in outcomes[-5:]]
+        where = f"start {campaign.run.starts} in {campaign.run.folder}" if campaign is not None else "the reference run"
+        print(f"VIOLATION in {where}: {violation}\nbefore it: {recent}\nagain: {again}", file=sys.stderr)
+        print(table(outcomes))
+        return 1
+    print(table(outcomes))
+    minutes = (time.monotonic() - began) / 60
+    print(
+        f"\n{len(outcomes)} faults in {minutes:.0f} minutes, seed {given.seed}: every run ended as the undisturbed one"
+    )
+    if given.json is not None:
+        text = json.dumps({"seed": given.seed, "faults": [asdict(o) for o in outcomes]}, indent=1) + "\n"
+        print(text) if given.json == "-" else Path(given.json).write_text(text)
+    if given.output is None:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

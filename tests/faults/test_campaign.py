@@ -1,0 +1,69 @@
+"""The campaign itself, short: faults that fit into a minute or so on two cores. Nightly: docs/survival.md."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from experiment import Saved, Violation, check_rows, check_saved
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def campaign(folder, *kinds, seed=0, steps=80):
+    line = [sys.executable, "tests/faults/campaign.py", "--seed", str(seed), "--steps", str(steps)]
+    line += [
+        "--faults",
+        str(len(kinds)),
+        "--kinds",
+        *kinds,
+        "--output",
+        str(folder),
+        "--json",
+        str(folder / "out.json"),
+    ]
+    done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [fault["kind"] for fault in json.loads((folder / "out.json").read_text())["faults"]], done.stderr
+
+
+def test_a_run_ends_as_if_undisturbed_whatever_is_killed_signalled_or_damaged(tmp_path):
+    kinds = ["kill-rank", "kill-agent", "sigusr1-launcher", "pause", "flipped-byte", "latest-removed"]
+    disk = ["full-disk", "read-only-disk"]
+    injected, said = campaign(tmp_path, *kinds, *disk)
+    assert set(kinds) <= set(injected)
+    assert "nan-in-data" in injected
+    if not set(disk) <= set(injected):
+        assert "NOT TESTED: full-disk" in said
+        pytest.skip(f"all but a full and a read-only disk, which are NOT tested: {said.splitlines()[0]}")
+
+
+def test_the_campaign_tells_a_repeated_a_lost_and_a_changed_step_and_a_damaged_file(tmp_path):
+    rows = [{"step": s, "loss/total": s / 7, "val/held/loss/total": 1.0} for s in range(6)]
+    check_rows(rows, rows, last=5)
+    changed = [{**row, "loss/total": math.nextafter(row["loss/total"], 9)} for row in rows]
+    for spoiled in (rows[:3] + rows[2:], rows[:2] + rows[3:], changed):
+        with pytest.raises(Violation, match="step"):
+            check_rows(spoiled, rows)
+    with pytest.raises(Violation, match="ends at step 4"):
+        check_rows(rows[:5], rows, last=5)
+    folder = tmp_path / "checkpoints/step-3"
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"abc")
+    (folder / "checksums.json").write_text(json.dumps({"__0_0.distcp": {"size": 3, "crc32": 1}}))
+    with pytest.raises(Violation, match=r"__0_0.distcp'\] not as written"):
+        check_saved(Saved(tmp_path), Saved(tmp_path), [3], tmp_path)
+
+
+@pytest.mark.cluster
+def test_a_run_survives_its_object_store_its_hosts_and_ranks_that_hang(tmp_path):
+    kinds = ["hang", "kill-launcher", "store-stalls", "store-503", "cable-out", "host-cut-off", "host-dies"]
+    injected, said = campaign(tmp_path, *kinds)
+    if missing := set(kinds) - set(injected):
+        message = f"{sorted(missing)} are NOT tested: {said.splitlines()[0]}"
+        if os.environ.get("MOM_REQUIRE_CLUSTER") == "1":
+            pytest.fail(f"MOM_REQUIRE_CLUSTER=1, but {message}")
+        pytest.skip(message)
