@@ -92,6 +92,8 @@ def test_a_grown_vocabulary_keeps_its_own_new_rows(published):
 def first_losses(config):
     from itertools import islice
 
+    import torch.distributed as dist
+
     from mom_data.loader import Share, batches
     from mom_train.parallel import process_group
     from mom_train.status import Stop
@@ -102,7 +104,9 @@ def first_losses(config):
         share = Share(ranks.rank, ranks.world_size, config.training.batch, config.training.micro_batch)
         step = list(islice(batches(trainer.plan, VOCAB, share), trainer.accumulation))
         counts = trainer.agree(step, Stop()).counts
-        return trainer.passes.means("", trainer.passes.forward_backward(step, counts), counts)
+        sums = trainer.passes.forward_backward(step, counts)
+        dist.all_reduce(sums)
+        return trainer.passes.means("", sums, counts)
 
 
 def test_an_upcycled_mixture_starts_with_the_dense_models_loss(tmp_path):
