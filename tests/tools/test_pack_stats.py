@@ -85,7 +85,7 @@ def test_a_config_gives_epochs_and_warns_of_repeated_sources(tmp_path):
     write_dataset(tmp_path / "large", documents=600)
     write_dataset(tmp_path / "small", documents=60, seed=1)
     sources = [{"path": str(tmp_path / name), "weight": w} for name, w in (("large", 1.0), ("small", 3.0))]
-    config = tiny_config(tmp_path, data__train=sources)
+    config = tiny_config(tmp_path, data__train=sources, data__pack_window=1024)
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
     plan, sequences = configured(path, ["training.steps=400"])
