@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from mom_data.document import BadSample, Document, expand_inputs, read_documents
 from mom_data.errors import exit_clearly
+from mom_tokenizers.bundle import resolved_device
 from mom_tokenizers.image import decode_image, preprocess
 from mom_tokenizers.image_training import ImageConfig, Strict, train_image, usage
 from mom_tokenizers.speech import SpeechTokenizer, Waveform, decode_audio, read_centroids
@@ -158,7 +159,7 @@ def train_text(config: TextConfig, sample: Sample, directory: Path) -> dict[str,
     }
 
 
-def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: int) -> dict[str, Any]:
+def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: int, device: str) -> dict[str, Any]:
     if config.centroids is not None or config.extractor == "mimi":  # nothing is left to be trained
         given = None if config.centroids is None else read_centroids(Path(config.centroids))
         tokenizer = SpeechTokenizer(given, config.extractor, model=config.model, layer=config.layer)
@@ -172,6 +173,7 @@ def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: in
             model=config.model,
             layer=config.layer,
             seed=seed,
+            device=device,
         )
     tokenizer.save(directory)
     units = np.concatenate(tokenizer.encode_batch(sample.waveforms[:200]))
@@ -186,7 +188,7 @@ def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: in
 # --------------------------------------------------------------------------------------------- the whole
 
 
-def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int) -> dict[str, Any]:
+def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Train what is missing under `output`; returns the figures of all stages."""
     inputs = [[f.name, f.stat().st_size] for f in files]
     stages = {name: getattr(config, name) for name in config.kinds}
@@ -209,10 +211,10 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int)
             found = train_text(config.text, sample, partial)
         elif name == "image":
             assert config.image
-            found = train_image(config.image, sample.images, partial, seed)
+            found = train_image(config.image, sample.images, partial, seed, device)
         else:
             assert config.speech
-            found = train_speech(config.speech, sample, partial, seed)
+            found = train_speech(config.speech, sample, partial, seed, device)
         found = {
             "seconds": round(time.monotonic() - started, 1),
             "seconds_reading": round(reading, 1),
@@ -253,10 +255,15 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True, help="raw documents: files, globs or folders")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU where there is one (%(default)s)")
     arguments = parser.parse_args()
     with exit_clearly("train_tokenizers"):
         figures = train_tokenizers(
-            load_config(arguments.config), expand_inputs(arguments.input), arguments.output, arguments.seed
+            load_config(arguments.config),
+            expand_inputs(arguments.input),
+            arguments.output,
+            arguments.seed,
+            resolved_device(arguments.device),
         )
         for name, found in figures.items():
             print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in found.items() if k != "losses"))

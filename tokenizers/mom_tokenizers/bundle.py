@@ -127,7 +127,7 @@ class Tokenizers:
         """One of them, loaded when first asked for. Raises ValueError for a modality that has none."""
         if modality not in self._loaded:
             kind, path = self._entry(modality)
-            on = () if kind == "bpe" else (_resolved(self.device),)
+            on = () if kind == "bpe" else (resolved_device(self.device),)
             self._loaded[modality] = _class(kind).load(path, *on)
         return self._loaded[modality]
 
@@ -221,7 +221,7 @@ def _located(folder: Path, path: str, kind: str) -> Path:
     return folder / path
 
 
-def _resolved(device: str) -> str:
+def resolved_device(device: str) -> str:
     if device != "auto":
         return device
     import torch

@@ -84,10 +84,10 @@ ImageConfig = Annotated[
 
 
 def train_image(
-    config: VQConfig | KLConfig, images: Sequence[np.ndarray], directory: Path, seed: int
+    config: VQConfig | KLConfig, images: Sequence[np.ndarray], directory: Path, seed: int, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train a tokenizer on pictures uint8 (3, resolution, resolution), save it and reconstructions.png in `directory`,
-    and return its figures. Raises ValueError for fewer than 20 pictures."""
+    """Train a tokenizer on pictures uint8 (3, resolution, resolution), on `device`; save it and reconstructions.png in
+    `directory`, and return its figures. Raises ValueError for fewer than 20 pictures."""
     import torch
 
     if len(images) < 20:
@@ -98,7 +98,7 @@ def train_image(
     held_out = min(256, max(SHOWN, len(pixels) // 20))
     test, train = pixels[:held_out], pixels[held_out:]
     fit = _train_vq if isinstance(config, VQConfig) else _train_kl
-    decoded, figures = fit(config, train, test, directory)  # type: ignore[arg-type]
+    decoded, figures = fit(config, train, test, directory, device)  # type: ignore[arg-type]
     _draw(test[:SHOWN].numpy(), decoded[:SHOWN], directory / "reconstructions.png")
     reference = test.numpy() / 255
     return {
@@ -111,7 +111,7 @@ def train_image(
 
 
 def _train_vq(
-    config: VQConfig, train: torch.Tensor, test: torch.Tensor, directory: Path
+    config: VQConfig, train: torch.Tensor, test: torch.Tensor, directory: Path, device: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """First a plain autoencoder, then k-means of its latents as codebook, then both together with quantisation.
     Returns `test` as it comes back, uint8 (N, 3, H, W), and figures."""
@@ -132,12 +132,12 @@ def _train_vq(
     def forward(step: int, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal latents
         if step == config.autoencoder_steps:
-            _initialize_codebook(model, train, config.size)
+            _initialize_codebook(model, train[:1024].to(pixels.device), config.size)
         latents = model.encode(pixels).latents
         if step < config.autoencoder_steps:
             return model.decode(latents, force_not_quantize=True).sample, torch.zeros(())
         quantized, commitment, (_, _, codes) = quantize(latents)
-        counts.add_(torch.bincount(codes, minlength=config.size))
+        counts.add_(torch.bincount(codes, minlength=config.size).cpu())
         return model.decode(quantized, force_not_quantize=True).sample, commitment
 
     def revive(step: int) -> None:
@@ -149,7 +149,7 @@ def _train_vq(
             counts.zero_()
 
     steps = config.autoencoder_steps + config.quantized_steps
-    losses = _optimize(model, train, config, steps, forward, "commitment", revive)
+    losses = _optimize(model, train, config, steps, forward, device, "commitment", revive)
     tokenizer.save(directory)
 
     with torch.inference_mode():
@@ -171,7 +171,7 @@ def _train_vq(
 
 
 def _train_kl(
-    config: KLConfig, train: torch.Tensor, test: torch.Tensor, directory: Path
+    config: KLConfig, train: torch.Tensor, test: torch.Tensor, directory: Path, device: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """A VAE; the mean and deviation of its training latents become the shift and scale in its config.
     Returns `test` as it comes back, uint8 (N, 3, H, W), and figures."""
@@ -187,7 +187,7 @@ def _train_kl(
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return model.decode(posterior.sample()).sample, config.kl_weight * divergence
 
-    losses = _optimize(model, train, config, config.steps, forward, "kl")
+    losses = _optimize(model, train, config, config.steps, forward, device, "kl")
     with torch.inference_mode():
         latents = torch.cat([model.encode(_scaled(b)).latent_dist.mean for b in train.split(64)])
     deviation, shift = float(latents.std()), float(latents.mean())
@@ -215,22 +215,23 @@ def _optimize(
     config: AutoencoderConfig,
     steps: int,
     forward: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    device: str,
     penalty_name: str,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> list[dict[str, float]]:
     """`forward` gives (reconstruction, penalty) of a batch at a step. Returns the errors along the way; the model is
-    frozen then."""
+    frozen then, and on the CPU."""
     import torch
 
     # channels_last: a third faster on CPUs, for these few channels
-    model.to(memory_format=torch.channels_last).train().requires_grad_(True)
+    model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False
     )
     losses = []
     for step in tqdm(range(steps), desc="image", unit="step"):
-        pixels = _scaled(train[torch.randint(len(train), (config.batch_size,))])
+        pixels = _scaled(train[torch.randint(len(train), (config.batch_size,))].to(device))
         output, penalty = forward(step, pixels)
         difference = output - pixels
         # Colour differences are small beside brightness: unweighted, hundreds of steps pass before they are learned.
@@ -245,17 +246,17 @@ def _optimize(
         if step % LOG_EVERY == 0 or step == steps - 1:
             mse = float(difference.detach().square().mean())
             losses.append({"step": step, "mse": round(mse, 6), penalty_name: round(float(penalty.detach()), 6)})
-    model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    model.to("cpu", memory_format=torch.contiguous_format).eval().requires_grad_(False)
     return losses
 
 
-def _initialize_codebook(model: Any, train: torch.Tensor, size: int) -> None:
+def _initialize_codebook(model: Any, pixels: torch.Tensor, size: int) -> None:
     import torch
     from sklearn.cluster import MiniBatchKMeans
 
     with torch.no_grad():
-        batches = _scaled(train[:1024]).split(64)
-        latents = torch.cat([model.encode(b).latents.permute(0, 2, 3, 1).flatten(0, 2) for b in batches]).numpy()
+        batches = _scaled(pixels).split(64)
+        latents = torch.cat([model.encode(b).latents.permute(0, 2, 3, 1).flatten(0, 2) for b in batches]).cpu().numpy()
         if len(latents) < size:
             raise ValueError(f"image: {len(latents)} patches are too few for {size} codes; give more pictures")
         kmeans = MiniBatchKMeans(size, batch_size=4096, max_iter=20, n_init=1, random_state=0).fit(latents)
@@ -268,7 +269,7 @@ def _revive(weight: torch.Tensor, latents: torch.Tensor, counts: torch.Tensor) -
     import torch
 
     with torch.no_grad():
-        unused = (counts == 0).nonzero()[:, 0]
+        unused = (counts == 0).nonzero()[:, 0].to(weight.device)
         if len(unused) == 0:
             return
         flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
