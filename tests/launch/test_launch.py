@@ -106,7 +106,8 @@ def test_the_exit_code_says_how_the_run_ended():
     assert ended(0, "finished") == ended(0, "stopped") == ended(0, None) == 0
     assert ended(0, "preempted") == 75
     assert ended(2, "failed") == ended(2, None) == 2
-    assert ended(3, "failed") == ended(1, "running") == ended(0, "running") == ended(-9, None) == 1
+    assert ended(3, "failed") == 3
+    assert ended(1, "running") == ended(0, "running") == ended(-9, None) == 1
 
 
 def test_ranks_share_the_cores_and_the_users_settings_stay():
