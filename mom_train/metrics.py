@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
@@ -22,6 +21,8 @@ class Record:
     """
 
     def __init__(self, run_dir: Path, resumed_at: int, last: int):
+        from torch.utils.tensorboard import SummaryWriter  # here: a second of imports that the other ranks are spared
+
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             lines = _whole_lines(self._path) if resumed_at else []  # a run that begins anew logs step 0 again
