@@ -28,9 +28,9 @@ sys.path[:0] = [str(TESTS / name) for name in ("faults", "train", "data", "clust
 import faults as f  # noqa: E402
 import hosts as hosts_module  # noqa: E402
 import numpy as np  # noqa: E402
-from disturbed import Campaign  # noqa: E402
+from disturbed import Campaign, Outcome  # noqa: E402
 from experiment import Violation  # noqa: E402
-from reference import make_config, make_reference  # noqa: E402
+from reference import Reference, make_config, make_reference  # noqa: E402
 
 PLACES = {"store": f.STORE, "hosts": f.HOSTS, "disk": f.ENDING | f.PASSING | f.DISK | f.DOWN}
 
@@ -60,6 +60,48 @@ def deal(kinds, count, rng):
     return (once + rest)[:count] if count < len(once) else [*once, *rest]
 
 
+class Progress:
+    """progress.json: a campaign that was cut short goes on with the run that it was at, from that run's beginning."""
+
+    def __init__(self, folder, command):
+        self.path, self.folder = folder / "progress.json", folder
+        self.state = json.loads(self.path.read_text()) if self.path.exists() else {"command": command, "places": {}}
+        if self.state["command"] != command:
+            raise SystemExit(f"{folder} holds another campaign: {self.state['command']}. Use another --output.")
+        self.outcomes = [Outcome(**outcome) for outcome in self.state.get("outcomes", [])]
+        self.began, self.minutes_before = time.monotonic(), self.state.get("minutes", 0.0)
+
+    @property
+    def minutes(self):
+        return self.minutes_before + (time.monotonic() - self.began) / 60
+
+    def reference(self, steps, ranks):
+        made = self.state.get("reference")
+        if made is not None:
+            return Reference.of(self.folder, made)
+        for name in ("train", "val", "reference"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        reference = make_reference(self.folder, make_config(self.folder, steps, ranks), ranks)
+        self.state["reference"] = reference.state_dict()
+        self._write()
+        return reference
+
+    def go_on(self, place, campaign):
+        if place in self.state["places"]:
+            campaign.load_state_dict(self.state["places"][place])
+
+    def save(self, place, campaign):
+        self.state["places"][place] = campaign.state_dict()
+        self.state["outcomes"] = [asdict(outcome) for outcome in self.outcomes]
+        self._write()
+
+    def _write(self):
+        self.state["minutes"] = self.minutes
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.state))
+        partial.rename(self.path)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200, metavar="N")
@@ -67,11 +109,17 @@ def main(arguments=None):
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=150, help="of each run")
     parser.add_argument("--kinds", nargs="+", choices=f.EVERY, metavar="KIND", help=f"of {', '.join(f.EVERY)}")
-    parser.add_argument("--minutes", type=float, default=1e9, help="no new fault after that long")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="kept; a new folder in TMPDIR otherwise")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=1e9,
+        help="no new fault after that long; the same command with the same --output goes on",
+    )
+    output = "kept, and gone on with by the same command; a new folder in TMPDIR otherwise"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=output)
     parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="every fault, to OUT or standard output")
     given = parser.parse_args(arguments)
-    began, rng = time.monotonic(), random.Random(given.seed)
+    rng = random.Random(given.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing running
     kinds = {k: w for k, w in f.EVERY.items() if given.kinds is None or k in given.kinds}
     skipped = {}
@@ -92,9 +140,10 @@ def main(arguments=None):
     folder.mkdir(parents=True, exist_ok=True)
     again = f"python tests/faults/campaign.py --faults {given.faults} --seed {given.seed} --ranks {given.ranks}"
     again += f" --steps {given.steps}" + (f" --kinds {' '.join(given.kinds)}" if given.kinds else "")
-    outcomes, campaign, reference = [], None, None
+    progress = Progress(folder, again)
+    outcomes, campaign = progress.outcomes, None
     try:
-        reference = make_reference(folder, make_config(folder, given.steps, given.ranks), given.ranks)
+        reference = progress.reference(given.steps, given.ranks)
         print(
             f"undisturbed: first step after {reference.start_seconds:.1f} s, {reference.step_seconds * 1000:.0f} ms a "
             f"step, NaN in steps {list(reference.bad_steps)}, which changed no weight",
@@ -105,9 +154,11 @@ def main(arguments=None):
             deck = [k for k in cards if k in there]
             if deck:
                 own = random.Random(f"{given.seed} {place}")
-                until = began + 60 * given.minutes
+                until = progress.began + 60 * given.minutes
                 campaign = Campaign(place, reference, folder, given.ranks, own, deck, until, outcomes)
-                campaign.run_all()
+                progress.go_on(place, campaign)
+                for _ in campaign.run_all():
+                    progress.save(place, campaign)
     except Violation as violation:
         recent = [f"{o.kind} {o.moment}" for o in outcomes[-5:]]
         where = f"start {campaign.run.starts} in {campaign.run.folder}" if campaign is not None else "the reference run"
@@ -115,10 +166,8 @@ def main(arguments=None):
         print(table(outcomes))
         return 1
     print(table(outcomes))
-    minutes = (time.monotonic() - began) / 60
-    print(
-        f"\n{len(outcomes)} faults in {minutes:.0f} minutes, seed {given.seed}: every run ended as the undisturbed one"
-    )
+    took = f"{len(outcomes)} faults in {progress.minutes:.0f} minutes, seed {given.seed}"
+    print(f"\n{took}: every run ended as the undisturbed one")
     if given.json is not None:
         text = json.dumps({"seed": given.seed, "faults": [asdict(o) for o in outcomes]}, indent=1) + "\n"
         print(text) if given.json == "-" else Path(given.json).write_text(text)

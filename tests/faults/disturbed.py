@@ -40,19 +40,29 @@ class Campaign:
     until: float  # time.monotonic() after which no fault is injected any more
     outcomes: list = field(default_factory=list)
     world: object = None
+    number: int = 0  # of runs
 
     def run_all(self):
-        """Use up the faults. Then finish the run."""
-        number = 0
-        while True:
-            number += 1
-            self._one_run(number)
-            if not self.deck or time.monotonic() > self.until:
-                return
+        """Use up the faults, run by run; the last one is finished undisturbed. Yields after each, with nothing running:
+        `state_dict` is then all that a later process needs to go on."""
+        while self.deck and time.monotonic() <= self.until:
+            self.number += 1
+            self._one_run(self.number)
+            yield
+
+    def state_dict(self):
+        version, numbers, gauss = self.rng.getstate()
+        return {"number": self.number, "deck": self.deck, "rng": [version, list(numbers), gauss]}
+
+    def load_state_dict(self, state):
+        version, numbers, gauss = state["rng"]
+        self.rng.setstate((version, tuple(numbers), gauss))
+        self.number, self.deck = state["number"], state["deck"]
 
     def _one_run(self, number):
         with ExitStack() as stack:
             folder = self.folder / f"{self.place}-{number:02d}"
+            shutil.rmtree(folder, ignore_errors=True)  # of a campaign that was cut short in it
             folder.mkdir(parents=True)
             overrides, environment, hosts, self.world = [], {}, None, None
             self.last = len(self.reference.rows) - 1

@@ -23,6 +23,17 @@ class Reference:
     start_seconds: float
     step_seconds: float
 
+    def state_dict(self):
+        numbers = {"start_seconds": self.start_seconds, "step_seconds": self.step_seconds}
+        return {"rows": self.rows, "bad_steps": list(self.bad_steps.items()), **numbers}
+
+    @classmethod
+    def of(cls, folder, state):
+        """The one that was made there before."""
+        bad = {int(step): int(rank) for step, rank in state["bad_steps"]}
+        saved = Saved(folder / "reference/run")
+        return cls(folder / "config.yaml", state["rows"], saved, bad, state["start_seconds"], state["step_seconds"])
+
 
 def make_config(folder, steps, ranks):
     """Transfusion on real shards, three documents of which hold a latent that is not a number."""

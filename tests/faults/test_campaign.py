@@ -13,18 +13,10 @@ from experiment import Saved, Violation, check_rows, check_saved
 CHECKOUT = Path(__file__).parents[2]
 
 
-def campaign(folder, *kinds, seed=0, steps=80):
+def campaign(folder, *kinds, seed=0, steps=80, minutes=60):
     line = [sys.executable, "tests/faults/campaign.py", "--seed", str(seed), "--steps", str(steps)]
-    line += [
-        "--faults",
-        str(len(kinds)),
-        "--kinds",
-        *kinds,
-        "--output",
-        str(folder),
-        "--json",
-        str(folder / "out.json"),
-    ]
+    line += ["--faults", str(len(kinds)), "--kinds", *kinds, "--minutes", str(minutes)]
+    line += ["--output", str(folder), "--json", str(folder / "out.json")]
     done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [fault["kind"] for fault in json.loads((folder / "out.json").read_text())["faults"]], done.stderr
@@ -33,7 +25,10 @@ def campaign(folder, *kinds, seed=0, steps=80):
 def test_a_run_ends_as_if_undisturbed_whatever_is_killed_signalled_or_damaged(tmp_path):
     kinds = ["kill-rank", "kill-agent", "sigusr1-launcher", "pause", "flipped-byte", "latest-removed"]
     disk = ["full-disk", "read-only-disk"]
+    assert campaign(tmp_path, *kinds, *disk, minutes=0)[0] == []  # out of time: the same command goes on
+    made = (tmp_path / "reference/run/metrics.jsonl").stat().st_mtime
     injected, said = campaign(tmp_path, *kinds, *disk)
+    assert (tmp_path / "reference/run/metrics.jsonl").stat().st_mtime == made
     assert set(kinds) <= set(injected)
     assert "nan-in-data" in injected
     if not set(disk) <= set(injected):
