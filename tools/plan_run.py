@@ -1,0 +1,378 @@
+"""What a run on a cluster would need before anything is submitted: memory, traffic, step time, tokens/s, days, cost.
+
+    python tools/plan_run.py configs/chameleon/1.5b-mom.yaml --nodes 16 --gpus-per-node 8
+    python tools/plan_run.py configs/chameleon/880m-mom.yaml --nodes 4 --gpus-per-node 8 --interconnect ethernet-100g \
+        parallel.shard_ranks=8 --mfu 0.3 --price 2.5 --json
+    python tools/plan_run.py configs/chameleon/[!_]*-mom.yaml --gpus-per-node 8         # one row for each
+
+Everything is PREDICTED. Counted from the model's own tensors are parameters, FLOPs and the bytes of each collective (a
+test counts them again on real ranks). Assumed are --mfu, --efficiency, --latency and the bandwidths of --interconnect;
+give your own where you have measured them.
+
+How communication hides: FSDP2 gathers a unit's weights while the unit before computes, and sums its gradients while the
+next one back computes. A unit's communication is exposed as far as it takes longer than that: max(0, it - computing).
+The first gather, the last sum, the clipping norm and the agreement before each step are exposed in full. A ring
+collective takes (S - 1) / S x bytes / bandwidth, an all-reduce twice that; --latency once per doubling of its ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mom_data.errors import exit_clearly
+from mom_train.config import RunConfig, load_config
+from mom_train.flops import TRAINING_FACTOR, forward_flops_per_token
+from mom_train.memory import memory
+
+
+@dataclass(frozen=True)
+class Gpu:
+    bf16_flops: float
+    """Dense, per second (NVIDIA's data sheets)."""
+    memory: float
+    """Bytes."""
+    nvlink: float
+    """Bytes per second and direction to the other GPUs of a node."""
+
+
+GPUS = {
+    "a100": Gpu(312e12, 80e9, 300e9),
+    "h100": Gpu(989e12, 80e9, 450e9),
+    "h200": Gpu(989e12, 141e9, 450e9),
+    "b200": Gpu(2250e12, 180e9, 900e9),
+}
+# Between nodes: nominal bytes per second and direction of one node, all its adapters together.
+INTERCONNECTS = {
+    "infiniband-ndr": 8 * 400e9 / 8,  # eight adapters of 400 Gb/s, one for each GPU
+    "infiniband-hdr": 8 * 200e9 / 8,
+    "ethernet-400g": 400e9 / 8,
+    "ethernet-100g": 100e9 / 8,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What FSDP2 gathers and sums at a time."""
+
+    name: str
+    padded: int
+    """Parameters, each padded to a multiple of the ranks that share it in its first dimension."""
+    tensors: int
+
+
+def shared_by(config: RunConfig, ranks: int) -> int:
+    """S, the ranks that share one copy of the model. Raises ValueError where they cannot."""
+    S = config.parallel.shard_ranks or ranks
+    if ranks % S:
+        raise ValueError(f"parallel.shard_ranks={S} does not divide the {ranks} ranks")
+    if config.parallel.context_ranks > 1:
+        raise ValueError("parallel.context_ranks: what goes from slice to slice of a row is not predicted here")
+    return S
+
+
+def units(config: RunConfig, shard_ranks: int) -> list[Unit]:
+    """Those of mom_train.parallel.shard in the order of the forward pass; the last is what is left to the root."""
+    import torch
+
+    from mom_train.model import LanguageModel
+
+    with torch.device("meta"):
+        model = LanguageModel(
+            config.model, config.layout.size, len(config.layout.modalities), diffusion=config.objective.diffusion
+        )
+    parts: dict[str, torch.nn.Module | None]
+    parts = {"embedding": model.embedding, "patch_embedding": model.patch_embedding}
+    parts |= {f"blocks.{i}": block for i, block in enumerate(model.blocks)}
+    parts |= {"patch_head": model.patch_head, "head": model.head}
+    taken: set[int] = set()
+    found = []
+    for name, module in {**parts, "root": model}.items():
+        if module is not None:
+            mine = [p for p in module.parameters() if id(p) not in taken]
+            taken.update(map(id, mine))
+            rows = [-(-p.shape[0] // shard_ranks) * shard_ranks if p.dim() else 1 for p in mine]
+            padded = sum(r * math.prod(p.shape[1:]) for r, p in zip(rows, mine, strict=True))
+            found.append(Unit(name, padded, len(mine)))
+    return found
+
+
+def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[str, Any]:
+    """Bytes of a step's collectives on one rank; checkpoints, logging and validation are left out. `every` is `units`'.
+
+    payload   by collective, the size of the whole tensor: an all-gather's output, a reduce-scatter's input
+    sent      what a ring sends for it: (S - 1) / S of the payload, twice that for all-reduces
+    calls     how many collectives
+
+    Per micro-batch every unit is gathered for the forward and again for the backward pass, but the root's, which stay.
+    Gradients are summed with the last micro-batch: among the ranks that share a copy, and with parallel.shard_ranks
+    then among the copies. All in fp32. `small` is what the ranks agree on before and after a step: counts, loss sums,
+    one norm per parameter. Raises ValueError where the ranks cannot share the work as the config says.
+    """
+    accumulation = config.accumulation(ranks)
+    S = shared_by(config, ranks)
+    copies, M = ranks // S, len(config.layout.modalities)
+    *inner, root = [4 * unit.padded for unit in every]
+    whole = sum(inner) + root
+    payload = {
+        "all_gather": accumulation * (2 * sum(inner) + root) if S > 1 else 0,
+        "reduce_scatter": whole if S > 1 else 0,
+        "all_reduce": whole // S if copies > 1 else 0,
+        "small": 8 * (2 * M + 6) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) if ranks > 1 else 0,
+    }
+    factors = ((S - 1) / S, (S - 1) / S, 2 * (copies - 1) / copies, 2 * (ranks - 1) / ranks)
+    return {
+        "payload": payload,
+        "sent": {name: round(payload[name] * factor) for name, factor in zip(payload, factors, strict=True)},
+        "calls": {
+            "all_gather": accumulation * (2 * len(inner) + 1) if S > 1 else 0,
+            "reduce_scatter": len(every) if S > 1 else 0,
+            "all_reduce": len(every) if copies > 1 else 0,
+            "small": 3 if ranks > 1 else 0,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    mfu: float
+    """Of the GPU's dense bf16 peak, while it computes; what waiting for the network costs comes on top."""
+    efficiency: float
+    """Of the nominal bandwidths that a collective reaches."""
+    latency: float
+    """Seconds per doubling of a collective's ranks, between nodes; a quarter of it inside one."""
+    patch_share: float
+    """Of tokens that are latent patches, where there are any."""
+    price: float | None
+    """Of a GPU's hour."""
+
+
+class Cluster:
+    """`nodes` of `gpus` GPUs: seconds of collectives among its ranks. Bandwidths in bytes per second."""
+
+    def __init__(self, gpu: Gpu, nodes: int, gpus: int, network: float, assumed: Assumptions):
+        self.gpu, self.nodes, self.gpus, self.network, self.assumed = gpu, nodes, gpus, network, assumed
+
+    def collective(self, payload: float, ranks: int, apart: bool, share: float = 1.0) -> float:
+        """A ring's all-gather or reduce-scatter among `ranks`, of which some are `apart` on other nodes, where each
+        ring has `share` of a node's network; an all-reduce takes both, one after the other."""
+        if ranks == 1:
+            return 0.0
+        bandwidth = min(self.gpu.nvlink, self.network * share) if apart else self.gpu.nvlink
+        latency = self.assumed.latency * math.ceil(math.log2(ranks)) * (1.0 if apart else 0.25)
+        return payload * (ranks - 1) / ranks / (bandwidth * self.assumed.efficiency) + latency
+
+
+def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dict[str, float]:
+    """Seconds of a step: computing, communicating, how much of the latter is exposed (the module says how); at_peak are
+    those that the model's FLOPs would take at the GPU's peak."""
+    ranks = cluster.nodes * cluster.gpus
+    S, accumulation = shared_by(config, ranks), config.accumulation(ranks)
+    copies, assumed = ranks // S, cluster.assumed
+    model, length, diffusion = config.model, config.data.sequence_length, config.objective.diffusion
+    tokens = config.training.micro_batch * length
+    flops = forward_flops_per_token(model, config.layout.size, length)
+    head = flops.pop("head")
+    if diffusion is not None:
+        patch = forward_flops_per_token(model, config.layout.size, length, diffusion.patch_width)
+        ends = patch["patch_in"] + patch["patch_out"]
+        head = round((1 - assumed.patch_share) * head + assumed.patch_share * ends)
+    speed = assumed.mfu * cluster.gpu.bf16_flops
+    block = tokens * sum(flops.values()) / model.blocks / speed
+    forward = {unit.name: block if unit.name.startswith("blocks.") else 0.0 for unit in every}
+    forward["head"] = tokens * head / speed
+    again = 1 if config.training.activation_checkpointing is True else 0  # selective computes only what is cheap again
+    backward = {name: seconds * (2 + (again if name != "head" else 0)) for name, seconds in forward.items()}
+
+    apart = cluster.gpus % S != 0
+    gather = {unit.name: cluster.collective(4 * unit.padded, S, apart) for unit in every}
+    # every rank of a node is in another ring, and all of them use the node's network
+    between = {
+        unit.name: 2 * cluster.collective(4 * unit.padded / S, copies, cluster.nodes > 1, 1 / min(S, cluster.gpus))
+        for unit in every
+    }
+    sums = {name: gather[name] + between[name] for name in gather}
+    order = [unit.name for unit in every[:-1]]
+    back = order[::-1]
+
+    def exposed_forward() -> float:
+        fetched = [gather[name] for name in order]
+        return fetched[0] + sum(max(0.0, g - forward[n]) for g, n in zip(fetched[1:], order, strict=False))
+
+    def exposed_backward(last: bool) -> float:
+        """While a unit's gradients are computed the next one is gathered and, in the last micro-batch, those of the one
+        before are summed."""
+        exposed = gather[back[0]]
+        for i, name in enumerate(back):
+            beside = gather[back[i + 1]] if i + 1 < len(back) else 0.0
+            beside += sums[back[i - 1]] if last and i else 0.0
+            exposed += max(0.0, beside - backward[name])
+        return exposed + (sums[back[-1]] if last else 0.0)
+
+    small = 3 * 2 * cluster.collective(0, ranks, cluster.nodes > 1) + accumulation * gather["root"] + sums["root"]
+    exposed = accumulation * exposed_forward() + (accumulation - 1) * exposed_backward(False) + exposed_backward(True)
+    return {
+        "computing": accumulation * sum(forward[n] + backward[n] for n in order),
+        "communicating": sum(2 * accumulation * gather[n] + sums[n] for n in order) + small,
+        "exposed": exposed + small,
+        "at_peak": accumulation * TRAINING_FACTOR * sum(forward.values()) * assumed.mfu,
+    }
+
+
+def plan(config: RunConfig, nodes: int, gpus: int, gpu: str, interconnect: str, assumed: Assumptions) -> dict[str, Any]:
+    """All predictions for one cluster. Raises ValueError where the config and the ranks do not fit each other."""
+    ranks = nodes * gpus
+    config.accumulation(ranks)  # before anything is built: whether the batch can be dealt to them
+    every = units(config, shared_by(config, ranks))
+    counted = communication(config, ranks, every)
+    seconds = step_time(config, Cluster(GPUS[gpu], nodes, gpus, INTERCONNECTS[interconnect], assumed), every)
+    total, at_peak = seconds["computing"] + seconds["exposed"], seconds.pop("at_peak")
+    tokens = config.training.batch * config.data.sequence_length
+    needed = memory(config, ranks)
+    bytes_per_rank = needed[needed["chosen"]]["total"]
+    hours = total * config.training.steps / 3600
+    return {
+        "predicted": True,
+        "nodes": nodes,
+        "gpus_per_node": gpus,
+        "gpu": gpu,
+        "interconnect": interconnect if nodes > 1 else "nvlink",
+        "accumulation": config.accumulation(ranks),
+        "memory_bytes_per_rank": bytes_per_rank,
+        "memory_fits": bytes_per_rank < 0.92 * GPUS[gpu].memory,
+        "communication_bytes": counted,
+        "seconds_per_step": {**seconds, "total": total},
+        "mfu": at_peak / total,
+        "tokens_per_s": tokens / total,
+        "tokens_per_gpu_hour": tokens / total * 3600 / ranks,
+        "tokens": tokens * config.training.steps,
+        "hours": hours,
+        "gpu_hours": hours * ranks,
+        "cost": None if assumed.price is None else hours * ranks * assumed.price,
+        "assumed": vars(assumed) | {"network_bytes_per_s": INTERCONNECTS[interconnect]},
+    }
+
+
+def describe(name: str, plans: Sequence[dict[str, Any]]) -> str:
+    """One config on one cluster, a column for each interconnect."""
+    first = plans[0]
+    sent, calls = first["communication_bytes"]["sent"], first["communication_bytes"]["calls"]
+    fits = "fits" if first["memory_fits"] else "DOES NOT FIT"
+    rows = {
+        "seconds per step": [f"{p['seconds_per_step']['total']:.3f}" for p in plans],
+        "  computing": [f"{p['seconds_per_step']['computing']:.3f}" for p in plans],
+        "  communicating": [f"{p['seconds_per_step']['communicating']:.3f}" for p in plans],
+        "  of it exposed": [f"{p['seconds_per_step']['exposed']:.3f}" for p in plans],
+        "MFU": [f"{100 * p['mfu']:.1f} %" for p in plans],
+        "tokens/s": [f"{p['tokens_per_s']:,.0f}" for p in plans],
+        "tokens per GPU-hour": [f"{p['tokens_per_gpu_hour'] / 1e6:,.1f} M" for p in plans],
+        "days to the end": [f"{p['hours'] / 24:.2f}" for p in plans],
+        "GPU-hours": [f"{p['gpu_hours']:,.0f}" for p in plans],
+    }
+    if first["cost"] is not None:
+        rows["cost"] = [f"{p['cost']:,.0f}" for p in plans]
+    return "\n".join(
+        [
+            f"{name}, PREDICTED: {first['nodes']} nodes x {first['gpus_per_node']} {first['gpu']}, "
+            f"{first['accumulation']} micro-batches a step, {first['tokens'] / 1e9:,.1f} G tokens in all",
+            f"memory per rank {first['memory_bytes_per_rank'] / 1e9:.1f} GB ({fits})",
+            "sent per rank and step: "
+            + ", ".join(f"{k} {v / 1e6:,.1f} MB in {calls[k]} calls" for k, v in sent.items() if calls[k]),
+            f"assumed: {', '.join(f'{k} {v}' for k, v in first['assumed'].items() if k != 'network_bytes_per_s')}",
+            "",
+            table(["", *(p["interconnect"] for p in plans)], [[name, *cells] for name, cells in rows.items()]),
+        ]
+    )
+
+
+def overview(plans: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Markdown: a row for each config."""
+    rows = [
+        [
+            name,
+            f"{p['nodes']} x {p['gpus_per_node']}",
+            p["interconnect"],
+            f"{p['memory_bytes_per_rank'] / 1e9:.1f}" + ("" if p["memory_fits"] else " (!)"),
+            f"{p['seconds_per_step']['total']:.3f}",
+            f"{100 * p['mfu']:.0f} %",
+            f"{p['tokens_per_gpu_hour'] / 1e6:,.1f}",
+            f"{p['tokens'] / 1e9:,.0f}",
+            f"{p['hours'] / 24:.2f}",
+            f"{p['gpu_hours']:,.0f}",
+        ]
+        for name, p in plans
+    ]
+    header = ["predicted", "nodes x GPUs", "network", "GB per rank", "s per step", "MFU", "M tokens per GPU-hour"]
+    return table([*header, "G tokens", "days", "GPU-hours"], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for all CONFIGs")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as need no accumulation")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="%(choices)s (%(default)s)")
+    parser.add_argument(
+        "--interconnect",
+        nargs="+",
+        choices=INTERCONNECTS,
+        metavar="NAME",
+        default=["infiniband-ndr"],
+        help=f"between nodes, one or several of {', '.join(INTERCONNECTS)} (%(default)s)",
+    )
+    parser.add_argument("--mfu", type=float, default=0.35, help="ASSUMED while computing (%(default)s, not measured)")
+    parser.add_argument("--efficiency", type=float, default=0.75, help="ASSUMED, of the bandwidths (%(default)s)")
+    parser.add_argument("--latency", type=float, default=2e-5, metavar="S", help="ASSUMED (%(default)s)")
+    parser.add_argument(
+        "--patch-share", type=float, default=0.5, help="ASSUMED, of tokens, with diffusion (%(default)s)"
+    )
+    parser.add_argument("--price", type=float, help="of a GPU's hour, in any currency")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    given = parser.parse_intermixed_args()
+    with exit_clearly("plan_run"):
+        names = [a for a in given.config if "=" not in a or Path(a).suffix in (".yaml", ".yml")]
+        overrides = [a for a in given.config if a not in names]
+        if not names:
+            raise ValueError("no CONFIG among the arguments")
+        for flag, value in {"--mfu": given.mfu, "--efficiency": given.efficiency}.items():
+            if not 0 < value <= 1:
+                raise ValueError(f"{flag} {value}: a share between 0 and 1")
+        if given.gpus_per_node < 1 or (given.nodes is not None and given.nodes < 1):
+            raise ValueError("--nodes and --gpus-per-node: at least one")
+        assumed = Assumptions(given.mfu, given.efficiency, given.latency, given.patch_share, given.price)
+        found = []
+        for name in names:
+            config = load_config(name, overrides)
+            per_node = config.training.micro_batch * given.gpus_per_node
+            nodes = given.nodes or max(1, config.training.batch // per_node)
+            for network in given.interconnect:
+                found.append((name, plan(config, nodes, given.gpus_per_node, given.gpu, network, assumed)))
+        if given.json:
+            objects = [{"config": name} | p for name, p in found]
+            text = json.dumps(objects[0] if len(objects) == 1 else objects, indent=2) + "\n"
+            sys.stdout.write(text) if given.json == "-" else Path(given.json).write_text(text)
+        elif len(names) == 1:
+            print(describe(names[0], [p for _, p in found]))
+        else:
+            print(overview([(f"{Path(name).parent.name}/{Path(name).stem}", p) for name, p in found]))
+
+
+if __name__ == "__main__":
+    main()
