@@ -11,6 +11,7 @@ import sys
 
 from mom_data.errors import EXIT_USER_ERROR, exit_clearly
 from mom_train.config import load_config
+from mom_train.status import AGENT_PID
 
 _PR_SET_PDEATHSIG = 1
 
@@ -24,6 +25,8 @@ def main() -> None:
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         # ranks whose torchrun was killed outright would train on beside those that are started next
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ.get(AGENT_PID, str(os.getppid())) != str(os.getppid()):  # killed before this asked to be told
+            sys.exit(1)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",

@@ -1,30 +1,41 @@
 """python -m torchrun_launch.agent TORCHRUN_ARGUMENTS: torchrun, ending with its ranks' own exit code.
 
+Ranks that ended with a code that says the error would repeat are not started again.
+
 Started by torchrun_launch.ranks, which ignores the usual signals for it and passes them on to the ranks itself.
 """
 
 from __future__ import annotations
 
-import ctypes
-import signal
+import os
 import sys
 
 from mom_data.errors import EXIT_USER_ERROR
-from mom_train.status import EXIT_INCIDENT
+from mom_train.status import AGENT_PID, EXIT_INCIDENT
 
 ENDED_FOR_GOOD = (EXIT_USER_ERROR, EXIT_INCIDENT)  # started again, the run would end the same way
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    # a launcher that is killed outright must not leave ranks behind: torchrun ends them on SIGHUP
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+    os.environ[AGENT_PID] = str(os.getpid())
     from torch.distributed import run
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher import api
 
+    class Agent(LocalElasticAgent):
+        """torchrun's own starts ranks again whatever they ended with."""
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if any(failure.exitcode in ENDED_FOR_GOOD for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            return result
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
         run.run(run.parse_args(["--signals-to-handle=SIGHUP", *sys.argv[1:]]))
     except ChildFailedError as error:

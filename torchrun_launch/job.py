@@ -82,17 +82,21 @@ class NodeTask:
         reported = self.reports(folder, nodes, everyone=code != 0)
         if node != min(reported):
             return 0 if code == 0 else exit_code(code, status)
+        # the node that decides may have seen no more of another's error than closed connections
+        code = next((other for other in reported.values() if other in ENDED_FOR_GOOD), code)
         lost = [names[n] for n in range(nodes) if n not in reported] if code else []
         return self.decide(code, agent.asked, status, lost)
 
     def folder(self, attempt: int) -> Path:
         return Path(self.submission) / f"attempt-{attempt}"
 
-    def reports(self, folder: Path, nodes: int, everyone: bool) -> set[int]:
-        """Numbers of the nodes that have come to their end. Where a node may be lost, wait for `everyone` a while."""
+    def reports(self, folder: Path, nodes: int, everyone: bool) -> dict[int, int]:
+        """Nodes that have come to their end, and torchrun's exit code there. Where a node may be lost, wait for
+        `everyone` a while."""
         deadline = time.monotonic() + _REPORT_SECONDS
         while True:
-            found = {int(path.stem.removeprefix("node-")) for path in folder.glob("node-*.json")}
+            paths = {int(path.stem.removeprefix("node-")): path for path in folder.glob("node-*.json")}
+            found = {number: json.loads(path.read_text())["code"] for number, path in paths.items()}
             if len(found) == nodes or time.monotonic() > deadline or (not everyone and 0 in found):
                 return found
             time.sleep(0.5)

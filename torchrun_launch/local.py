@@ -38,7 +38,8 @@ def launch(
 
         ranks = max(1, torch.cuda.device_count())
     if nodes == "1":
-        meeting = ["--standalone"]
+        # by address: in containers and on laptops a machine's own name often does not resolve
+        meeting = ["--standalone", "--local-addr=127.0.0.1"]
     elif endpoint is None:
         raise ValueError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
     else:

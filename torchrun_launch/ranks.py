@@ -7,13 +7,14 @@ the rendezvous is lost, a rank that is still importing dies of it, and torchrun 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -23,7 +24,9 @@ from mom_train.status import EXIT_PREEMPTED
 from torchrun_launch.agent import ENDED_FOR_GOOD
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_RANKLESS_SECONDS = 5.0  # between a signal and the end of a torchrun that has no ranks to wait for
+_PR_SET_PDEATHSIG = 1
+_RANKLESS_SECONDS = 5.0  # between a signal and the end of a torchrun that has no ranks yet
+_BARRIER_SECONDS = 60.0  # for a torchrun whose ranks have ended to hear from those of the other nodes
 
 
 def rank_environment(ranks: int, cores: int, given: Mapping[str, str]) -> dict[str, str]:
@@ -93,7 +96,7 @@ class Agent:
             stdout=pipe,
             stderr=pipe,
             start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone
-            preexec_fn=_ignore_stop_signals,
+            preexec_fn=_prepare_agent(),
         )
         self._copies = []
         if log is not None:
@@ -128,7 +131,8 @@ class Agent:
                 if _listens(rank):
                     _send(rank, signal.SIGTERM)
                     told.add(rank)
-            if self._force or now - asked_at > shutdown_timeout or now - ranks_at > _RANKLESS_SECONDS:
+            rankless = _BARRIER_SECONDS if told else _RANKLESS_SECONDS
+            if self._force or now - asked_at > shutdown_timeout or now - ranks_at > rankless:
                 self.kill()
         for copy in self._copies:
             copy.join()
@@ -141,10 +145,22 @@ class Agent:
         _send(self._process.pid, signal.SIGKILL)
 
 
-def _ignore_stop_signals() -> None:
-    # Slurm signals every process of a step; torchrun must live until its ranks have saved
-    for number in _STOP_SIGNALS[:-1]:
-        signal.signal(number, signal.SIG_IGN)
+def _prepare_agent() -> Callable[[], None]:
+    """What torchrun's process does between fork and exec, where little may be done: the rest is done here."""
+    launcher = os.getpid()
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        # Slurm signals every process of a step; torchrun must live until its ranks have saved
+        for number in _STOP_SIGNALS[:-1]:
+            signal.signal(number, signal.SIG_IGN)
+        # a launcher that is killed outright must not leave ranks behind: torchrun ends them on SIGHUP
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+            if os.getppid() != launcher:  # it was killed before this asked to be told
+                os._exit(1)
+
+    return prepare
 
 
 def _children(pid: int) -> set[int]:

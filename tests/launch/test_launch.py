@@ -1,4 +1,5 @@
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -17,11 +18,12 @@ DRIVER = """
 import os, sys
 from pathlib import Path
 from torchrun_launch.ranks import Agent
-agent = Agent(["--standalone", "--nproc-per-node=2"], [sys.argv[1]], os.environ)
+agent = Agent(["--standalone", "--nproc-per-node=2", "--max-restarts=1"], [sys.argv[1]], os.environ)
 sys.exit(agent.wait(shutdown_timeout=float(sys.argv[2])))
 """
 LISTENS = """
 import os, signal, sys, time
+open("starts", "a").write(os.environ['RANK'])
 open(f"begun-{os.environ['RANK']}", "w").write(str(os.getpid()))
 time.sleep(2)  # imports, NCCL
 told = []
@@ -94,9 +96,29 @@ def test_a_launcher_that_is_killed_leaves_no_ranks(two_ranks):
     until(lambda: not any(map(alive, ranks)), 45)
 
 
-def test_a_ranks_exit_code_for_the_users_mistakes_is_torchruns_own(two_ranks):
-    process, _ = two_ranks(LISTENS.replace("time.sleep(2)", "sys.exit(2 * int(os.environ['RANK']))"))
-    assert process.wait(60) == 2
+@pytest.mark.parametrize("code", [2, 3])
+def test_an_error_that_would_repeat_is_torchruns_exit_code_and_not_tried_again(two_ranks, tmp_path, code):
+    process, _ = two_ranks(LISTENS.replace("time.sleep(2)", f"sys.exit({code} * int(os.environ['RANK']))"))
+    assert process.wait(60) == code
+    assert sorted((tmp_path / "starts").read_text()) == ["0", "1"]
+
+
+def test_ranks_that_crash_are_started_again(two_ranks, tmp_path):
+    process, _ = two_ranks(LISTENS.replace("time.sleep(2)", "sys.exit(5)"))
+    assert process.wait(60) == 1
+    assert sorted((tmp_path / "starts").read_text()) == ["0", "0", "1", "1"]
+
+
+def test_a_rank_whose_torchrun_is_gone_already_does_not_train(tmp_path):
+    environment = {
+        **os.environ,
+        "TORCHELASTIC_RUN_ID": "mom",
+        "MOM_AGENT_PID": str(2**22),
+    }  # no process has that number
+    command = [sys.executable, "-m", "mom_train", str(write_config(tmp_path))]
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_exit_code_says_how_the_run_ended():
@@ -139,6 +161,15 @@ def test_status_logs_and_cancel_know_a_local_run(tmp_path):
     assert found["state"] == "ENDED"
     assert found["status"]["state"] == "preempted"
     assert (run_dir / "LATEST").read_text() == f"step-{found['status']['step']}\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a host name of its own needs root")
+def test_ranks_of_one_machine_meet_though_its_name_does_not_resolve(tmp_path):
+    config = write_config(tmp_path, training__steps=3, validation={"sequences": 1})
+    command = [sys.executable, "-m", "torchrun_launch", "local", "--nproc-per-node", "2", str(config)]
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid; exec "$@"', "sh"]
+    done = subprocess.run([*renamed, *command], cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_batch_script_quotes_what_the_user_gives(tmp_path):
