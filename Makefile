@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENV = .venv/.ok
 
-.PHONY: demo test cluster faults lint format clean
+.PHONY: demo test cluster image faults lint format clean
 demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
 	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
 
@@ -10,7 +10,10 @@ test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
 	.venv/bin/python -m pytest $(PYTEST)
 
 cluster: $(ENV)  ## the tests that need root and Debian's Slurm (tests/cluster/slurm.py says which packages)
-	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m cluster $(PYTEST)
+	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m cluster tests/cluster $(PYTEST)
+
+image: $(ENV)  ## builds the container image and runs it (root, Debian's buildah and mmdebstrap)
+	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m image -s tests/docker $(PYTEST)
 
 faults: $(ENV)  ## the long fault campaign (two hours or so on two cores); ARGS='--faults 20 --seed 7'
 	.venv/bin/python tests/faults/campaign.py --faults 200 --seed $$(date +%j) $(ARGS)

@@ -26,7 +26,16 @@ class Fleet:
 
     def launch(self, host, steps):
         command = [sys.executable, "-m", "torchrun_launch", "local", "--nnodes", "2", "--nproc-per-node", "1"]
-        command += ["--node-rank", host, "--rdzv-endpoint", f"n0:{PORT}", "--rdzv-timeout", "60", "--max-restarts", "3"]
+        command += [
+            "--node-rank",
+            host,
+            "--rdzv-endpoint",
+            f"n0:{PORT}",
+            "--rdzv-timeout",
+            "300",
+            "--max-restarts",
+            "3",
+        ]
         command += [self.config, f"run_dir={self.run_dir}", f"training.steps={steps}", "checkpoint.every=10"]
         with open(self.folder / f"n{host}.log", "a") as log:
             self.launchers[host] = self.hosts.popen(host, command, cwd=CHECKOUT, stdout=log, stderr=log)
@@ -39,14 +48,14 @@ class Fleet:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line)["step"] for line in lines]
 
-    def until_step(self, step, timeout=240):
+    def until_step(self, step, timeout=900):
         deadline = time.monotonic() + timeout
         while max(self.steps(), default=0) < step:
             assert time.monotonic() < deadline, self.log(0)[-3000:] + self.log(1)[-3000:]
             assert all(p.poll() in (None, 0) for p in self.launchers.values()), self.log(0)[-3000:]
             time.sleep(0.1)
 
-    def finish(self, timeout=300):
+    def finish(self, timeout=900):
         codes = {host: p.wait(timeout) for host, p in self.launchers.items()}
         assert codes == {0: 0, 1: 0}, self.log(0)[-3000:] + self.log(1)[-3000:]
 
@@ -56,7 +65,7 @@ def test_a_host_that_dies_and_returns_joins_again_and_the_run_goes_on(fleet):
         fleet.launch(host, steps=80)
     fleet.until_step(15)
     fleet.hosts.kill(1)
-    fleet.launchers.pop(1).wait(10)
+    fleet.launchers.pop(1).wait(60)
     time.sleep(3)
     fleet.launch(1, steps=80)
     fleet.finish()

@@ -11,18 +11,19 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 LONG = 100_000  # steps: more than any test waits for
+PATIENCE = 900  # seconds; what is waited for comes in seconds on a quiet machine
 
 
 @pytest.fixture
 def cluster(slurm, tiny, tmp_path):
     """A job's whole surroundings; whatever it leaves is cancelled."""
-    until(lambda: len(slurm.idle()) == 3, 120)
+    until(lambda: len(slurm.idle()) == 3)
     made = Cluster(slurm, tiny, tmp_path)
     yield made
     for path in sorted(tmp_path.glob("**/jobs/*_log.out")):  # pytest shows it where the test has failed
         print(f"--- {path.name}\n{path.read_text()[-3000:]}")
     slurm.client("scancel", "-u", "root")
-    until(lambda: not slurm.client("squeue", "-h").stdout.strip(), 120)
+    until(lambda: not slurm.client("squeue", "-h").stdout.strip())
 
 
 class Cluster:
@@ -33,14 +34,14 @@ class Cluster:
     def launcher(self, *arguments, code=0):
         command = [sys.executable, "-m", "torchrun_launch", *map(str, arguments)]
         done = subprocess.run(
-            command, cwd=CHECKOUT, env=self.slurm.environment, capture_output=True, text=True, timeout=120
+            command, cwd=CHECKOUT, env=self.slurm.environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stderr
 
     def submit(self, *options, steps, nodes=2):
         """Returns the job's number."""
-        given = ["--nodes", nodes, "--gpus-per-node", 0, "--cpus-per-task", 1, "--rdzv-timeout", 15, *options]
+        given = ["--nodes", nodes, "--gpus-per-node", 0, "--cpus-per-task", 1, *options]
         changes = [f"run_dir={self.run_dir}", f"training.steps={steps}", "checkpoint.every=10"]
         out = self.launcher("submit", *given, self.config, *changes)
         return out.split()[1]
@@ -52,11 +53,20 @@ class Cluster:
         """The last logged."""
         return max(self.steps(), default=0)
 
+    def until(self, ready):
+        """Wait for it, or fail at once where the job has given up."""
+        until(lambda: ready() or self.given_up())
+        assert ready(), f"the job was given up: {self.given_up()}"
+
+    def given_up(self):
+        decisions = (json.loads(p.read_text()) for p in self.run_dir.glob("submissions/*/attempt-*/decision.json"))
+        return [d["verdict"] for d in decisions if d["verdict"].startswith("not again")]
+
     def checkpointed(self):
         """Wait for a checkpoint and a few steps more."""
-        until((self.run_dir / "LATEST").exists, 240)
+        self.until((self.run_dir / "LATEST").exists)
         saved = int((self.run_dir / "LATEST").read_text().split("-")[1])
-        until(lambda: self.step() > saved, 120)
+        self.until(lambda: self.step() > saved)
 
     def steps(self):
         path = self.run_dir / "metrics.jsonl"
@@ -77,14 +87,14 @@ class Cluster:
         def shown():
             return self.slurm.client("scontrol", "show", "job", job).stdout
 
-        until(lambda: "JobState=PENDING" in shown() and "Restarts=1" in shown(), 240)
+        self.until(lambda: "JobState=PENDING" in shown() and "Restarts=1" in shown())
         assert f"ExcNodeList={excluded or '(null)'}" in shown()
         time.sleep(2)  # sooner, Slurm takes the job's credential for a revoked one
         self.slurm.client("scontrol", "update", f"JobId={job}", "StartTime=now")
         return int((self.run_dir / "LATEST").read_text().split("-")[1])
 
-    def finished(self, timeout=240):
-        until(lambda: self.status()["state"] == "COMPLETED", timeout)
+    def finished(self):
+        self.until(lambda: self.status()["state"] == "COMPLETED")
 
     def processes(self):
         """Command lines of what trains on the nodes."""
@@ -99,8 +109,13 @@ class Cluster:
         return found
 
 
-def until(ready, timeout):
-    deadline = time.monotonic() + timeout
+def losses(run_dir):
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name.startswith("loss/")} for row in rows]
+
+
+def until(ready):
+    deadline = time.monotonic() + PATIENCE
     while not ready():
         assert time.monotonic() < deadline, "nothing happened in time"
         time.sleep(0.3)
@@ -128,7 +143,7 @@ def test_two_nodes_train_the_code_and_the_config_of_the_submission(cluster):
 
 def test_a_preempted_job_saves_returns_to_the_queue_and_carries_on(cluster):
     job = cluster.submit(steps=150)
-    until(lambda: cluster.step() >= 10, 240)
+    cluster.until(lambda: cluster.step() >= 10)
     urgent = ["sbatch", "-p", "high", "-N3", "--exclusive", "--output=/dev/null", "--wrap", "srun sleep 1"]
     cluster.slurm.client(*urgent)
     saved = cluster.started_again(job)
@@ -137,6 +152,11 @@ def test_a_preempted_job_saves_returns_to_the_queue_and_carries_on(cluster):
     cluster.finished()
     assert f"from step {saved} of 150" in cluster.logs("--rank", 0)
     assert cluster.steps() == list(range(151))
+    # its loss curve is that of a run which nobody has disturbed
+    there = cluster.folder / "undisturbed"
+    given = ["--nproc-per-node", 2, cluster.config, f"run_dir={there}", "training.steps=150", "checkpoint.every=10"]
+    cluster.launcher("local", *given)
+    assert losses(cluster.run_dir) == losses(there)
 
 
 def test_a_job_out_of_time_goes_on_in_its_next_attempt_and_cancel_leaves_no_process(cluster):
@@ -145,7 +165,7 @@ def test_a_job_out_of_time_goes_on_in_its_next_attempt_and_cancel_leaves_no_proc
     saved = cluster.started_again(job)
     assert saved > 0
     assert cluster.attempt(0, "node-0")["asked"] == "SIGUSR2"
-    until(lambda: cluster.step() > saved, 240)
+    cluster.until(lambda: cluster.step() > saved)
     assert f"from step {saved} of {LONG}" in cluster.logs("--rank", 0)
     assert cluster.processes()
     # two launches would share one run's checkpoints
@@ -153,7 +173,7 @@ def test_a_job_out_of_time_goes_on_in_its_next_attempt_and_cancel_leaves_no_proc
     assert f"job {job} is RUNNING" in refused
     cluster.launcher("cancel", cluster.run_dir)
     assert cluster.status()["state"] == "CANCELLED"
-    until(lambda: not cluster.processes(), 15)
+    until(lambda: not cluster.processes())
 
 
 def test_a_node_without_power_is_replaced(cluster):
@@ -175,7 +195,8 @@ def test_a_node_without_power_is_replaced(cluster):
 def test_a_node_whose_ranks_vanish_is_excluded_from_the_next_attempt(cluster):
     if cluster.slurm.hosts is None:
         pytest.skip("needs one network namespace per node")
-    job = cluster.submit(steps=80)
+    # so long the ranks of the other node wait for these to come back
+    job = cluster.submit("--rdzv-timeout", 45, steps=80)
     cluster.checkpointed()
     for pid in cluster.slurm.hosts.pids(1):
         if any(word in Path(f"/proc/{pid}/cmdline").read_text() for word in ("submitit", "mom_train")):
@@ -213,10 +234,11 @@ def test_a_repeating_failure_is_not_tried_for_ever(cluster):
     # shards that vanish after the submission: ranks end with code 2, the job with them, at once
     data = cluster.folder / "shards"
     os.symlink(cluster.config.parent / "train", data)
-    given = ["--nodes", 1, "--gpus-per-node", 0, "--cpus-per-task", 1, "--max-restarts", 0, "--sbatch", "hold"]
+    given = ["--nodes", 1, "--gpus-per-node", 0, "--cpus-per-task", 1, "--sbatch", "hold"]
     overrides = [f"run_dir={cluster.run_dir}", f"data.train=[{{path: {data}}}]"]
     job = cluster.launcher("submit", *given, cluster.config, *overrides).split()[1]
     data.unlink()
     cluster.slurm.client("scontrol", "release", job)
-    until(lambda: cluster.status()["state"] == "FAILED", 120)
+    until(lambda: cluster.status()["state"] == "FAILED")
     assert cluster.attempt(0, "decision")["verdict"] == "not again: the error would repeat"
+    assert cluster.logs().count("mom_train: error") == 1, "the ranks were started once"
