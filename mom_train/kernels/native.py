@@ -18,9 +18,14 @@ from filelock import FileLock
 from torch import Tensor
 
 LANES = 16
-_SOURCE = Path(__file__).with_name("scan.c")
-_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
+"""Channels come in multiples of this: the widest vector, of AVX-512."""
+SOURCE = Path(__file__).with_name("scan.c")
+FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC"]
 log = logging.getLogger(__name__)
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
 @functools.cache
@@ -34,35 +39,47 @@ def library(state: int) -> ctypes.CDLL | None:
     if state % 2:
         log.info("C kernels off: the SSM state (%d) is odd; using PyTorch", state)
         return None
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         log.info("C kernels off: no C compiler (cc, gcc, clang) on the PATH; using PyTorch")
         return None
     try:
-        return ctypes.CDLL(str(_build(compiler, state)))
+        path = build(found, state)
+        log.info("C kernels on: %s, built by %s for this processor (-march=native)", path, found)
+        return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
-        log.warning("C kernels off: building them with %s failed; using PyTorch: %s", compiler, detail)
+        log.warning("C kernels off: building them with %s failed; using PyTorch: %s", found, detail)
         return None
 
 
-@torch.compiler.assume_constant_result
+_available: dict[int, bool] = {}
+
+
 def available(state: int) -> bool:
-    """Whether `library` has kernels for this state size; torch.compile asks once and does not look inside."""
-    return library(state) is not None
+    """Whether `library` has kernels for this state size.
+
+    Asked once before a block is compiled: then torch.compile sees a dict, and no compiler being called. (Marking the
+    function a constant for it would import torch._dynamo, a second of every rank's start.)
+    """
+    if state not in _available:
+        _available[state] = library(state) is not None
+    return _available[state]
 
 
-def _build(compiler: str, state: int) -> Path:
+def build(compiler: str, state: int, architecture: str = "native") -> Path:
+    """The shared library for one state size and -march, from the cache or compiled into it."""
+    flags = [*FLAGS, f"-march={architecture}", f"-DSTATE={state}"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mom_train"
     cache.mkdir(parents=True, exist_ok=True)
-    source = _SOURCE.read_bytes()
+    source = SOURCE.read_bytes()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    identity = b"\0".join([source, str(state).encode(), version, " ".join(_FLAGS).encode(), _cpu().encode()])
+    identity = b"\0".join([source, version, " ".join(flags).encode(), _cpu().encode()])
     target = cache / f"scan-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     with FileLock(f"{target}.lock"):
         if not target.exists():
             partial = target.with_suffix(".tmp")
-            command = [compiler, *_FLAGS, f"-DSTATE={state}", str(_SOURCE), "-o", str(partial)]
+            command = [compiler, *flags, str(SOURCE), "-o", str(partial)]
             try:
                 subprocess.run([*command, "-fopenmp"], check=True, capture_output=True)
             except subprocess.CalledProcessError:  # a clang without libomp: one thread is still far ahead
@@ -94,7 +111,11 @@ def threads() -> ctypes.c_int:
     return ctypes.c_int(torch.get_num_threads())
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """fp32 with unit stride along channels; a view with a longer row stride is taken as it is."""
-    tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def row_tensors(*tensors: Tensor) -> tuple[list[Tensor], bool]:
+    """All of them as bf16 where all are, otherwise as fp32, with unit stride along channels; True for bf16.
+
+    A view with a longer row stride is taken as it is.
+    """
+    half = all(t.dtype == torch.bfloat16 for t in tensors)
+    cast = [t if half else t.float() for t in tensors]
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in cast], half

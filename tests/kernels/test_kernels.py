@@ -1,3 +1,7 @@
+import ctypes
+import platform
+from pathlib import Path
+
 import pytest
 import reference
 import torch
@@ -25,6 +29,7 @@ def geometry(B, L, modalities, seed, empty=None):
 
 
 def relative_error(a, b):
+    a, b = a.detach(), b.detach()
     return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30))
 
 
@@ -79,39 +84,42 @@ def test_scan_and_all_its_gradients_equal_the_float64_recurrence(backend, B, L, 
 
 
 @pytest.mark.parametrize(
-    ("backend", "B", "L", "D", "carried"),
-    [  # rows that carry on take the PyTorch one
-        ("torch", 2, 37, 32, False),
-        ("torch", 1, 2, 16, False),
-        ("torch", 2, 150, 48, True),
-        ("c", 2, 37, 32, False),
-        ("c", 1, 2, 16, False),
-        ("c", 2, 150, 48, False),
+    ("backend", "B", "L", "D", "carried", "dtype", "tolerance"),
+    [
+        ("torch", 2, 37, 32, False, torch.float32, 2e-6),
+        ("torch", 1, 2, 16, False, torch.float32, 2e-6),
+        ("torch", 2, 150, 48, True, torch.float32, 2e-6),
+        ("torch", 2, 150, 48, True, torch.bfloat16, 1e-2),
+        ("c", 2, 37, 32, False, torch.float32, 2e-6),
+        ("c", 1, 2, 16, False, torch.float32, 2e-6),
+        ("c", 2, 150, 48, True, torch.float32, 2e-6),
+        ("c", 2, 150, 48, True, torch.bfloat16, 1e-2),
+        ("c", 3, 2, 272, True, torch.float32, 2e-6),
     ],
 )
-def test_convolution_and_its_gradients_equal_the_float64_definition(backend, B, L, D, carried):
+def test_convolution_and_its_gradients_equal_the_float64_definition(backend, B, L, D, carried, dtype, tolerance):
     require(backend)
     g = torch.Generator().manual_seed(L)
     modality, document = geometry(B, L, 2, seed=L)
     layout = RowLayout.sort(modality, document, 2, past_B=torch.full((B,), 255 * carried))
-    x, w, b = (torch.randn(*s, generator=g).double() for s in ((B, L, D), (D, 4), (D,)))
-    init = torch.randn(B, 3, D, generator=g).double() if carried else None
-    gy = torch.randn(B, L, D, generator=g).double()
+    x, w, b = (torch.randn(*s, generator=g).to(dtype).double() for s in ((B, L, D), (D, 4), (D,)))
+    init = torch.randn(B, 3, D, generator=g).to(dtype).double() if carried else None
+    gy = torch.randn(B, L, D, generator=g).to(dtype).double()
     leaves = [t.clone().requires_grad_() for t in (x, w, b, *([init] if carried else []))]
     y_ref = reference.causal_conv(*leaves[:3], document, leaves[3] if carried else None)
     grads_ref = torch.autograd.grad(y_ref, leaves, gy)
 
-    wide = torch.zeros(B * L, 2 * D)
+    wide = torch.zeros(B * L, 2 * D, dtype=dtype)
     wide[:, :D] = x.reshape(-1, D)[layout.rows]
     wide.requires_grad_()
     ours = [wide[:, :D], *(t.detach().float().requires_grad_() for t in leaves[1:])]
     y, final = causal_conv(*ours[:3], layout, ours[3] if carried else None, backend=backend)
     order = layout.order.long()
-    assert relative_error(y.detach()[order].view(B, L, D), y_ref.detach()) < 2e-6
-    grads = torch.autograd.grad(y, [wide, *ours[1:]], gy.reshape(-1, D)[layout.rows].float())
-    assert relative_error(grads[0][order][:, :D].reshape(B, L, D), grads_ref[0]) < 2e-6
+    assert relative_error(y.detach()[order].view(B, L, D), y_ref.detach()) < tolerance
+    grads = torch.autograd.grad(y, [wide, *ours[1:]], gy.reshape(-1, D)[layout.rows].to(dtype))
+    assert relative_error(grads[0][order][:, :D].reshape(B, L, D), grads_ref[0]) < tolerance
     for a, r in zip(grads[1:], grads_ref[1:], strict=True):
-        assert relative_error(a, r) < 2e-6
+        assert relative_error(a, r) < tolerance
     before = torch.zeros(B, 3, D).double() if init is None else init
     assert relative_error(final, torch.cat([before, x], 1)[:, -3:]) < 1e-6
 
@@ -191,7 +199,60 @@ def test_operators_keep_torchs_contract():
         )
 
 
-def test_the_number_of_threads_does_not_change_a_bit_of_the_c_kernels():
+@pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_the_c_kernels_agree_with_float64_under_every_instruction_set(architecture, monkeypatch):
+    """SSE2, AVX2 and AVX-512 take different vectors, reciprocals and exponentials."""
+    require("c")
+    needed = {"x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512f", "avx512dq"}}.get(architecture, set())
+    if platform.machine() != "x86_64" or not needed <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip(f"THIS PROCESSOR DOES NOT RUN {architecture}: its C kernels are not tested here")
+    built = ctypes.CDLL(str(native.build(native.compiler(), 16, architecture)))
+    monkeypatch.setattr(native, "library", lambda state: built)
+    scan, conv = (
+        test_scan_and_all_its_gradients_equal_the_float64_recurrence,
+        test_convolution_and_its_gradients_equal_the_float64_definition,
+    )
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+        scan("c", 2, 37, 48, 2, True, dtype, tolerance)
+        conv("c", 2, 37, 48, True, dtype, tolerance)
+
+
+@pytest.mark.parametrize("N", [4, 6, 16, 32])
+def test_the_c_scan_handles_other_state_sizes_and_extreme_time_steps(N):
+    """exp(Delta A) underflows to 0 or stays within rounding of 1; neither may spoil a sum."""
+    if native.library(N) is None:
+        pytest.skip("NO C COMPILER: the C kernels are not tested on this machine")
+    g = torch.Generator().manual_seed(N)
+    modality, document = geometry(1, 50, 2, seed=N)
+    layout = RowLayout.sort(modality, document, 2)
+    dt = torch.randn(50, 32, generator=g) * 15  # Delta from 1e-20 to 40
+    rows = [torch.randn(50, n, generator=g) for n in (32, N, N, 32)]
+    A, skip, bias = -torch.exp(torch.randn(32, N, generator=g) * 2), torch.randn(32, generator=g), torch.zeros(2, 32)
+    inputs = [rows[0], dt, A, rows[1], rows[2], skip, rows[3], bias]
+    results = []
+    for dtype, backend in ((torch.float32, "c"), (torch.float64, "torch")):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        y, hT = selective_scan(*leaves, layout, backend=backend)
+        results.append([y.detach(), hT.detach(), *torch.autograd.grad([y.sum() + hT.sum()], leaves)])
+    for i, (ours, wanted) in enumerate(zip(*results, strict=True)):
+        assert bool(ours.isfinite().all())
+        assert relative_error(ours, wanted) < 5e-6, f"output or gradient {i}"
+
+
+def test_bf16_rows_are_rounded_to_nearest_and_keep_nan():
+    require("c")
+    layout = RowLayout.sort(torch.zeros(1, 64, dtype=torch.uint8), torch.arange(64).view(1, 64).int(), 1)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[3, 5], x[4, 6] = float("nan"), float("inf")
+    weight, bias = torch.full((16, 4), 0.37), torch.full((16,), 3e-3)
+    y, _ = causal_conv(x, weight, bias, layout, backend="c")
+    pre = 0.37 * x.double() + 3e-3  # every token its own document: one tap each
+    expected = (pre * torch.sigmoid(pre)).to(torch.bfloat16)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_does_not_change_a_bit_of_the_c_kernels(dtype):
     require("c")
     modality, document = geometry(2, 64, 2, seed=7)
     layout = RowLayout.sort(modality, document, 2)
@@ -208,9 +269,12 @@ def test_the_number_of_threads_does_not_change_a_bit_of_the_c_kernels():
         before = torch.get_num_threads()
         torch.set_num_threads(n)
         try:
-            leaves = [t.clone().requires_grad_() for t in inputs]
+            leaves = [(t.to(dtype) if t.shape[0] == 128 else t.clone()).requires_grad_() for t in inputs]
             y, _ = selective_scan(*leaves, layout, backend="c")
-            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+            weights = [t.t().float().contiguous().requires_grad_() for t in (leaves[6][:4], leaves[6][:1])]
+            c, _ = causal_conv(leaves[0], weights[0], weights[1].flatten(), layout, backend="c")
+            total = y.float().square().sum() + c.float().square().sum()
+            results.append([y.detach(), c.detach(), *torch.autograd.grad(total, [*leaves, *weights])])
         finally:
             torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
