@@ -44,7 +44,8 @@ class Judge:
         ranks."""
         now = torch.stack([loss.double(), grad_norm.double()])
         known = self._good.clamp(max=len(self._recent))
-        median = self._recent.sort(0).values[(known - 1).clamp(min=0) // 2]  # nan sorts last
+        middle = ((known - 1).clamp(min=0) // 2).view(1)  # selected, not indexed by: that would wait for its value
+        median = self._recent.sort(0).values.index_select(0, middle).squeeze(0)  # nan sorts last
         spike = (now > self._limits * median) & (known >= _ENOUGH)
         bad = (~now.isfinite() | spike).any()
         self._recent = torch.where(bad, self._recent, torch.cat([self._recent[1:], now[None]]))
@@ -102,19 +103,23 @@ class BadSteps:
         self._config, self._plan, self._ranks = config, plan, ranks
         self._in_a_row: list[dict[str, Any]] = []
         self._noted: tuple[int, Tensor, Tensor, Sequence[PackedBatch]] | None = None
+        self._known: torch.cuda.Event | None = None  # of the verdict noted last
         self._path = config.run_dir / "rollbacks.jsonl"
 
     def note(self, step: int, bad: Tensor, sums: Tensor, step_batches: Sequence[PackedBatch]) -> None:
         """Remember a step until its verdict is known. `sums` (M+1,) are this rank's."""
         self._noted = step, bad.to("cpu", non_blocking=True), sums, step_batches
+        if sums.is_cuda:
+            self._known = torch.cuda.Event()
+            self._known.record()
 
     def stay_bad(self) -> bool:
         """Look at the verdict on the step before. True where there were too many bad ones in a row."""
         if self._noted is None:
             return False
         (step, bad, sums, step_batches), self._noted = self._noted, None
-        if sums.is_cuda:
-            torch.cuda.current_stream().synchronize()
+        if self._known is not None:
+            self._known.synchronize()  # not with the stream: it has the next step's passes already
         if not bad:
             self._in_a_row.clear()
             return False

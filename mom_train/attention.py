@@ -26,10 +26,11 @@ class AttentionState:
     v: Tensor
 
 
-def attention_mask(layout: RowLayout, past: int = 0) -> Any:
+def attention_mask(layout: RowLayout, past: int = 0, dtype: torch.dtype | None = None) -> Any:
     """Who sees whom: the same document's earlier positions, and inside a picture's patches one another.
 
-    Returns bool (B, 1, L, past + L), True where attention is allowed, for scaled_dot_product_attention; on CUDA
+    Returns bool (B, 1, L, past + L), True where attention is allowed, for scaled_dot_product_attention; with a `dtype`
+    what is added to the scores, 0 or -inf, which that function would make of it in every block, and keep. On CUDA
     without a past, the same rule as a flex_attention BlockMask.
     """
     B, L = layout.batch, layout.length
@@ -53,6 +54,8 @@ def attention_mask(layout: RowLayout, past: int = 0) -> Any:
     if past:
         # the first document of a continued row is the one that its past belongs to
         mask = torch.cat([(document == document[:, :1])[:, :, None].expand(B, L, past), mask], 2)
+    if dtype is not None:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     return mask[:, None]
 
 

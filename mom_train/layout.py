@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mom_train.sequence_parallel import Context
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class RowLayout:
     document  (T,) int32   in time order
     picture   (T,) int32   in time order: number of the picture whose latent patch stands here, -1 elsewhere; None
                            where there are no latents
+    context                with whom the rows are shared, where their positions are dealt to several ranks; all of the
+                           above is then of this rank's slice, and `position` knows of the tokens before it
     """
 
     batch: int
@@ -35,6 +41,7 @@ class RowLayout:
     position: Tensor
     document: Tensor
     picture: Tensor | None = None
+    context: Context | None = None
 
     @classmethod
     def build(
@@ -47,6 +54,7 @@ class RowLayout:
         *,
         past_B: Tensor | None = None,
         picture_BL: Tensor | None = None,
+        context: Context | None = None,
     ) -> RowLayout:
         """From the fields of a PackedBatch.
 
@@ -63,10 +71,11 @@ class RowLayout:
         position = (time - begin.cummax(1).values).clamp(max=255).to(torch.uint8)
         modality = modality_BL.reshape(-1).contiguous()  # the C kernels read raw memory
         picture = None if picture_BL is None else picture_BL.reshape(-1)
-        return cls(B, L, order, rows, offsets, modality, position.reshape(-1), document_BL.reshape(-1), picture)
+        fields = (order, rows, offsets, modality, position.reshape(-1), document_BL.reshape(-1), picture)
+        return cls(B, L, *fields, context)
 
     @classmethod
-    def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Tensor | None) -> RowLayout:
+    def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Any) -> RowLayout:
         """The same from modality (B, L) and document (B, L) alone; the loader has `order` and `rows` already."""
         flat = modality_BL.reshape(-1).long()
         rows = torch.argsort(flat, stable=True)

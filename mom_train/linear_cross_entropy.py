@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-_CHUNK_LOGITS = 1 << 24  # logits alive at a time: 64 MiB in fp32
+_CHUNK_LOGITS = 1 << 24  # logits alive at a time, at least: 64 MiB in fp32
 
 
 def linear_cross_entropy(
@@ -42,25 +42,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total_z = losses.new_zeros(())
         grad_x = torch.empty_like(x) if keep else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if keep else None
-        rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+        # as many logits as weights, too: every chunk passes over the weight's gradient
+        rows = max(1, _CHUNK_LOGITS // weight.shape[0], weight.shape[1])
         for s in range(0, x.shape[0], rows):
             e = min(s + rows, x.shape[0])
             logits = (x[s:e] @ weight.t()).to(wide)
             target = labels[s:e]
             valid = target != IGNORE
             index = target.clamp_min(0).unsqueeze(1)
-            logsum = logits.logsumexp(1)
-            losses[s:e] = torch.where(valid, logsum - logits.gather(1, index).squeeze(1), 0.0)
+            of_target = logits.gather(1, index).squeeze(1)
+            largest = logits.amax(1)
+            # in place, and one exponential for loss and gradient: a pass over the logits costs as much as a product
+            exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+            total = exponentials.sum(1)
+            logsum = largest + total.log()
+            losses[s:e] = torch.where(valid, logsum - of_target, 0.0)
             total_z += torch.where(valid, logsum, 0.0).square().sum()
-            if grad_x is None or grad_weight is None:
-                continue
-            grad = logits.sub_(logsum.unsqueeze(1)).exp_()
-            if z_loss:
-                grad *= 1 + 2 * z_loss * logsum.unsqueeze(1)
-            grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-            grad = grad.mul_(valid.unsqueeze(1)).to(x.dtype)
-            torch.mm(grad, weight, out=grad_x[s:e])
-            grad_weight += (grad.t() @ x[s:e]).to(wide)
+            if grad_x is not None and grad_weight is not None:
+                factor = valid * (1 + 2 * z_loss * logsum)
+                grad = exponentials.mul_((factor / total).unsqueeze(1))
+                grad.scatter_add_(1, index, -valid.to(wide).unsqueeze(1))
+                grad = grad.to(x.dtype)
+                torch.mm(grad, weight, out=grad_x[s:e])
+                grad_weight += grad.t() @ x[s:e]
+                del grad
+            del logits, exponentials  # before the next chunk's are made
         ctx.save_for_backward(*([grad_x, grad_weight] if keep else []))
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mom_train.config import ModelConfig
-from mom_train.kernels import causal_conv, selective_scan
+from mom_train.kernels import causal_conv, native, selective_scan
 from mom_train.layout import RowLayout
 from mom_train.routed import Norm, projection
 
@@ -33,6 +33,8 @@ class MambaMixer(nn.Module):
         super().__init__()
         D, N, R = config.inner, config.state, config.rank
         self.modalities, self.inner, self.state, self.rank = modalities, D, N, R
+        for size in {16, N}:  # the convolution's and the scan's: built before torch.compile could look inside
+            native.available(size)
         self.in_proj = projection(config, "in_proj", config.dim, 2 * D, modalities)
         self.conv_weight = nn.Parameter(torch.empty(D, config.conv))
         self.conv_bias = nn.Parameter(torch.empty(D))
@@ -46,17 +48,28 @@ class MambaMixer(nn.Module):
 
     def forward(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
         """Rows (T, dim) in row order. A `state` is read, and replaced by the one after these rows."""
+        return self.out_proj(self.gated(x_Td, layout, state), layout)
+
+    def gated(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
+        """What out_proj reads (T, inner)."""
         x_TD, z_TD = self.in_proj(x_Td, layout).split(self.inner, dim=1)
         conv_BKD, ssm_BDN = (None, None) if state is None else (state.conv_BKD, state.ssm_BDN)
+        context = layout.context
+        if context is not None:
+            assert state is None, "rows are generated on one rank"
+            conv_BKD = context.inputs_before(x_TD, layout, self.conv_weight.shape[1] - 1)
         x_TD, conv_BKD = causal_conv(x_TD, self.conv_weight, self.conv_bias, layout, conv_BKD)
         dt_TR, B_TN, C_TN = self.x_proj(x_TD, layout).split([self.rank, self.state, self.state], dim=1)
         dt_TD = self.dt_proj(dt_TR, layout)
         A_DN = -torch.exp(self.A_log.float())
         dt_bias_MD = self.dt_bias.float().expand(self.modalities, -1)
-        y_TD, ssm_BDN = selective_scan(x_TD, dt_TD, A_DN, B_TN, C_TN, self.D.float(), z_TD, dt_bias_MD, layout, ssm_BDN)
+        scanned = (x_TD, dt_TD, A_DN, B_TN, C_TN, self.D.float(), z_TD, dt_bias_MD, layout)
+        if context is not None:
+            ssm_BDN = context.state_before(*scanned)
+        y_TD, ssm_BDN = selective_scan(*scanned, ssm_BDN)
         if state is not None:
             state.conv_BKD, state.ssm_BDN = conv_BKD, ssm_BDN
-        return self.out_proj(y_TD, layout)
+        return y_TD
 
     def empty_state(self, batch: int) -> MambaState:
         device = self.A_log.device
@@ -75,7 +88,10 @@ class MambaBlock(nn.Module):
         self.mixer = MambaMixer(config, modalities)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
-        return x_Td + self.mixer(self.norm(x_Td, layout), layout, state)
+        return x_Td + self.mixer.out_proj(self.gated(x_Td, layout, state), layout)
+
+    def gated(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
+        return self.mixer.gated(self.norm(x_Td, layout), layout, state)
 
     def empty_state(self, batch: int) -> MambaState:
         return self.mixer.empty_state(batch)

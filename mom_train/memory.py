@@ -13,30 +13,42 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from mom_train.config import ModelConfig, RunConfig
+from mom_train.config import ModelConfig, Recompute, RunConfig
 from mom_train.flops import parameters
 
 _FP32 = 4
 _SCAN_CHUNK = 32  # the scan keeps one state per so many positions (the C backend's; longer chunks keep less)
 _SCAN_CHANNELS = 256  # gradients of B and C are summed over channels in ranges of so many
-_CHUNK_LOGITS = 1 << 24  # as mom_train/linear_cross_entropy.py
+_CHUNK_LOGITS = 1 << 24  # at least, as mom_train/linear_cross_entropy.py
 Device = Literal["cuda", "cpu"]
 
 
-def block_activation_bytes(config: ModelConfig, element: int, mask_length: int = 0) -> int:
+def block_activation_bytes(config: ModelConfig, element: int) -> int:
     """Bytes per token that one block keeps for its backward pass; `element` is the bytes of a matmul's operands.
 
     Mamba: 8d for the norm (the fp32 residual and its normalised form; a fused CUDA norm keeps the first alone),
     e (d + 5D + R + 2N) for in_proj's input and output, conv, x_proj, dt_proj and the scan's output, and 4DN / chunk for
     the scan's states. Transformer: 16d for two norms, e (9d + 4h) for q, k and v before and after RoPE, attention's
-    output in both orders, the inputs, and SwiGLU's four; 4 bytes a head for the softmax; e x `mask_length` where
-    attention takes a dense mask of so many positions, which each block keeps in its own type (CPU).
+    output in both orders, the inputs, and SwiGLU's four; 4 bytes a head for the softmax.
     """
     d, D, N, R = config.dim, config.inner, config.state, config.rank
     if config.architecture == "transformer":
         assert config.heads is not None
-        return 16 * d + element * (9 * d + 4 * config.feed_forward + mask_length) + _FP32 * config.heads
+        return 16 * d + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads
     return 8 * d + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // _SCAN_CHUNK
+
+
+def selective_activation_bytes(config: ModelConfig, element: int) -> int:
+    """The same with selective checkpointing: 4d for the fp32 residual, and what is dear to compute again.
+
+    Mamba: outputs of in_proj, x_proj and scan, e (3D + R + 2N), and the scan's states. Transformer: outputs of all
+    products and of attention, e (6d + 2h), and the softmax's.
+    """
+    d, D, N, R = config.dim, config.inner, config.state, config.rank
+    if config.architecture == "transformer":
+        assert config.heads is not None
+        return _FP32 * d + element * (6 * d + 2 * config.feed_forward) + _FP32 * config.heads
+    return _FP32 * d + element * (3 * D + R + 2 * N) + _FP32 * D * N // _SCAN_CHUNK
 
 
 def block_backward_bytes(config: ModelConfig, element: int) -> int:
@@ -54,21 +66,17 @@ def block_backward_bytes(config: ModelConfig, element: int) -> int:
 
 
 def _head_forward(tokens: int, dim: int, vocabulary: int, element: int) -> int:
-    """Workspace of the head's forward pass, which makes its gradients too: the weight's gradient 4Vd (and in bf16 its
-    copy 2Vd), and either two buffers of logits, 8C (in bf16 12C from the second chunk on), or one, 4C (6C), beside one
-    chunk's gradient, 4Vd (6Vd)."""
+    """Workspace of the head's forward pass, which makes its gradients too: the weight's gradient 4Vd and one chunk's
+    part of it, 4Vd, beside the chunk's logits, 4C. In bf16 also the weight's copy 2Vd, the part's 2Vd, and the
+    logits' 2C."""
     weight = vocabulary * dim
-    rows = min(tokens, max(1, _CHUNK_LOGITS // vocabulary))
-    logits = rows * vocabulary
-    if element == _FP32:
-        return 4 * weight + max(8 * logits, 4 * logits + 4 * weight)
-    softmax = (12 if rows < tokens else 8) * logits
-    return 6 * weight + max(softmax, 6 * logits + 6 * weight)
+    logits = min(tokens, max(1, _CHUNK_LOGITS // vocabulary, dim)) * vocabulary
+    return 8 * weight + 4 * logits if element == _FP32 else 12 * weight + 6 * logits
 
 
 def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, Any]:
-    """Predicted bytes on each of `ranks` ranks at the highest moment of a step, with and without activation
-    checkpointing.
+    """Predicted bytes on each of `ranks` ranks at the highest moment of a step, without, with, and with selective
+    activation checkpointing; `chosen` is the config's.
 
     parameters, gradients, optimizer, ema   4, 4, 8 and 4 bytes x n / S; with accumulation gradients are whole, 4n, from
                     the first micro-batch until the last one's backward pass reaches their unit. With
@@ -76,9 +84,10 @@ def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, 
     units           what FSDP2 has of whole units: fp32 weights, the buffer they were gathered in (S > 1), a prefetched
                     unit, gradients being made, and those on their way to be summed
     weight_casts    bf16 copies of the linear maps, which autograd keeps from forward to backward, unsharded; with
-                    checkpointing those of one block
+                    checkpointing those of one block (selective: and Mamba's out_proj of every block)
     activations     T x what is kept for each: `block_activation_bytes` of every block; with checkpointing every block's
-                    fp32 input and one block's. Final norm and head keep 8d + 2ed (in bf16 4d more) in both
+                    fp32 input, or `selective_activation_bytes`, and one block's. Final norm and head keep 8d + 2ed (in
+                    bf16 4d more) in all; a dense attention mask (CPU) is there once
     workspace       `block_backward_bytes`, or what the head's loss needs, or the update's norms
 
     Not included: the allocator's fragmentation, NCCL's buffers, routers' copies, the batch itself.
@@ -88,13 +97,20 @@ def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, 
     if ranks % shard_ranks:
         raise ValueError(f"parallel.shard_ranks={shard_ranks} does not divide the {ranks} ranks")
     return {
-        "without_checkpointing": _variant(config, ranks, shard_ranks, device, False),
-        "with_checkpointing": _variant(config, ranks, shard_ranks, device, True),
+        **{name: _variant(config, ranks, shard_ranks, device, recompute) for recompute, name in _VARIANTS.items()},
         "activation_checkpointing": config.training.activation_checkpointing,
+        "chosen": _VARIANTS[config.training.activation_checkpointing],
     }
 
 
-def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: bool) -> dict[str, Any]:
+_VARIANTS: dict[Recompute, str] = {
+    False: "without_checkpointing",
+    True: "with_checkpointing",
+    "selective": "with_selective_checkpointing",
+}
+
+
+def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: Recompute) -> dict[str, Any]:
     model, diffusion = config.model, config.objective.diffusion
     d, blocks, vocabulary, L = model.dim, model.blocks, config.layout.size, config.data.sequence_length
     counts = parameters(model, vocabulary, len(config.layout.modalities), diffusion.patch_width if diffusion else None)
@@ -103,13 +119,21 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: b
     element = 2 if config.training.precision == "bf16" else _FP32
     linear = sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
     casts = 2 * linear if element == 2 else 0
-    T = config.training.micro_batch * L
+    T = config.training.micro_batch * L // config.parallel.context_ranks
     accumulates, offload = config.accumulation(ranks) > 1, config.parallel.cpu_offload
     gathered = _FP32 * (2 if S > 1 else 1)  # a whole unit's bytes per weight, with the buffer it came in
 
-    kept = block_activation_bytes(model, element, L if device == "cpu" else 0)
+    whole_block = block_activation_bytes(model, element)
+    if config.parallel.context_ranks > 1:  # the first scan's states, and the time steps that it sums
+        whole_block += _FP32 * model.inner + _FP32 * model.inner * model.state // _SCAN_CHUNK
+    kept = {
+        False: whole_block,
+        True: _FP32 * d,
+        "selective": selective_activation_bytes(model, element),
+    }[recompute]
+    mask = element * L if device == "cpu" and model.architecture == "transformer" else 0
     tail = 8 * d + 2 * element * d + (4 * d if element == 2 else 0)
-    every = blocks * _FP32 * d if recompute else blocks * kept
+    every = blocks * kept + mask
     work = T * block_backward_bytes(model, element)
 
     def copies(part: str) -> int:
@@ -130,8 +154,16 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: b
         rest = {"units": units, "weight_casts": weight_casts, "activations": per_token * T, "workspace": workspace}
         return states | rest
 
-    one = casts // blocks
-    recomputed, recomputed_input = (kept, _FP32 * d) if recompute else (0, 0)
+    one, all_of_them = casts // blocks, casts
+    if recompute:
+        outside = model.architecture == "mamba" and recompute == "selective"
+        all_of_them = 2 * blocks * copies("out_proj") * model.inner * d if outside and casts else 0
+    # of the block that the backward pass is at: all of it, beside its input where it is computed again
+    recomputed, recomputed_input = {
+        False: (0, 0),
+        True: (whole_block, _FP32 * d),
+        "selective": (whole_block - kept + _FP32 * d, _FP32 * d),
+    }[recompute]
     unit = 2 * _FP32 * block  # its weights and its gradients; then come the one on its way and the one fetched ahead
     ahead = _FP32 if S > 1 else 0
     if model.architecture == "transformer":
@@ -139,14 +171,16 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: b
     else:
         largest = 2 * d * model.inner * copies("in_proj")
     moments = {
-        "head_forward": at(
-            0, gathered * ends, 0 if recompute else casts, every + tail, _head_forward(T, d, vocabulary, element)
-        ),
+        "head_forward": at(0, gathered * ends, all_of_them, every + tail, _head_forward(T, d, vocabulary, element)),
         "last_block_backward": at(
-            ends, unit + _FP32 * ends + ahead * block, one if recompute else casts, every + recomputed, work
+            ends, unit + _FP32 * ends + ahead * block, max(one, all_of_them), every + recomputed, work
         ),
         "first_block_backward": at(
-            n - ends - block, unit + _FP32 * block + ahead * max(ends, block), one, kept + recomputed_input, work
+            n - ends - block,
+            unit + _FP32 * block + ahead * max(ends, block),
+            one,
+            whole_block + recomputed_input + mask,
+            work,
         ),
         "embedding_backward": at(n - ends, 2 * _FP32 * ends + _FP32 * block, 0, 8 * d, 0),
         "update": at(n, 0, 0, 0, 0 if offload else 16 * max(ends, largest) // S),

@@ -11,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mom_train.attention import AttentionState, TransformerBlock, attention_mask
-from mom_train.config import DiffusionConfig, ModelConfig
+from mom_train.config import DiffusionConfig, ModelConfig, Recompute
 from mom_train.diffusion import NoisedPatches, PatchEmbedding, PatchHead
 from mom_train.layout import RowLayout
 from mom_train.linear_cross_entropy import linear_cross_entropy
@@ -41,24 +42,48 @@ class Losses:
     """Squared error over all patches and channels, scalar, carries the gradient."""
     balance: Tensor
     """Mean load-balance loss of the routers, times rows, scalar, carries the gradient; 0 without routers."""
+    patches_P: Tensor
+    """Squared error of each patch over its channels, fp32; no gradient."""
 
 
 class Block(nn.Module):
     """One unit of sharding, compilation and activation checkpointing.
 
-    With `recompute`, only its input is kept for the backward pass, and the rest computed again there.
+    With `recompute`, only its input is kept for the backward pass, and the rest computed again there; with "selective"
+    also what is dear to compute: the large products, and the scan with its states.
     """
 
-    def __init__(self, config: ModelConfig, modalities: int, recompute: bool):
+    def __init__(self, config: ModelConfig, modalities: int, recompute: Recompute):
         super().__init__()
         kind = MambaBlock if config.architecture == "mamba" else TransformerBlock
         self.block: MambaBlock | TransformerBlock = kind(config, modalities)
         self.recompute = recompute
+        self._keep = partial(create_selective_checkpoint_contexts, partial(_dear, config.rank))
 
     def forward(self, x_Td: Tensor, layout: RowLayout, *more: Any) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.block, x_Td, layout, *more, use_reentrant=False, preserve_rng_state=False)
-        return self.block(x_Td, layout, *more)
+        block = self.block
+        if not self.recompute or not torch.is_grad_enabled():
+            return block(x_Td, layout, *more)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if self.recompute is True:
+            return again(block, x_Td, layout, *more)
+        if isinstance(block, MambaBlock):  # the product at the end needs its input kept in any case
+            y_TD = again(block.gated, x_Td, layout, *more, context_fn=self._keep)
+            return x_Td + block.mixer.out_proj(y_TD, layout)
+        return again(block, x_Td, layout, *more, context_fn=self._keep)
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.mom.modality_linear.default)
+_SEQUENCE_OPERATORS = (
+    torch.ops.mom.selective_scan.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _dear(rank: int, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep scan, attention, and products whose every element takes more than `rank` multiply-adds: all but dt_proj."""
+    keep = operator in _SEQUENCE_OPERATORS or (operator in _PRODUCTS and args[0].shape[1] > rank)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Head(nn.Module):
@@ -90,7 +115,7 @@ class LanguageModel(nn.Module):
         *,
         diffusion: DiffusionConfig | None = None,
         z_loss: float = 0.0,
-        recompute: bool = False,
+        recompute: Recompute = False,
     ):
         super().__init__()
         self.config, self.diffusion = config, diffusion
@@ -100,6 +125,7 @@ class LanguageModel(nn.Module):
         self.head = Head(config.dim, vocabulary, z_loss)
         self.patch_embedding = None if diffusion is None else PatchEmbedding(diffusion, config.dim)
         self.patch_head = None if diffusion is None else PatchHead(diffusion, config.dim)
+        self._routers = [m for m in self.modules() if isinstance(m, RoutedProjection)]
 
     def forward(
         self,
@@ -121,7 +147,9 @@ class LanguageModel(nn.Module):
         more: tuple[Any, ...] = ()
         if self.config.architecture == "transformer":
             past = state[0].k.shape[2] if state and isinstance(state[0], AttentionState) else 0
-            more = (attention_mask(layout, past),)
+            device = x_Td.device.type
+            of_scores = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_Td.dtype
+            more = (attention_mask(layout, past, of_scores),)
         for i, block in enumerate(self.blocks):
             x_Td = block(x_Td, layout, None if state is None else state[i], *more)
         x_Td = self.norm(x_Td, layout)
@@ -132,12 +160,14 @@ class LanguageModel(nn.Module):
         if labels_T is None:
             return self.head(x_Td, None), predicted
         tokens, tokens_T = self.head(x_Td, labels_T)
-        squares = x_Td.new_zeros((), dtype=torch.float32)
+        squares_P = x_Td.new_zeros(0, dtype=torch.float32)
         if patches is not None and predicted is not None:
-            squares = (predicted - patches.target).square().sum()
-        routers = [m.balance for m in self.modules() if isinstance(m, RoutedProjection)]
-        balance = torch.stack(routers).mean() if routers else squares.new_zeros(())
-        return Losses(tokens, tokens_T, squares, balance)
+            squares_P = (predicted - patches.target).square().sum(1)
+        squares = squares_P.sum()
+        balance = squares.new_zeros(())
+        if self._routers:
+            balance = torch.stack([router.balance for router in self._routers]).mean()
+        return Losses(tokens, tokens_T, squares, balance, squares_P.detach())
 
     def empty_state(self, batch: int) -> State:
         """The state before the first token of `batch` rows, for `forward` chunk by chunk or token by token."""

@@ -15,6 +15,7 @@ from mom_train.config import DiffusionConfig, ObjectiveConfig
 from mom_train.diffusion import NoisedPatches, draw, noise
 from mom_train.layout import RowLayout
 from mom_train.model import Losses
+from mom_train.sequence_parallel import Context
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,15 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
     )
 
 
-def row_layout(batch: PackedBatch, diffusion: DiffusionConfig | None) -> RowLayout:
+def row_layout(
+    batch: PackedBatch, diffusion: DiffusionConfig | None, past_B: Tensor | None = None, context: Context | None = None
+) -> RowLayout:
     picture_BL = None
     if diffusion is not None:
         picture_BL = torch.full_like(batch.document, -1)
         picture_BL.view(-1)[batch.latent_position] = batch.image_of_patch
     fields = (batch.modality, batch.document, batch.order, batch.rows, batch.offsets)
-    return RowLayout.build(*fields, picture_BL=picture_BL)
+    return RowLayout.build(*fields, past_B=past_B, picture_BL=picture_BL, context=context)
 
 
 def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> NoisedPatches:

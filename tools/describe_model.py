@@ -44,7 +44,6 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         return {"forward": forward, "training": TRAINING_FACTOR * forward, "by_part": parts}
 
     predicted = memory(config, ranks)
-    chosen = "with_checkpointing" if config.training.activation_checkpointing else "without_checkpointing"
     return {
         "architecture": model.architecture,
         "decoupled": list(model.decoupled),
@@ -64,7 +63,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         "tokens_per_batch": config.training.batch * length,
         "ranks": ranks,
         "accumulation": accumulation,
-        "memory_bytes_per_rank": predicted[chosen]["total"],
+        "memory_bytes_per_rank": predicted[predicted["chosen"]]["total"],
         "memory": predicted,
     }
 
@@ -110,7 +109,8 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         rows = [(part, _millions(n), _millions(TRAINING_FACTOR * n)) for part, n in counted["by_part"].items()]
         rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
         said += ["", _table((title, "forward", "training"), rows)]
-    kinds = (mem["without_checkpointing"], mem["with_checkpointing"])
+    names = ("without_checkpointing", "with_selective_checkpointing", "with_checkpointing")
+    kinds = [mem[name] for name in names]
     memory_rows = [
         [use.replace("_", " "), *(_gigabytes(kind["by_use"][use]) for kind in kinds)] for use in kinds[0]["by_use"]
     ]
@@ -119,9 +119,9 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         memory_rows.append(["host memory", *(_gigabytes(kind["host"]) for kind in kinds)])
     memory_rows.append(["highest in", *(kind["peak_at"].replace("_", " ") for kind in kinds)])
     memory_rows.append(["kept per token (MB)", *(f"{kind['activations_per_token'] / 1e6:.3f}" for kind in kinds)])
-    header = ("predicted GB per rank", "no checkpointing", "activation checkpointing")
-    chosen = "with" if mem["activation_checkpointing"] else "without"
-    note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {chosen} checkpointing"
+    header = ("predicted GB per rank", "no checkpointing", "selective", "activation checkpointing")
+    chosen = mem["chosen"].replace("_", " ")
+    note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {chosen}"
     said += ["", _table(header, memory_rows), "", note]
     return "\n".join(said)
 

@@ -66,7 +66,7 @@ def assert_same(a, b):
         assert np.abs(value - b["gradients"][name]).max() / scale < 2e-5, f"gradient of {name}"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_losses_and_gradients_do_not_depend_on_ranks_or_micro_batches(tmp_path, checkpointing):
     config = tiny_config(tmp_path, training__activation_checkpointing=checkpointing)
     [alone] = run_ranks(1, one_step, config)

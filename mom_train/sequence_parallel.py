@@ -1,0 +1,176 @@
+"""Rows too long for one rank: each rank of a context group holds one slice of every row's positions.
+
+A rank runs its slice as if it were a short row. Two things cross a boundary between slices, both of fixed size whatever
+the length: the last K-1 inputs of the convolution, and the state of the scan. The scan is linear in the state that it
+begins from, h_end = end + decay * h_begin, where `end` is what a slice makes of a zero state and `decay` the product of
+its decays. So every rank scans its slice once from zero, all gather (end, decay), O(ranks x B D N), and each combines
+those before its own into the state that its slice begins from, and scans again from there. Everything is built from
+differentiable operations, so the backward pass takes the same way back and is exact.
+
+The scan is done twice, the rest of the model once. Ranks of a context group shard the model and sum gradients like any
+others: each has the losses of its own positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from mom_data.batch import PackedBatch
+from mom_data.loader import Share
+from mom_train.diffusion import NoisedPatches
+from mom_train.kernels import selective_scan
+from mom_train.layout import RowLayout
+from mom_train.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which slice of which rows a rank holds. Consecutive ranks share rows, so that they are near each other."""
+
+    rank: int = 0
+    """Number of this rank's slice."""
+    size: int = 1
+    """Slices of a row; 1: rows are whole, and nothing is exchanged."""
+    data_rank: int = 0
+    """Which rows: the number of this rank's context group."""
+    data_ranks: int = 1
+    """Number of context groups."""
+    group: Any = None
+    """The ranks that share rows."""
+
+    @classmethod
+    def of(cls, ranks: Ranks, size: int) -> Context:
+        """Collective: every rank is to call it alike, with a `size` that divides their number."""
+        assert ranks.world_size % size == 0
+        group = None
+        if size > 1:
+            shape = (ranks.world_size // size, size)
+            mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("data", "context"))
+            group = mesh.get_group("context")
+        return cls(ranks.rank % size, size, ranks.rank // size, ranks.world_size // size, group)
+
+    def share(self, batch: int, micro_batch: int) -> Share:
+        """The sequences of this rank's context group."""
+        return Share(self.data_rank, self.data_ranks, batch, micro_batch)
+
+    def take(
+        self, batch: PackedBatch, patches: NoisedPatches | None
+    ) -> tuple[PackedBatch, NoisedPatches | None, Tensor | None]:
+        """(this rank's slice of whole rows, sorted by modality anew; its patches; how many tokens of its first document
+        lie in slices before it (B,) int64), on the CPU. Counts in the batch stay those of the whole rows."""
+        if self.size == 1:
+            return batch, patches, None
+        B, L = batch.tokens.shape
+        S = L // self.size
+        assert S * self.size == L
+        start = self.rank * S
+        past_B = (batch.document[:, :start] == batch.document[:, start : start + 1]).sum(1)
+        tokens, modality, document, labels = (
+            t[:, start : start + S].contiguous() for t in (batch.tokens, batch.modality, batch.document, batch.labels)
+        )
+        rows = modality.reshape(-1).argsort(stable=True)
+        order = torch.empty(B * S, dtype=torch.int32)
+        order[rows] = torch.arange(B * S, dtype=torch.int32)
+        offsets = torch.zeros_like(batch.offsets)
+        offsets[1:] = modality.reshape(-1).bincount(minlength=len(offsets) - 1).cumsum(0)
+        row, at = batch.latent_position // L, batch.latent_position % L - start
+        kept = (at >= 0) & (at < S)
+        mine = replace(
+            batch,
+            tokens=tokens,
+            modality=modality,
+            document=document,
+            labels=labels,
+            latents=batch.latents[kept] if len(batch.latents) else batch.latents,
+            latent_position=(row * S + at)[kept],
+            image_of_patch=batch.image_of_patch[kept],
+            order=order,
+            rows=rows,
+            offsets=offsets,
+        )
+        if patches is not None:
+            patches = replace(
+                patches,
+                x=patches.x[kept],
+                target=patches.target[kept],
+                picture=patches.picture[kept],
+                row=order.long()[mine.latent_position],
+            )
+        return mine, patches, past_B
+
+    def inputs_before(self, x_TD: Tensor, layout: RowLayout, count: int) -> Tensor:
+        """The last `count` inputs before this rank's slice (B, count, D), zero before the first; carries gradients."""
+        assert layout.length >= count
+        last_BKD = x_TD[layout.order.view(layout.batch, -1)[:, -count:].long()]
+        of_all = _gather(last_BKD, self.group)
+        first = torch.full((), self.rank == 0, device=x_TD.device)
+        # masked, not left out: the first rank, too, must take part in the backward pass's collective
+        return of_all[max(0, self.rank - 1)].masked_fill(first, 0)
+
+    def state_before(
+        self,
+        x_TD: Tensor,
+        dt_TD: Tensor,
+        A_DN: Tensor,
+        B_TN: Tensor,
+        C_TN: Tensor,
+        D_D: Tensor,
+        z_TD: Tensor,
+        dt_bias_MD: Tensor,
+        layout: RowLayout,
+    ) -> Tensor:
+        """The scan's state before this rank's slice (B, D, N), from the arguments of its `selective_scan`; carries
+        gradients to the slices that it comes from."""
+        _, end_BDN = selective_scan(x_TD, dt_TD, A_DN, B_TN, C_TN, D_D, z_TD, dt_bias_MD, layout)
+        of_all = _gather(torch.stack([end_BDN, _decay(dt_TD, A_DN, dt_bias_MD, layout)]), self.group)
+        h_BDN = torch.zeros_like(end_BDN)
+        for r in range(self.size - 1):
+            end, decay = of_all[r].unbind()
+            before = torch.full((), r < self.rank, device=h_BDN.device)
+            h_BDN = torch.where(before, end + decay * h_BDN, h_BDN)
+        return h_BDN
+
+
+def _decay(dt_TD: Tensor, A_DN: Tensor, dt_bias_MD: Tensor, layout: RowLayout) -> Tensor:
+    """What is left of a state after the whole slice (B, D, N): exp(A * sum of Delta), 0 where a document begins."""
+    B, L = layout.batch, layout.length
+    # a matmul instead of an index: its gradient is the same on every run, on any device
+    bias_TD = F.one_hot(layout.modality.long(), len(dt_bias_MD)).to(A_DN.dtype) @ dt_bias_MD
+    delta_TD = F.softplus(dt_TD.index_select(0, layout.order).to(A_DN.dtype) + bias_TD)
+    decay_BDN = torch.exp(delta_TD.view(B, L, -1).sum(1).unsqueeze(2) * A_DN)
+    begins_B = (layout.position.view(B, L) == 0).any(1)
+    return decay_BDN.masked_fill(begins_B[:, None, None], 0)
+
+
+# their names from PyTorch 2.13 on, and before
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        ranks = dist.get_world_size(group)
+        of_all = mine.new_empty(ranks * mine.shape[0], *mine.shape[1:])
+        _ALL_GATHER(of_all, mine.contiguous(), group)
+        return of_all.view(ranks, *mine.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mine = grad.new_empty(grad.shape[1:])
+        _REDUCE_SCATTER(mine, grad.contiguous().flatten(0, 1), group=ctx.group)
+        return mine, None
+
+
+@torch.compiler.disable
+def _gather(mine: Tensor, group: Any) -> Tensor:
+    """What every rank of the group holds (ranks, ...); the gradient goes back to where it came from."""
+    return _Gather.apply(mine, group)
