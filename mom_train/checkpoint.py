@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -53,6 +55,10 @@ class TrainState:
     """Lane -> cursor at or before `sequence`, so that nothing before has to be planned again."""
     judge: dict[str, Any] = field(default_factory=dict)
     """What steps are judged by (mom_train/anomaly.py)."""
+    validated: int = -1
+    """The last step whose validation was not interrupted."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """`figure`, `step` and `value` of the best checkpoint so far, where checkpoint.best names a figure."""
     config: dict[str, Any] | None = None
     """The resolved config."""
     version: str = ""
@@ -94,6 +100,10 @@ class Checkpointer:
         """Of the newest that this run committed or began from."""
         self.stall = 0.0
         """Seconds that the last save kept training waiting."""
+        self.best: dict[str, Any] = {}
+        """Of `TrainState.best`: the best checkpoint that is committed, or being written."""
+        self._saving: dict[str, Any] = {}  # the best one as the save that is being written knows it
+        self._saved: dict[str, Any] = {}  # and as the last one that was committed does
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE, group_desc=CHECKPOINT_GROUP)
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(cuda, False, True, cuda))
@@ -165,6 +175,40 @@ class Checkpointer:
                 if checkpoint.step > to.step:
                     checkpoint.mark_damaged()
 
+    def restore_best(self, best: dict[str, Any]) -> None:
+        """Take up the best checkpoint that a train state knows of, where it is still there and of the figure that
+        `checkpoint.best` names; else none is the best so far."""
+        found = [agreed(partial(self._point_at_best, best))]
+        dist.broadcast_object_list(found)
+        self.best = self._saving = self._saved = found[0]
+
+    def _point_at_best(self, best: dict[str, Any]) -> dict[str, Any]:
+        if dist.get_rank() != 0:
+            return {}
+        same = best and self.config.best in (None, best["figure"])
+        there = same and self.checkpoints[best["step"]].committed
+        self.checkpoints.point_at_best(self.checkpoints[best["step"]] if there else None)
+        return best if there else {}
+
+    def mark_best(self) -> None:
+        """BEST names the checkpoint that the run stands at, which is committed."""
+        agreed(partial(self._point_at_best, self.best))
+        self._saving = self._saved = self.best
+
+    def improves(self, step: int, values: Mapping[str, float]) -> bool:
+        """Whether a validation's `values`, equal on all ranks, are the best so far: then the state after `step` is to
+        be saved. Raises ValueError where they lack the figure of `checkpoint.best`."""
+        figure = self.config.best
+        if figure is None or not values:
+            return False
+        if figure not in values:
+            raise ValueError(f"checkpoint.best={figure}: the validation has no such figure, only {', '.join(values)}")
+        value = values[figure]
+        if not value < self.best.get("value", math.inf):  # also where it is not a number
+            return False
+        self.best = {"figure": figure, "step": step, "value": value}
+        return True
+
     def load(
         self, checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | None
     ) -> None:
@@ -208,6 +252,7 @@ class Checkpointer:
         begun = time.perf_counter()
         self.wait()
         self._last, self._step, self._error = time.monotonic(), train_state.step, ""
+        self._saving = train_state.best = self.best
         text = json.dumps(train_state.state_dict(), indent=1) + "\n"
         self._copied = self._stager.stage(tensors(model, optimizer, ema))
         self._thread = threading.Thread(target=self._write, args=(self._copied, text), daemon=True, name="checkpoint")
@@ -233,7 +278,10 @@ class Checkpointer:
         self._thread = None
         if not self._error:
             self.committed_step, self._failures = self._step, 0
+            self._saved = self._saving
             return
+        if self.best == self._saving:
+            self.best = self._saved
         self._failures += 1
         log.error("CHECKPOINT FAILED at step %d, LATEST stays as it was: %s", self._step, self._error)
         if self._failures >= self.config.max_failures:
@@ -256,6 +304,8 @@ class Checkpointer:
             return
         if dist.get_rank() == 0:
             try:
+                if self._saving.get("step") == self._step:
+                    self.checkpoints.point_at_best(self.checkpoints[self._step])
                 self.checkpoints.prune(self._step, self.config.keep, self.config.keep_every)
             except OSError as error:
-                log.warning("older checkpoints could not be removed: %s", error)
+                log.warning("BEST could not be written, or older checkpoints removed: %s", error)

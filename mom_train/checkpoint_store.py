@@ -2,6 +2,7 @@
 
     ROOT/checkpoints/step-N/     __R_0.distcp (rank R's tensors), train_state.json, checksums.json, .metadata
     ROOT/LATEST                  the name of the newest one
+    ROOT/BEST                    the name of the best one by checkpoint.best, where the run has that
 
 A save writes the tensors, then checksums.json (size and crc32 of every file), then `.metadata`, which is DCP's index of
 the tensors and marks the commit, then LATEST. A folder without `.metadata` is a save that did not finish.
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -348,21 +349,40 @@ class Checkpoints:
             )
         return found
 
-    def find(self, step: int | None = None) -> Checkpoint:
-        """The newest, or that of one step. Raises ValueError where there is none."""
-        found = self.latest() if step is None else self[step]
+    def best(self) -> Checkpoint | None:
+        """The one that BEST names, where it is there."""
+        try:
+            name = self.files.read(f"{self.root}/BEST").decode(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        found = Checkpoint(self.files, f"{self.root}/checkpoints/{name}")
+        return found if name and found.committed else None
+
+    def find(self, step: int | Literal["best"] | None = None) -> Checkpoint:
+        """The newest, the best, or that of one step. Raises ValueError where there is none."""
+        found = self.latest() if step is None else self.best() if step == "best" else self[step]
         if found is None or not found.committed:
-            raise ValueError(f"{found or self.root}: no committed checkpoint there")
+            what = "best checkpoint (checkpoint.best)" if step == "best" else "committed checkpoint"
+            raise ValueError(f"{found or self.root}: no {what} there")
         return found
 
     def point(self, to: Checkpoint) -> None:
         self.files.write(f"{self.root}/LATEST", f"{to.name}\n".encode())
 
+    def point_at_best(self, to: Checkpoint | None) -> None:
+        """Write BEST, or remove it."""
+        path = f"{self.root}/BEST"
+        if to is not None:
+            self.files.write(path, f"{to.name}\n".encode())
+        elif self.files.exists(path):
+            self.files.rm_file(path)
+
     def prune(self, newest: int, keep: int, keep_every: int | None) -> list[Checkpoint]:
-        """Remove all up to step `newest` but the last `keep` and the multiples of `keep_every`. Later ones stay: a run
-        that was taken back to an older step has not come to them yet."""
+        """Remove all up to step `newest` but the last `keep`, the multiples of `keep_every` and the best. Later ones
+        stay: a run that was taken back to an older step has not come to them yet."""
         older = [c for c in self.committed() if c.step <= newest]
-        removed = [c for c in older[:-keep] if not c.permanent(keep_every)]
+        best = self.best()
+        removed = [c for c in older[:-keep] if not c.permanent(keep_every) and (best is None or c.step != best.step)]
         for checkpoint in removed:
             self.files.remove(checkpoint.path)
         return removed

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from mom_tokenizers.vocab import VocabLayout
 
 Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_forward", "norm"]
+Recompute = bool | Literal["selective"]
 PROJECTIONS: tuple[Part, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
 """What the paper decouples: Mixture-of-Mamba is Mamba with all four of them by modality."""
 _PARTS: dict[str, tuple[Part, ...]] = {
@@ -219,8 +220,9 @@ class TrainingConfig(Section):
     """Seconds after which the run checkpoints and ends as if it were preempted: a little less than the job's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the matrix products (autocast). Parameters, norms, scan, time steps and losses are fp32 in any case."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Recompute = False
+    """Recompute each block in the backward pass instead of keeping its activations: true, all of it; selective, all but
+    what is dear (large products, scan, attention), at little cost in time."""
     compile: bool = False
     """torch.compile each block."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
@@ -233,7 +235,55 @@ class ValidationConfig(Section):
     sequences: PositiveInt = 64
     """Sequences per set, the same ones each time."""
     ema: bool = False
-    """Validate the averaged weights (training.ema_decay) in place of those being trained."""
+    """Validate, and sample from, the averaged weights (training.ema_decay) in place of those being trained."""
+
+
+class PromptConfig(Section):
+    """What a sampled document begins with."""
+
+    text: str = ""
+    """Text after the document's opening token."""
+    start: str | None = None
+    """A modality whose span is opened after the text: the model fills it."""
+
+
+class SamplingConfig(Section):
+    """Documents that the model writes while it trains, to look at and listen to: RUN/samples/step-N and TensorBoard.
+    Rank 0 holds the whole model once more for it, and the other ranks wait. Needs `tokenizers`."""
+
+    every: PositiveInt | None = None
+    """Steps between samples; they also follow the last step. null: none at all."""
+    prompts: tuple[PromptConfig, ...] = (PromptConfig(),)
+    """One document each, with the same random draws every time."""
+    max_tokens: PositiveInt = 128
+    """Positions of a document, the prompt's included. A picture or recording that has begun is finished."""
+    temperature: float = Field(default=0.9, ge=0)
+    """0 takes the likeliest id."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Ids are drawn from the likeliest ones that together have this probability."""
+    denoising_steps: PositiveInt = 25
+    """Of a continuous picture."""
+    guidance: float = 1.0
+    """Classifier-free guidance of continuous pictures (needs objective.diffusion.condition_dropout); 1 is none."""
+    seconds: float = Field(default=120.0, gt=0)
+    """No further document is begun once so many have passed."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases beside metrics.jsonl and TensorBoard; needs `pip install wandb`."""
+
+    project: str
+    """Name of the project."""
+    entity: str | None = None
+    """Account or team; null: the login's own."""
+    name: str | None = None
+    """Of the run; null: the run_dir's."""
+    group: str | None = None
+    """Runs that belong together, such as the seeds of one experiment."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` keeps everything in RUN/wandb, for `wandb sync` later: compute nodes often have no network."""
 
 
 class CheckpointConfig(Section):
@@ -247,6 +297,9 @@ class CheckpointConfig(Section):
     """Checkpoints of steps that this divides are made, and kept for good."""
     max_failures: PositiveInt = 3
     """A checkpoint that cannot be written is reported and training goes on; so many in a row end the run."""
+    best: str | None = None
+    """A validation figure, such as val/demo/loss/total: whenever it is lower than ever before, a checkpoint is made,
+    which BEST then names and which is kept beside the newest ones until a better one comes."""
     path: str | None = None
     """Where checkpoints and LATEST go instead of the run_dir: a folder, or a URL such as s3://bucket/run."""
 
@@ -274,6 +327,9 @@ class ParallelConfig(Section):
     shard_ranks: PositiveInt | None = None
     """Ranks that share one copy of the model (HSDP): those of a node, where its links are much faster than the
     network. null: all of them."""
+    context_ranks: PositiveInt = 1
+    """Ranks that share each row, for rows too long for one: each has one slice of the positions, and the scan's state
+    goes from slice to slice (Mamba only)."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimiser state in host memory."""
     first_step_timeout: float = Field(default=1800, gt=0)
@@ -309,6 +365,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     anomaly: AnomalyConfig = AnomalyConfig()
     parallel: ParallelConfig = ParallelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    wandb: WandbConfig | None = None
+    """Weights & Biases besides; null: not used."""
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
 
@@ -321,11 +380,36 @@ class RunConfig(Section):
             )
         if self.validation.ema and self.training.ema_decay is None:
             raise ValueError("validation.ema needs training.ema_decay")
+        self._check_context()
         if not self.data.train:
             raise ValueError("data.train: name at least one source")
         if self.tokenizers is None and any(s.raw for s in (*self.data.train, *chain(*self.data.validation.values()))):
             raise ValueError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to do it with")
+        best = self.checkpoint.best
+        if best is not None and best.split("/")[0:2] not in [["val", name] for name in self.data.validation]:
+            sets = ", ".join(f"val/{name}/loss/total" for name in self.data.validation)
+            raise ValueError(f"checkpoint.best={best} is no figure of a validation set; such are {sets or 'none here'}")
+        if self.sampling.every is not None and self.tokenizers is None:
+            raise ValueError("sampling.every: name the tokenizers.yaml that writes and reads the samples (tokenizers)")
+        for prompt in self.sampling.prompts:
+            if prompt.start is not None and prompt.start not in self.layout.modalities[1:]:
+                further = ", ".join(self.layout.modalities[1:])
+                raise ValueError(f"sampling.prompts: start={prompt.start}: the modalities beside text are {further}")
         return self
+
+    def _check_context(self) -> None:
+        context, length = self.parallel.context_ranks, self.data.sequence_length
+        if context == 1:
+            return
+        if self.model.architecture != "mamba":
+            raise ValueError(
+                "parallel.context_ranks: only a mamba's state can go from rank to rank; attention needs whole rows"
+            )
+        if length % context or length // context < self.model.conv - 1:
+            raise ValueError(
+                f"parallel.context_ranks={context} must divide data.sequence_length={length} into slices of at least "
+                f"{self.model.conv - 1} positions"
+            )
 
     @cached_property
     def layout(self) -> VocabLayout:
@@ -334,11 +418,16 @@ class RunConfig(Section):
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and step. Raises ValueError when the batch cannot be dealt evenly."""
-        per_pass = self.training.micro_batch * world_size
+        context = self.parallel.context_ranks
+        if world_size % context:
+            raise ValueError(f"parallel.context_ranks={context} does not divide the {world_size} ranks")
+        rows = world_size // context  # as many ranks hold different rows
+        per_pass = self.training.micro_batch * rows
         if self.training.batch % per_pass:
+            shared = f" / parallel.context_ranks ({world_size} / {context})" if context > 1 else ""
             raise ValueError(
-                f"training.batch ({self.training.batch}) must be a multiple of training.micro_batch x ranks "
-                f"({self.training.micro_batch} x {world_size} = {per_pass})"
+                f"training.batch ({self.training.batch}) must be a multiple of training.micro_batch x ranks{shared} "
+                f"({self.training.micro_batch} x {rows} = {per_pass})"
             )
         return self.training.batch // per_pass
 

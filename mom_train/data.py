@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.plan import Cursor, Plan, Source
 from mom_data.storage import default_cache
+from mom_tokenizers.bundle import Tokenizers
 from mom_train.config import RunConfig, SourceConfig
 from mom_train.objective import with_latents_of
 
@@ -115,12 +118,27 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
     vocabulary or the run's tokenizers."""
     made_by = None
     if config.tokenizers is not None:
-        from mom_tokenizers.bundle import Tokenizers
-
         made_by = Tokenizers.load(config.tokenizers).describe()
     check_agreement(list(datasets), dict(config.layout.sizes), made_by)
     diffusion = with_latents_of(config.objective.diffusion, list(datasets))
     return config.model_copy(update={"objective": config.objective.model_copy(update={"diffusion": diffusion})})
+
+
+def text_bytes(config: RunConfig) -> np.ndarray | None:
+    """(V,) int64: UTF-8 bytes of the text that each id of the vocabulary stands for, 0 for those that stand for none;
+    None where the run names no tokenizers. Raises ValueError where they cannot be read."""
+    if config.tokenizers is None:
+        return None
+    from mom_tokenizers.text import TextTokenizer
+
+    [path] = [path for modality, _, path in Tokenizers.load(config.tokenizers).entries if modality == "text"]
+    layout = config.layout
+    by_code = TextTokenizer.load(path).bytes_of_id()[: dict(layout.sizes)["text"]]
+    by_id = np.zeros(layout.size, np.int64)
+    by_id[layout.ids("text", np.arange(len(by_code)))] = by_code
+    by_id[layout.modality_of_id != 0] = 0  # codes may lie among the text's ids
+    by_id[list(layout.specials.values())] = 0
+    return by_id
 
 
 def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:

@@ -1,35 +1,46 @@
-"""The model on batches: losses and gradients of a step, validation, and one pass to see whether memory suffices."""
+"""The model on batches: losses and gradients of a step, and one pass to see whether memory suffices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from mom_data.batch import PackedBatch, first_sequences
-from mom_data.loader import Share, batches
-from mom_data.plan import Plan
+from mom_data.batch import PackedBatch
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import RunConfig
 from mom_train.diffusion import NoisedPatches
 from mom_train.model import LanguageModel, Losses
 from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout
 from mom_train.parallel import Ranks
+from mom_train.sequence_parallel import Context
 
-_VALIDATION_NOISE = -1  # its own seed: validation sees the same noise in every run and at every step
+
+@dataclass(frozen=True)
+class Scored:
+    """One micro-batch after its forward pass, on the device."""
+
+    losses: Losses
+    sums: Tensor
+    """(M+1,) float64: cross-entropy by modality of the target, squared error of patches; no gradient."""
+    labels_T: Tensor
+    """In row order, as `losses.tokens_T`."""
+    patches: NoisedPatches | None
 
 
 class Passes:
     """Forward and backward passes of one rank. Holds nothing of the run's progress."""
 
-    def __init__(self, config: RunConfig, vocab: VocabLayout, ranks: Ranks, model: LanguageModel):
+    def __init__(
+        self, config: RunConfig, vocab: VocabLayout, ranks: Ranks, model: LanguageModel, context: Context | None = None
+    ):
         self.config, self.vocab, self.ranks, self.model = config, vocab, ranks, model
+        self.context = context or Context(data_rank=ranks.rank, data_ranks=ranks.world_size)
         self.modalities = vocab.modalities
         self._modality_of_id = torch.from_numpy(vocab.modality_of_id)
         self._on_device = self._modality_of_id.to(ranks.device)
@@ -53,20 +64,29 @@ class Passes:
         sums = torch.zeros(len(self.modalities) + 1, dtype=torch.float64, device=self.ranks.device)
         for i, batch in enumerate(step_batches):
             cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(step_batches) - 1)
-            losses, its_sums = self.loss(batch, self.config.seed)
-            counts.objective(losses, self.config.objective).backward()
-            sums += its_sums
+            scored = self.score(batch, self.config.seed)
+            counts.objective(scored.losses, self.config.objective).backward()
+            sums += scored.sums
         return sums
 
-    def loss(self, batch: PackedBatch, noise_seed: int) -> tuple[Losses, Tensor]:
-        """(the model's losses on one micro-batch, the sums that are logged (M+1,) float64)."""
+    def score(self, batch: PackedBatch, noise_seed: int) -> Scored:
+        """The forward pass over this rank's slice of the rows; pictures are noised as `noise_seed` says."""
         diffusion, device = self.config.objective.diffusion, self.ranks.device
         patches = None
         if diffusion is not None:
             patches = noised_patches(batch, noise_seed, diffusion)
-            patches = NoisedPatches(*(t.to(device, non_blocking=True) for t in vars(patches).values()))
+        batch, patches, past_B = self.context.take(batch, patches)
+        if self.context.size > 1 and device.type == "cuda":
+            batch = batch.pin_memory()
+        if patches is not None:
+            patches = NoisedPatches(*(self._sent(t) for t in vars(patches).values()))
         batch = batch.to(device)
-        layout = row_layout(batch, diffusion)
+        layout = row_layout(
+            batch,
+            diffusion,
+            None if past_B is None else self._sent(past_B),
+            self.context if self.context.size > 1 else None,
+        )
         labels_T = batch.labels.reshape(-1)[batch.rows]
         with self._autocast():
             losses = self.model(batch.tokens.reshape(-1)[batch.rows], layout, labels_T, patches)
@@ -75,7 +95,11 @@ class Passes:
             torch.where(target_T == m, losses.tokens_T, 0.0).sum(dtype=torch.float64)
             for m in range(len(self.modalities))
         ]
-        return losses, torch.stack([*sums, losses.patches.detach().double()])
+        return Scored(losses, torch.stack([*sums, losses.patches.detach().double()]), labels_T, patches)
+
+    def _sent(self, t: Tensor) -> Tensor:
+        """On the device; a copy from memory that is not pinned would wait for it."""
+        return (t.pin_memory() if self.ranks.device.type == "cuda" else t).to(self.ranks.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.config.training.precision == "fp32":
@@ -102,33 +126,6 @@ class Passes:
             values["image"] = squares / (counts.patches * diffusion.patch_width)
         total = self.total(sums, counts).item()
         return {f"{prefix}loss/total": total} | {f"{prefix}loss/{m}": v for m, v in values.items()}
-
-    @torch.no_grad()
-    def validate(self, plans: Mapping[str, Plan], interrupted: Callable[[], bool]) -> dict[str, float]:
-        """Losses on the first `validation.sequences` sequences of each set: the same ones, with the same noise, at any
-        world size, and as many passes on every rank. Nothing, once all ranks know that one was `interrupted`."""
-        self.model.eval()
-        values: dict[str, float] = {}
-        micro_batch, world = self.config.training.micro_batch, self.ranks.world_size
-        wanted = self.config.validation.sequences
-        M = len(self.modalities)
-        for name, plan in plans.items():
-            share = Share(self.ranks.rank, world, micro_batch * world, micro_batch)
-            sums = torch.zeros(M + 1, dtype=torch.float64, device=self.ranks.device)
-            counts = torch.zeros(M + 1, dtype=torch.int64)
-            stream = batches(plan, self.vocab, share, corrupt_share=self.config.data.corrupt_share)
-            for batch in islice(stream, -(-wanted // (micro_batch * world))):
-                if interrupted():
-                    return {}
-                batch = first_sequences(batch, wanted)
-                counts[:-1] += self.targets(batch)
-                counts[-1] += len(batch.latent_position)
-                sums += self.loss(batch, _VALIDATION_NOISE)[1]
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-            positions = wanted * self.config.data.sequence_length
-            values |= self.means(f"val/{name}/", sums, Counts(counts[:-1], int(counts[-1]), positions))
-        return values
 
     def dry_run(self, optimizer: torch.optim.Optimizer) -> float:
         """A step on full rows of every modality that leaves weights and moments as they were. Returns the peak memory

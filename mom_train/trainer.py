@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mom_data.batch import PackedBatch
-from mom_data.loader import Share, batches
+from mom_data.loader import batches
 from mom_train import data
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
@@ -26,6 +26,7 @@ from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
 from mom_train.convert import load_weights, open_weights
 from mom_train.ema import Ema
+from mom_train.environment import write_environment
 from mom_train.flops import training_flops_per_token
 from mom_train.metrics import Clock, Record
 from mom_train.model import LanguageModel, initialize
@@ -33,8 +34,12 @@ from mom_train.objective import Counts
 from mom_train.optimizer import build_optimizer, learning_rate
 from mom_train.parallel import Ranks, agreed, model_mesh, process_group, set_timeout, shard
 from mom_train.passes import Passes
+from mom_train.sampling import Sampler
+from mom_train.sequence_parallel import Context
 from mom_train.status import EXIT_INCIDENT, EXIT_PREEMPTED, State, Stop, write_status
+from mom_train.validation import validate
 from mom_train.watch import Watch
+from mom_train.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,9 @@ class Trainer:
         self.accumulation = agreed(lambda: config.accumulation(ranks.world_size))
         datasets = data.Datasets(config)
         self.validation_plans = agreed(lambda: data.validation_plans(config, datasets))
+        self.text_bytes = agreed(lambda: data.text_bytes(config))
+        agreed(lambda: check_wandb(config))
+        self.sampler = None if config.sampling.every is None else agreed(lambda: Sampler(config, ranks))
         checkpoints = agreed(lambda: Checkpoints(config.checkpoint.path or config.run_dir))
         self.checkpointer = Checkpointer(checkpoints, config.checkpoint)
         resume_from = self.checkpointer.newest()
@@ -94,10 +102,12 @@ class Trainer:
         self.model = shard(model, mesh, config.training.compile, config.parallel.cpu_offload)
         self.model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.passes = Passes(config, self.vocab, ranks, self.model)
+        self.context = Context.of(ranks, config.parallel.context_ranks)
+        self.passes = Passes(config, self.vocab, ranks, self.model, self.context)
         self.judge = Judge(config.anomaly, ranks.device)
         self.bad_steps = BadSteps(config, self.plan, ranks)
         if resume_from is None:
+            self.checkpointer.restore_best({})
             initialize(self.model, config.seed)
             if (source := config.init_from) is not None:
                 load_weights(self.model, agreed(lambda: open_weights(source)), source)
@@ -131,6 +141,8 @@ class Trainer:
         state = self.state
         state.step, state.tokens, state.flops = saved.step, saved.tokens, saved.flops
         state.sequence, state.lanes = saved.sequence, saved.lanes
+        state.validated = saved.validated
+        self.checkpointer.restore_best(saved.best)
         if saved.judge:
             self.judge.load_state_dict(saved.judge)
         state.sequence = agreed(lambda: self.bad_steps.behind(saved.step, saved.sequence))
@@ -155,12 +167,9 @@ class Trainer:
         """The loop. Returns how it ended, or None where steps stay bad."""
         config, state = self.config, self.state
         last = min(config.training.stop_at or config.training.steps, config.training.steps)
-        record = Record(config.run_dir, state.step, last) if self.ranks.main else None
+        record = Record(config, state.step, last) if self.ranks.main else None
         with record or nullcontext():
-            if state.step == 0 and self.validation_plans:
-                values = self.validate(stop)
-                if record is not None and values:
-                    record.write(0, values)
+            self._validate_before(record, stop, last)
             stream, clock = self.stream(), Clock(sum(self._tokens.values()))
             outcome: tuple[State, str] = ("finished" if last == config.training.steps else "stopped", "")
             while state.step < last:
@@ -186,11 +195,15 @@ class Trainer:
                     values |= self.watch.report(clock.seconds) | self.values(all_sums, agreement.counts, norms)
                     with clock.paused():
                         if validating:
-                            values |= self.validate(stop)
+                            values |= (validated := self.validate(stop))
+                            saving |= self.checkpointer.improves(state.step, validated)
                         if record is not None:
                             record.write(state.step, values)
                         if saving:
                             self.save()
+                if self.sampler is not None and self.due(config.sampling.every, state.step, last):
+                    with clock.paused():
+                        self.sample(self.sampler, record, stop)
                 if record is not None:
                     record.bar.update()
             self.bad_steps.stay_bad()  # the last step's verdict, too, is said
@@ -207,7 +220,7 @@ class Trainer:
 
     def stream(self) -> Iterator[PackedBatch]:
         config, ranks = self.config, self.ranks
-        share = Share(ranks.rank, ranks.world_size, config.training.batch, config.training.micro_batch)
+        share = self.context.share(config.training.batch, config.training.micro_batch)
         return batches(
             self.plan,
             self.vocab,
@@ -237,7 +250,7 @@ class Trainer:
         """
         M = len(self.modalities)
         local = torch.zeros(2 * M + 6, dtype=torch.int64)
-        for batch in step_batches:
+        for batch in step_batches if self.context.rank == 0 else ():  # a row's first rank counts for all that share it
             local[:M] += self.passes.targets(batch)
             local[M : 2 * M] += batch.real_tokens
             local[-4] += len(batch.latent_position)
@@ -328,11 +341,35 @@ class Trainer:
             "anomaly/skipped": int(self.judge.skipped),
         }
 
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Inside, the model computes with the average of its weights where `validation.ema` asks for it."""
+        return self.ema.applied() if self.ema is not None and self.config.validation.ema else nullcontext()
+
     def validate(self, stop: Stop) -> dict[str, float]:
-        """Losses of the weights, or of their average where `validation.ema` asks for it; nothing where a rank is asked
-        to end meanwhile."""
-        with self.ema.applied() if self.ema is not None and self.config.validation.ema else nullcontext():
-            return self.passes.validate(self.validation_plans, lambda: bool(_largest(stop.code)))
+        """Losses on the validation sets; nothing where a rank is asked to end meanwhile."""
+        with self.evaluated():
+            values = validate(self.passes, self.validation_plans, self.text_bytes, lambda: bool(_largest(stop.code)))
+        if values:
+            self.state.validated = self.state.step
+        return values
+
+    def _validate_before(self, record: Record | None, stop: Stop, last: int) -> None:
+        """The validation before the first step; or the one that was due where a resumed run stands, and was cut short
+        by the request to end."""
+        step = self.state.step
+        if self.state.validated == step or not (step == 0 or self.due(self.config.validation.every, step, last)):
+            return
+        values = self.validate(stop)
+        if step and self.checkpointer.improves(step, values):
+            self.checkpointer.mark_best()
+        if record is not None and values:
+            record.write(step, {"flops/total": self.state.flops, **values})
+
+    def sample(self, sampler: Sampler, record: Record | None, stop: Stop) -> None:
+        with self.evaluated():
+            documents = sampler.sample(self.model, self.state.step, lambda: stop.code != 0)
+        if record is not None:
+            record.samples(self.state.step, documents)
 
     def save(self) -> None:
         """Begin a checkpoint. The seconds that training stood still for it are logged with the next step."""
@@ -356,6 +393,7 @@ def train(config: RunConfig) -> int:
     with process_group(config.parallel.first_step_timeout) as ranks:
         trainer = Trainer(config, ranks)
         state, steps = trainer.state, config.training.steps
+        write_environment(config.run_dir, ranks, state.step)
         if ranks.main:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.yaml").write_text(trainer.config.to_yaml())

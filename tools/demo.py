@@ -188,12 +188,15 @@ def demo(arguments: argparse.Namespace) -> None:
     name = "held_out"
     given = load_config(arguments.config)
     vocabulary = {m: dict(given.layout.sizes)[m] for m in found}
+    prompts = [{"text": "A handwritten digit" if corpus is None else "The"}, *({"start": m} for m in found[1:])]
     overrides = [
         f"run_dir={work / 'run'}",
         f"tokenizers={made / 'tokenizers.yaml'}",
         f"vocabulary={json.dumps(vocabulary)}",
         f"data.train={json.dumps(weighted_sources(work / 'tokens' / 'train', given.data.lanes))}",
         f"data.validation={json.dumps({name: weighted_sources(work / 'tokens' / 'val', 1)})}",
+        f"sampling.prompts={json.dumps(prompts)}",
+        f"sampling.every={given.training.steps}",  # so: where it stops, and where it ends
         *arguments.overrides,
     ]
     config = load_config(arguments.config, overrides)

@@ -11,46 +11,15 @@ right after the prompt.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mom_data.errors import exit_clearly
-from mom_data.shards import TokenSegment
 from mom_tokenizers.bundle import Tokenizers
+from mom_train.config import PromptConfig
 from mom_train.generation import Sampling, load_model, sample_document
-
-
-def write_span(folder: Path, name: str, modality: str, values: list[int] | torch.Tensor, tokenizers: Tokenizers) -> str:
-    """Save what a person can look at or listen to; returns its line of Markdown."""
-    if isinstance(values, torch.Tensor):
-        np.save(folder / f"{name}.npy", values.numpy())
-        latents = f"[latents of a picture, {tuple(values.shape)}]({name}.npy)"
-        image = tokenizers.tokenizer("image") if "image" in tokenizers.modalities else None
-        if image is None or image.kind != "kl":
-            return latents
-        try:
-            image.decode(values.numpy()).save(folder / f"{name}.png")
-        except ValueError as error:
-            return f"{latents} ({error})"
-        return f"![picture]({name}.png)"
-    if modality == "text":
-        return str(tokenizers.tokenizer("text").decode(values))
-    (folder / f"{name}.json").write_text(json.dumps({"modality": modality, "ids": values}) + "\n")
-    try:
-        decoded = tokenizers.tokenizer(modality).decode(values)
-    except ValueError as error:
-        return f"[{len(values)} {modality} ids]({name}.json) ({error})"
-    if modality == "image":
-        decoded.save(folder / f"{name}.png")
-        return f"![picture]({name}.png)"
-    import soundfile
-
-    waveform, rate = decoded
-    soundfile.write(folder / f"{name}.wav", waveform, rate)
-    return f"[{len(values) / 25:.1f} s of speech]({name}.wav)"
+from mom_train.sampling import prompt_segments, settings, write_span
 
 
 def main() -> None:
@@ -79,34 +48,26 @@ def main() -> None:
         if path is None:
             raise ValueError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
         tokenizers, vocab = Tokenizers.load(path), config.layout
-        patches = arguments.patches
-        if patches is None and "image" in tokenizers.modalities:
-            image = tokenizers.tokenizer("image")
-            patches = getattr(image, "patches_per_image" if image.kind == "kl" else "codes_per_image", None)
-        sampling = Sampling(
-            sizes={m: int(d["size"]) for m, d in tokenizers.describe().items()},
+        sampling = settings(
+            tokenizers,
+            arguments.patches,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             max_tokens=arguments.max_tokens,
-            patches_per_picture=patches or Sampling.patches_per_picture,
             denoising_steps=arguments.denoising_steps,
             denoised_limit=arguments.denoised_limit,
             guidance=arguments.guidance,
         )
-        prompt = []
-        if arguments.prompt:
-            prompt.append(TokenSegment(0, tokenizers.encode("text", arguments.prompt)))
-        if arguments.start:
-            if arguments.start not in vocab.modalities:
-                raise ValueError(f"this run has no modality '{arguments.start}', only {', '.join(vocab.modalities)}")
-            prompt.append(TokenSegment(vocab.modalities.index(arguments.start), np.zeros(0, np.uint32)))
+        if arguments.start and arguments.start not in vocab.modalities:
+            raise ValueError(f"this run has no modality '{arguments.start}', only {', '.join(vocab.modalities)}")
+        prompt = prompt_segments(PromptConfig(text=arguments.prompt, start=arguments.start), tokenizers, vocab)
         folder: Path = arguments.out or arguments.run / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         for n in range(arguments.samples):
             lines = [f"> {arguments.prompt}", ""] if arguments.prompt else []
             spans = sample_document(model, vocab, prompt, sampling, arguments.seed + n)
             for i, (modality, values) in enumerate(spans):
-                lines += [write_span(folder, f"sample-{n}-{i}", modality, values, tokenizers), ""]
+                lines += [write_span(folder, f"sample-{n}-{i}", modality, values, tokenizers).markdown, ""]
             (folder / f"sample-{n}.md").write_text("\n".join(lines))
             print(f"--- {folder / f'sample-{n}.md'}")
             print("\n".join(lines))

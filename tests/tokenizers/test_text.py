@@ -126,11 +126,21 @@ def test_any_text_comes_back_exactly_from_foreign_tokenizers_special_names_too(f
     # a document cannot write a control token
     control = {0, 1, 2} if name == "llama" else {tokenizer.size - 1}
     assert control.isdisjoint(ids.tolist())
+    # and its bytes add up, besides the space that Llama's puts before a text
+    front = 1 if name == "llama" and text else 0
+    sizes = _sizes(str(foreign[name]))
+    assert sizes[ids].sum() == len(text.encode()) + front
+    assert not sizes[list(control)].any()
 
 
 @lru_cache
 def _loaded(folder):
     return TextTokenizer.load(folder)
+
+
+@lru_cache
+def _sizes(folder):
+    return _loaded(folder).bytes_of_id()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

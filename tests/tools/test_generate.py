@@ -1,8 +1,5 @@
 """What tools/generate.py writes for a person to look at."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -10,15 +7,7 @@ from PIL import Image
 
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.image_kl import KLImageTokenizer
-
-TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
-
-
-def tool():
-    spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from mom_train.sampling import write_span
 
 
 def test_latents_become_a_picture_where_the_tokenizer_makes_latents(tmp_path):
@@ -31,12 +20,11 @@ def test_latents_become_a_picture_where_the_tokenizer_makes_latents(tmp_path):
     tokenizer.save(tmp_path / "image")
     tokenizers = Tokenizers((("image", "kl", tmp_path / "image"),))
     latents = torch.randn(16, 12)
-    write = tool().write_span
-    assert write(tmp_path, "a", "image", latents, tokenizers) == "![picture](a.png)"
+    assert write_span(tmp_path, "a", "image", latents, tokenizers).markdown == "![picture](a.png)"
     assert np.array_equal(np.load(tmp_path / "a.npy"), latents.numpy())
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(tokenizer.decode(latents.numpy())))
     # with --patches of another number: the latents stay, and the line says why there is no picture
-    line = write(tmp_path, "b", "image", latents[:4], tokenizers)
+    line = write_span(tmp_path, "b", "image", latents[:4], tokenizers).markdown
     assert "b.npy" in line
     assert "a picture has (16, 12)" in line
     assert not (tmp_path / "b.png").exists()

@@ -143,6 +143,30 @@ def save_on_a_bad_disk(folder):
     return happened
 
 
+def bests(root, story):
+    """(BEST, steps of the committed checkpoints) after each (step, loss[, "fails"]) of a run that keeps the newest one
+    and the best."""
+    import torch.distributed as dist
+
+    from mom_train.checkpoint import TrainState
+
+    root, seen = Path(root), []
+    with a_run(root, keep=1, best="val/held/loss/total") as (checkpointer, model, optimizer, ema, change):
+        for step, loss, *fails in story:
+            change(step)
+            checkpointer.improves(step, {"val/held/loss/total": loss})
+            if fails and dist.get_rank() == 0:
+                (root / f"checkpoints/step-{step}").write_text("in the way\n")
+            dist.barrier()
+            checkpointer.save(model, optimizer, ema, TrainState(step=step))
+            checkpointer.wait()
+            dist.barrier()
+            committed = [c.step for c in checkpointer.checkpoints.committed()]
+            seen.append(((root / "BEST").read_text().strip(), committed))
+            dist.barrier()
+    return seen
+
+
 def train(config):
     import mom_train.trainer
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ HUB = "hf://"
 # What Transformers makes a fast tokenizer from, where there is no tokenizer.json: one of the first, and the rest.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TextTokenizer:
@@ -133,6 +137,27 @@ class TextTokenizer:
         """The text of ids; bytes that are no valid UTF-8 become U+FFFD. What `encode` made comes back exactly where the
         tokenizer itself loses nothing: byte-level ones do not, Llama's turns a written "▁" into a space."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def bytes_of_id(self) -> np.ndarray:
+        """(size,) int64: UTF-8 bytes of the text that each id stands for, 0 for special ones and for ids that no token
+        has. Their sum over a text's ids is its length where the tokenizer loses nothing; one that puts a space before
+        the text, as Llama's does, counts that too."""
+        described = json.loads(self._tokenizer.to_str())
+        decoders = described["decoder"] or {}
+        kinds = [part["type"] for part in decoders.get("decoders", [decoders]) if part]
+        special_of_added = {token["id"]: token["special"] for token in described["added_tokens"]}
+        anchor = next(iter(self.encode("a")[-1:].tolist()), None)  # some decoders treat what begins a text differently
+        sizes = np.zeros(self.size, np.int64)
+        for token, id_ in self._tokenizer.get_vocab().items():
+            if "ByteFallback" in kinds and _BYTE.fullmatch(token):
+                sizes[id_] = 1
+            elif id_ in special_of_added:
+                sizes[id_] = 0 if special_of_added[id_] else len(token.encode())
+            elif "ByteLevel" in kinds:
+                sizes[id_] = len(token)  # one character of the byte-level alphabet for each byte
+            elif anchor is not None:
+                sizes[id_] = len(self.decode([anchor, id_]).encode()) - len(self.decode([anchor]).encode())
+        return sizes
 
 
 def hub_folder(name: str) -> Path:

@@ -1,0 +1,65 @@
+"""tools/eval.py says of a checkpoint what the run's own validation said, whatever the number of processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenized import tokenized_config
+
+from mom_train.metrics import read_metrics
+
+CHECKOUT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def call(*line, code=0):
+    done = subprocess.run(list(map(str, line)), cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    path = folder / "config.yaml"
+    changes = {
+        "training": {"steps": 4, "batch": 4, "micro_batch": 2, "ema_decay": 0.9},
+        "checkpoint": {"every": 2, "best": "val/held/loss/text"},
+    }
+    path.write_text(tokenized_config(folder, **changes).to_yaml())
+    call(sys.executable, "-m", "mom_train", path)
+    return folder / "run"
+
+
+def test_the_figures_are_those_that_validation_logged(run_dir, tmp_path):
+    shards = run_dir.parent / "val"
+    lines = {line["step"]: line for line in read_metrics(run_dir)}
+
+    def figures(*more, line=(sys.executable,)):
+        call(*line, "tools/eval.py", *more, "--shards", shards, "--json", tmp_path / "out.json")
+        found = json.loads((tmp_path / "out.json").read_text())
+        return found, {name: value for name, value in found["sets"]["val"].items() if not name.startswith("targets/")}
+
+    newest, values = figures(run_dir)
+    logged = {name.removeprefix("val/held/"): v for name, v in lines[4].items() if name.startswith("val/held/")}
+    assert newest["step"] == 4
+    assert values == pytest.approx(logged, rel=1e-6)
+    assert {"loss/text", "loss/image", "bits_per_byte/text"} <= values.keys()
+    older, by_two = figures(run_dir / "checkpoints/step-2", line=TORCHRUN)
+    assert older["step"] == 2
+    logged = {name.removeprefix("val/held/"): v for name, v in lines[2].items() if name.startswith("val/held/")}
+    assert by_two == pytest.approx(logged, rel=1e-4)
+    _, average = figures(run_dir, "--weights", "ema", "--step", "best")
+    assert all(average[name] != values[name] for name in ("loss/text", "loss/image"))
+
+
+def test_what_cannot_be_evaluated_is_said(run_dir, tmp_path):
+    def says(*more):
+        error = call(sys.executable, "tools/eval.py", run_dir, *more, code=2)
+        assert "Traceback" not in error
+        return error
+
+    assert "step-3: no committed checkpoint there" in says("--shards", run_dir.parent / "val", "--step", "3")
+    assert "manifest.json" in says("--shards", tmp_path)

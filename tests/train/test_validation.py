@@ -1,0 +1,155 @@
+"""What validation says of a model, and what a run keeps because of it."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoint_ranks import bests
+from ranks import run_ranks
+from run_config import tiny_config
+from tokenized import tokenized_config
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def figures_and_oracle(folder):
+    """(what two ranks validate; the same by hand on whole logits, rank 0)."""
+    from mom_data.batch import first_sequences
+    from mom_data.loader import Share, batches
+    from mom_tokenizers.bundle import Tokenizers
+    from mom_train.objective import noised_patches, row_layout
+    from mom_train.parallel import process_group
+    from mom_train.status import Stop
+    from mom_train.trainer import Trainer
+
+    config = tokenized_config(folder)
+    with process_group() as ranks:
+        trainer = Trainer(config, ranks)
+        with torch.no_grad():
+            # so that predictions are not all zero, and losses differ by quarter
+            trainer.model.patch_head.patch_out.weight.to_local().normal_(0, 0.1)
+        values = trainer.validate(Stop())
+        text = Tokenizers.load(config.tokenizers).tokenizer("text")
+        nats, size, squares = 0.0, 0, {}
+        [plan] = trainer.validation_plans.values()
+        modality_of_id = torch.from_numpy(config.layout.modality_of_id)
+        specials = torch.tensor(list(config.layout.specials.values()))
+        stream = batches(plan, config.layout, Share(0, 1, 5, 5))
+        batch = first_sequences(next(stream), 5)
+        patches = noised_patches(batch, -1, trainer.config.objective.diffusion)
+        layout = row_layout(batch, trainer.config.objective.diffusion)
+        with torch.no_grad():
+            logits, predicted = trainer.model(batch.tokens.reshape(-1)[batch.rows], layout, None, patches)
+        losses = F.cross_entropy(logits, batch.labels.reshape(-1)[batch.rows], reduction="none", ignore_index=-100)
+        time_losses = torch.empty_like(losses)
+        time_losses[batch.rows] = losses
+        for row_labels, row_losses in zip(batch.labels, time_losses.view(batch.labels.shape), strict=True):
+            kept = (row_labels >= 0) & ~torch.isin(row_labels, specials)
+            kept &= modality_of_id[row_labels.clamp_min(0)] == 0
+            nats += row_losses[kept].double().sum().item()
+            size += text_bytes(text, row_labels, kept)
+        for p in range(len(predicted)):
+            t = int(patches.timestep[patches.picture[p]])
+            error = (predicted[p] - patches.target[p]).square().mean().item()
+            squares.setdefault(t // 250, []).append(error)
+    oracle = {"bits": nats / math.log(2) / size, **{f"t{q}": float(np.mean(e)) for q, e in squares.items()}}
+    return values, oracle
+
+
+def text_bytes(tokenizer, labels, kept):
+    """UTF-8 bytes of the targets, by decoding each run of text whole: a token may end inside a character."""
+    total, run = 0, []
+    for label, is_text in [*zip(labels.tolist(), kept.tolist(), strict=True), (0, False)]:
+        if is_text:
+            run.append(label)
+        elif run:
+            total += len(tokenizer._tokenizer.decode(run).replace("\ufffd", "?").encode())
+            run = []
+    return total
+
+
+def test_bits_per_byte_and_errors_by_timestep_are_what_whole_logits_give(tmp_path):
+    tokenized_config(tmp_path)
+    (values, oracle), (other, _) = run_ranks(2, figures_and_oracle, tmp_path)
+    assert values == other
+    assert values["val/held/bits_per_byte/text"] == pytest.approx(oracle["bits"], rel=1e-5)
+    quarters = {name.removeprefix("val/held/mse/"): v for name, v in values.items() if "/mse/" in name}
+    assert quarters == pytest.approx({q: v for q, v in oracle.items() if q != "bits"}, rel=1e-4)
+    assert len(quarters) == 4
+
+
+def train_until_interrupted(folder, where):
+    """A run that a signal on the last rank meets in the validation after step `where`, or does not where that is 0."""
+    from mom_train.parallel import process_group
+    from mom_train.status import Stop
+    from mom_train.trainer import Trainer
+
+    class InValidation(Stop):
+        trainer = None
+
+        @property
+        def code(self):
+            met = self.trainer.state.step == where and not self.trainer.model.training
+            return 15 if where and met and self.trainer.ranks.rank == 1 else super().code
+
+    checkpoint = {"keep": 9, "best": "val/held/loss/total"}
+    config = tiny_config(folder, checkpoint=checkpoint, validation={"every": 4, "sequences": 5})
+    with process_group() as ranks:
+        stop = InValidation()
+        stop.trainer = Trainer(config, ranks)
+        return stop.trainer.run(stop)[0]
+
+
+def logged(folder):
+    lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("perf/", "checkpoint/"))} for line in lines]
+
+
+def test_a_validation_that_a_signal_cuts_short_is_made_up_for(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tiny_config(whole), tiny_config(cut)
+    assert run_ranks(2, train_until_interrupted, whole, 0) == ["finished"] * 2
+    assert run_ranks(2, train_until_interrupted, cut, 4) == ["preempted"] * 2
+    assert not any(name.startswith("val/") for name in logged(cut)[-1])
+    assert run_ranks(2, train_until_interrupted, cut, 0) == ["finished"] * 2
+    assert logged(cut) == logged(whole)
+    totals = {line["step"]: line["val/held/loss/total"] for line in logged(cut) if "val/held/loss/total" in line}
+    assert list(totals) == [0, 4, 8]
+    best = min((4, 8), key=totals.get)
+    assert (cut / "run/BEST").read_text() == (whole / "run/BEST").read_text() == f"step-{best}\n"
+
+
+def test_the_best_checkpoint_outlives_newer_ones_until_a_better_one_is_committed(tmp_path):
+    # losses by step; a save that fails; what is on the disk after each
+    story = [(1, 5.0), (2, 3.0), (3, 4.0), (4, 6.0), (5, math.nan), (6, 2.0, "fails"), (7, 2.5), (8, 9.0)]
+    told = run_ranks(2, bests, tmp_path, story)
+    assert told[0] == told[1]
+    assert [(best, steps) for best, steps in told[0]] == [
+        ("step-1", [1]),
+        ("step-2", [2]),
+        ("step-2", [2, 3]),
+        ("step-2", [2, 4]),
+        ("step-2", [2, 5]),
+        ("step-2", [2, 5]),  # step 6 was better and could not be written
+        ("step-7", [7]),
+        ("step-7", [7, 8]),
+    ]
+
+
+def test_the_figure_that_decides_must_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint.best=val/other/loss/total is no figure.*val/held/loss/total"):
+        tiny_config(tmp_path, checkpoint={"best": "val/other/loss/total"})
+    config = tiny_config(tmp_path, checkpoint={"best": "val/held/loss/video"}, training__steps=3)
+    path = tmp_path / "c.yaml"
+    path.write_text(config.to_yaml())
+    line = [sys.executable, "-m", "mom_train", str(path)]
+    done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "checkpoint.best=val/held/loss/video: the validation has no such figure, only val/held/" in done.stderr
+    assert "Traceback" not in done.stderr

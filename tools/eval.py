@@ -1,0 +1,170 @@
+"""The losses of any checkpoint on any token shards, by the code that validates while training.
+
+    python tools/eval.py runs/demo/run --shards tokens/val
+    python tools/eval.py runs/demo/run --step best --shards tokens/val tokens/other --weights ema --json figures.json
+    torchrun --nproc-per-node 8 tools/eval.py RUN/checkpoints/step-1000 --shards s3://bucket/val
+
+A set is named by its folder. Figures: loss by modality of the target (nats per token; of continuous pictures the
+squared error per channel), bits per byte of text where the tokenizers can be had, and the squared error by quarter of
+the timesteps. The same sequences and noise for every checkpoint and any number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from mom_data.errors import EXIT_USER_ERROR, exit_clearly
+from mom_train import data
+from mom_train.checkpoint_store import Checkpoint, Checkpoints
+from mom_train.config import RunConfig
+from mom_train.model import LanguageModel
+from mom_train.parallel import Ranks, agreed, process_group, shard
+from mom_train.passes import Passes
+from mom_train.sequence_parallel import Context
+from mom_train.validation import score
+
+
+def find(where: str, step: int | Literal["best"] | None) -> Checkpoint:
+    """A run's checkpoint, or the one whose folder or URL `where` is. Raises ValueError where there is none."""
+    root, _, name = where.rstrip("/").rpartition("/checkpoints/")
+    if root and name.startswith("step-"):
+        if step is not None:
+            raise ValueError(f"--step: {where} is one step's checkpoint already")
+        return Checkpoints(root).find(int(name.removeprefix("step-")))
+    return Checkpoints.of(where).find(step)
+
+
+def named(places: list[str]) -> dict[str, str]:
+    """Set name -> its shards: the folders' names, with as much before them as tells them apart."""
+    parts = [place.rstrip("/").split("/") for place in places]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, places, strict=True))
+    raise ValueError(f"--shards: one of {', '.join(places)} is named twice")
+
+
+def load(config: RunConfig, checkpoint: Checkpoint, weights: str, ranks: Ranks) -> LanguageModel:
+    """The model, its parameters dealt to the ranks. Collective."""
+    vocab, diffusion = config.layout, config.objective.diffusion
+    with torch.device("meta"):
+        model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
+    model = shard(model, ranks.mesh)
+    model.to_empty(device=ranks.device)
+    values = model.state_dict()
+    checkpoint.load({weights: values})
+    model.load_state_dict(values)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run directory, or a checkpoint's folder or URL")
+    parser.add_argument("--shards", nargs="+", required=True, metavar="PATH", help="folders or URLs of token shards")
+    parser.add_argument("--step", help="checkpoint: a number, or 'best' (default: the newest)")
+    parser.add_argument("--weights", choices=["model", "ema"], default="model", help="ema: their average")
+    parser.add_argument(
+        "--sequences", type=int, help="of each set; those of a small set come again (default: the run's)"
+    )
+    parser.add_argument("--batch", type=int, help="sequences per process and forward pass (default: the run's)")
+    parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml, for bits per byte (default: the run's)")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="to OUT, or standard output")
+    arguments = parser.parse_args()
+    with exit_clearly("eval"):
+        if min(arguments.sequences or 1, arguments.batch or 1) < 1:
+            raise ValueError("--sequences, --batch: at least 1")
+        try:
+            with process_group() as ranks:
+                figures = evaluate(arguments, ranks)
+        except ValueError:
+            if int(os.environ.get("RANK", 0)) == 0:
+                raise
+            sys.exit(EXIT_USER_ERROR)  # rank 0 says it
+        if ranks.main:
+            write(figures, arguments.json)
+
+
+def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    step = arguments.step
+    if step not in (None, "best"):
+        if not step.isdigit():
+            raise ValueError(f"--step {step}: a number, or 'best'")
+        step = int(step)
+    checkpoint = agreed(lambda: find(arguments.run, step))
+    agreed(checkpoint.check)
+    config = agreed(lambda: the_config(arguments, checkpoint))
+    datasets = data.Datasets(config)
+    plans = agreed(lambda: data.validation_plans(config, datasets))
+    config = agreed(lambda: data.check(config, datasets))
+    bytes_of_id = agreed(lambda: data.text_bytes(config))
+    model = load(config, checkpoint, arguments.weights, ranks)
+    context = Context.of(ranks, 1)
+    passes = Passes(config, config.layout, ranks, model, context)
+    sequences, sets = config.validation.sequences, {}
+    rows = config.training.micro_batch * ranks.world_size
+    for name, plan in plans.items():
+        with tqdm(total=-(-sequences // rows), desc=name, unit="pass", disable=None if ranks.main else True) as bar:
+            scores = score(passes, plan, sequences, bytes_of_id, lambda bar=bar: bool(bar.update()))  # type: ignore[misc]
+        assert scores is not None
+        targets = dict(zip(config.layout.modalities, scores.counts.targets_M.tolist(), strict=True))
+        sets[name] = {
+            **scores.figures("", passes),
+            **{f"targets/{m}": n for m, n in targets.items()},
+            **({"targets/patches": scores.counts.patches} if config.objective.diffusion is not None else {}),
+        }
+    return {
+        "checkpoint": str(checkpoint),
+        "step": checkpoint.step,
+        "weights": arguments.weights,
+        "sequences": sequences,
+        "sets": sets,
+    }
+
+
+def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConfig:
+    """The checkpoint's config, with these shards as its validation sets. Raises ValueError where it has not got the
+    weights that are asked for."""
+    if arguments.weights == "ema" and not any(
+        name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata
+    ):
+        raise ValueError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
+    values = checkpoint.train_state()["config"]
+    values["data"]["validation"] = {name: [{"path": place}] for name, place in named(arguments.shards).items()}
+    values["validation"]["sequences"] = arguments.sequences or values["validation"]["sequences"]
+    values["training"]["micro_batch"] = arguments.batch or values["training"]["micro_batch"]
+    values["checkpoint"]["best"] = None
+    values.setdefault("parallel", {})["context_ranks"] = 1
+    if arguments.tokenizers is not None:
+        values["tokenizers"] = str(arguments.tokenizers)
+    elif values["tokenizers"] is not None and not Path(values["tokenizers"]).exists():
+        print(f"{values['tokenizers']} is not here: no bits per byte", file=sys.stderr)
+        values["tokenizers"], values["sampling"] = None, {}
+    return RunConfig.model_validate(values)
+
+
+def write(figures: dict[str, Any], out: str | None) -> None:
+    if out == "-":
+        print(json.dumps(figures, indent=1))
+        return
+    if out is not None:
+        Path(out).write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{figures['checkpoint']}, {figures['weights']} weights, {figures['sequences']} sequences of each set\n")
+    names = list(dict.fromkeys(name for values in figures["sets"].values() for name in values))
+    width = max(12, *(len(name) + 2 for name in figures["sets"]))
+    print(f"{'':24}" + "".join(f"{name:>{width}}" for name in figures["sets"]))
+    for name in names:
+        cells = (values.get(name) for values in figures["sets"].values())
+        shown = ("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in cells)
+        print(f"{name:24}" + "".join(f"{text:>{width}}" for text in shown))
+
+
+if __name__ == "__main__":
+    main()
