@@ -7,7 +7,7 @@ demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your 
 	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
 
 test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
-	.venv/bin/python -m pytest $(PYTEST)
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 cluster: $(ENV)  ## the tests that need root and Debian's Slurm (tests/cluster/slurm.py says which packages)
 	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m cluster tests/cluster $(PYTEST)
