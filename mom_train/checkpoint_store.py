@@ -18,13 +18,11 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import pickle
-import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,142 +38,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from mom_train.checkpoint_files import METADATA, Files, Sum, file_name
+
 _CHUNK = 1 << 22  # bytes read at a time
-_METADATA, _SUMS, _STATE = ".metadata", "checksums.json", "train_state.json"
+_SUMS, _STATE = "checksums.json", "train_state.json"
 _DAMAGED = ".metadata.damaged"  # what `.metadata` is called once the checkpoint is known not to verify
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Of a file's bytes."""
-
-    size: int
-    crc32: int
-
-
-class _Summed(io.RawIOBase):
-    """A file being written from front to back, and the sum of what was written."""
-
-    def __init__(self, stream: Any):
-        self._stream, self.size, self.crc32 = stream, 0, 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            self._stream.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        size = memoryview(data).nbytes
-        self.size += size
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return size
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return int(self._stream.fileno())
-
-
-class Files(filesystem.FileSystemBase):
-    """A folder or URL for DCP and for us; paths are strings. Remembers the sum of each file it wrote, by name."""
-
-    def __init__(self, root: str):
-        try:
-            self.fs, self.root = url_to_fs(root, use_listings_cache=False)  # other ranks write here too
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"{root}: {error}") from None
-        self.local = isinstance(self.fs, LocalFileSystem)
-        self.written: dict[str, Sum] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with self.fs.open(str(path), mode) as stream:
-            if "r" in mode:
-                yield stream
-                return
-            summed = _Summed(stream)
-            try:
-                yield summed
-            except Exception:
-                if summed.error is not None:  # torch.save covers a full disk with "unexpected pos"
-                    raise summed.error from None
-                raise
-            stream.flush()
-            self.written[_name(path)] = Sum(summed.size, summed.crc32)
-
-    def read(self, path: str) -> bytes:
-        return bytes(self.fs.cat_file(path))
-
-    def write(self, path: str, data: bytes) -> None:
-        """All of it or nothing, and on the disk before this returns."""
-        self.written[_name(path)] = Sum(len(data), zlib.crc32(data))
-        if not self.local:
-            self.fs.pipe_file(path, data)  # an object appears whole
-            return
-        partial = f"{path}.partial"
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self.rename(partial, path)
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        if not self.local:
-            self.fs.mv(str(path), str(new_path))
-            return
-        os.replace(path, new_path)
-        folder = os.open(os.path.dirname(new_path), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def remove(self, folder: str) -> None:
-        """The folder and what is in it, its mark of a commit first: half a removal must not look whole."""
-        if self.fs.exists(f"{folder}/{_METADATA}"):
-            self.fs.rm_file(f"{folder}/{_METADATA}")
-        if self.local:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(folder)
-        elif self.fs.exists(folder):
-            self.fs.rm(folder, recursive=True)
-
-    def names(self, folder: str) -> list[str]:
-        try:
-            return sorted(_name(path) for path in self.fs.ls(folder, detail=False))
-        except FileNotFoundError:
-            return []
-
-    def size(self, path: str) -> int:
-        return int(self.fs.size(path))
-
-    def init_path(self, path: str | os.PathLike[str]) -> str:
-        return str(path)
-
-    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
-        return f"{path}/{suffix}"
-
-    def mkdir(self, path: str | os.PathLike[str]) -> None:
-        self.fs.makedirs(str(path), exist_ok=True)
-
-    def exists(self, path: str | os.PathLike[str]) -> bool:
-        return bool(self.fs.exists(str(path)))
-
-    def rm_file(self, path: str | os.PathLike[str]) -> None:
-        self.fs.rm_file(str(path))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
-
-def _name(path: str | os.PathLike[str]) -> str:
-    return str(path).rstrip("/").rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -192,7 +57,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return _name(self.path)
+        return file_name(self.path)
 
     @property
     def step(self) -> int:
@@ -200,7 +65,7 @@ class Checkpoint:
 
     @property
     def committed(self) -> bool:
-        return self.files.exists(f"{self.path}/{_METADATA}")
+        return self.files.exists(f"{self.path}/{METADATA}")
 
     @property
     def damaged(self) -> bool:
@@ -208,7 +73,7 @@ class Checkpoint:
         return self.files.exists(f"{self.path}/{_DAMAGED}")
 
     def mark_damaged(self) -> None:
-        self.files.rename(f"{self.path}/{_METADATA}", f"{self.path}/{_DAMAGED}")
+        self.files.rename(f"{self.path}/{METADATA}", f"{self.path}/{_DAMAGED}")
 
     def train_state(self) -> dict[str, Any]:
         """What the run kept beside the tensors. Raises ValueError where it cannot be read."""
@@ -244,7 +109,7 @@ class Checkpoint:
             sums = self.sums()
         except ValueError as error:
             return [str(error)]
-        missing = [n for n in (_METADATA, _STATE) if n not in sums]
+        missing = [n for n in (METADATA, _STATE) if n not in sums]
         found = [f"{self.path}/{name} is not in {_SUMS}" for name in missing]
         for name in sorted(sums)[part::parts]:
             path, want = f"{self.path}/{name}", sums[name]
@@ -270,11 +135,11 @@ class Checkpoint:
 
     def metadata(self) -> index.Metadata:
         """Shapes, types and places of the tensors by name. Raises ValueError where it holds anything else."""
-        path = f"{self.path}/{_METADATA}"
+        path = f"{self.path}/{METADATA}"
         try:
             metadata = _IndexUnpickler(io.BytesIO(self.files.read(path)), path).load()
         except FileNotFoundError:
-            raise ValueError(f"{self.path} is not a committed checkpoint: it has no {_METADATA}") from None
+            raise ValueError(f"{self.path} is not a committed checkpoint: it has no {METADATA}") from None
         except ValueError:
             raise
         except Exception as error:  # a damaged pickle can fail in any way
@@ -506,8 +371,8 @@ class _Writer(dcp.FileSystemWriter):
         metadata.version = filesystem.CURRENT_DCP_VERSION
         content = pickle.dumps(metadata)
         sums = {r.storage_data.relative_path: r.file for r in written if isinstance(r, _Written)}
-        sums |= {_STATE: self._files.written[_STATE], _METADATA: Sum(len(content), zlib.crc32(content))}
+        sums |= {_STATE: self._files.written[_STATE], METADATA: Sum(len(content), zlib.crc32(content))}
         text = json.dumps({name: asdict(value) for name, value in sorted(sums.items())}, indent=1) + "\n"
         self._files.write(f"{self.path}/{_SUMS}", text.encode())
-        self._files.write(f"{self.path}/{_METADATA}", content)
+        self._files.write(f"{self.path}/{METADATA}", content)
         self._checkpoints.point(self._checkpoint)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mom_train.checkpoint_store import Checkpoint, Checkpoints, Files
+from mom_train.checkpoint_files import Files
+from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.model import LanguageModel
 
 Weights = Mapping[str, Callable[[], Tensor]]
