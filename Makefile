@@ -2,9 +2,12 @@
 PYTHON ?= python3
 ENV = .venv/.ok
 
-.PHONY: demo test cluster image faults lint format clean
+.PHONY: demo paper-mini test cluster image faults lint format clean
 demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
 	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
+
+paper-mini: $(ENV)  ## the paper's tables in miniature on CORPUS=path/to/raw/tars; ARGS='--minutes 480 --seeds 3' (GPU: --full)
+	.venv/bin/python tools/paper_mini.py --corpus $(CORPUS) $(ARGS)
 
 test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)

@@ -1,0 +1,353 @@
+"""The paper in miniature: dense Mamba, Mixture-of-Mamba and a Transformer on one's own corpus, in its three settings.
+
+    python tools/paper_mini.py --corpus raw/ --minutes 480 --seeds 3 --output runs/paper-mini
+
+Trains tokenizers and tokenizes the corpus (once, not counted in --minutes), times each model, chooses the steps that
+fit the budget, tunes each architecture's learning rate with runs of a quarter of them, then trains everything with one
+seed, then with the next, and writes OUTPUT/report.md and results.json: Tables 2, 3, 4 and 7 beside the published ones.
+All models of a setting see the same tokens with the same seed and have equal active FLOPs. Killed and started again,
+it goes on; started again with more --minutes or --seeds it trains what is missing, with the same steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from curves import Run
+from demo import call, present_modalities
+from filelock import FileLock, Timeout
+from mini_plan import (
+    EVALUATIONS,
+    MODELS,
+    SETTINGS,
+    TIMED_STEPS,
+    Job,
+    State,
+    sequences,
+    startable,
+    steps_for,
+    todo,
+)
+from mini_report import write_report
+
+from mom_data.document import expand_inputs
+from mom_data.errors import exit_clearly
+from mom_train.status import EXIT_PREEMPTED
+
+TOOLS = Path(__file__).parent
+SHARES = {"text": 0.45, "image": 0.40, "speech": 0.15}  # of the tokens, scaled to the modalities of a setting
+MODALITIES = {
+    "chameleon_speech": ("text", "image", "speech"),
+    "transfusion": ("text", "image"),
+    "chameleon": ("text", "image"),
+}
+HELD_OUT = "held_out"
+_PR_SET_PDEATHSIG = 1
+log = logging.getLogger("paper_mini")
+
+
+# ---- data ----------------------------------------------------------------------------------------------------
+
+
+def prepare(corpus: Path, output: Path, configs: Path) -> list[str]:
+    """Tokenizers and token shards of every setting that the corpus has the modalities for, once: OUTPUT/data.json says
+    that they are there. Returns the settings. Raises ValueError for a corpus without pictures."""
+    place = str(corpus.resolve())
+    record = output / "data.json"
+    if record.exists():
+        before = json.loads(record.read_text())
+        if before["corpus"] != place:
+            raise ValueError(f"{output} was begun with {before['corpus']}; take another --output for {corpus}")
+        return before["settings"]
+    expand_inputs([str(corpus)])
+    split = (corpus / "train").is_dir() and (corpus / "val").is_dir()
+    found = present_modalities(corpus / "train" if split else corpus)
+    if "image" not in found:
+        raise ValueError(f"{corpus}: no pictures, which all settings of the paper have; found {', '.join(found)}")
+    settings = [s for s in SETTINGS if set(MODALITIES[s]) <= set(found)]
+    for setting in settings:
+        recipe = "continuous" if setting == "transfusion" else "discrete"
+        wanted = yaml.safe_load((configs / f"{recipe}_tokenizers.yaml").read_text())
+        made = output / "tokenizers" / recipe
+        made.mkdir(parents=True, exist_ok=True)
+        config = made / "recipe.yaml"
+        config.write_text(yaml.safe_dump({m: wanted[m] for m in found if m in wanted}, sort_keys=False))
+        train = corpus / "train" if split else corpus
+        threads = len(os.sched_getaffinity(0))
+        call(TOOLS / "train_tokenizers.py", "--config", config, "--input", train, "--output", made, threads=threads)
+        bundle = yaml.safe_load((made / "tokenizers.yaml").read_text())
+        own = made / f"{setting}.yaml"
+        own.write_text(yaml.safe_dump({m: bundle[m] for m in MODALITIES[setting]}, sort_keys=False))
+        dropped = [m for m in found if m not in MODALITIES[setting]]
+        for part in ("train", "val"):
+            inputs = [corpus / part] if split else [corpus, "--split", part]
+            target = ["--output", output / "tokens" / setting / part, "--config", own]
+            drop = ["--drop-modalities", *dropped] if dropped else []
+            call(TOOLS / "tokenize_shards.py", *target, "--input", *inputs, *drop)
+    record.write_text(json.dumps({"corpus": place, "settings": settings}) + "\n")
+    return settings
+
+
+def sources(dataset: Path, lanes: int) -> list[dict[str, Any]]:
+    """The shards as sources weighted so that the tokens come out as SHARES, as nearly as their mixtures allow. Shards
+    are grouped by the modality they have most of compared with the whole; within a group they weigh by size. Shards
+    with too few documents for the lanes are left out, unless that leaves none."""
+    shards = [s for s in stored(dataset) if s["documents"] >= lanes and sum(s["tokens"].values())]
+    if not shards:
+        return [{"path": str(dataset)}]
+    modalities = [m for m in SHARES if any(s["tokens"].get(m) for s in shards)]
+    tokens_SM = np.array([[s["tokens"].get(m, 0) for m in modalities] for s in shards], dtype=np.float64)
+    size_S = tokens_SM.sum(1)
+    group_S = (tokens_SM / size_S[:, None] / tokens_SM.sum(0)).argmax(1)
+    groups = np.unique(group_S)
+    in_group_GS = group_S == groups[:, None]
+    mixture_GM = in_group_GS @ tokens_SM
+    mixture_GM /= mixture_GM.sum(1, keepdims=True)
+    wanted_M = np.array([SHARES[m] for m in modalities])
+    weight_G = np.linalg.lstsq(mixture_GM.T, wanted_M / wanted_M.sum(), rcond=None)[0].clip(min=0.01)
+    weight_S = (weight_G[:, None] * in_group_GS * size_S / (in_group_GS * size_S).sum(1, keepdims=True)).sum(0)
+    return [
+        {"path": str(dataset), "shards": s["name"], "weight": round(float(w), 8)}
+        for s, w in zip(shards, weight_S / weight_S.sum(), strict=True)
+    ]
+
+
+def stored(dataset: Path) -> list[dict[str, Any]]:
+    return json.loads((dataset / "manifest.json").read_text())["shards"]
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    since: float
+    slot: int
+
+
+class Miniature:
+    """All runs of a miniature: what is finished, what runs now. State is in OUTPUT/state.json after every event."""
+
+    def __init__(self, output: Path, arguments: argparse.Namespace, settings: list[str]):
+        self.output, self.arguments = output, arguments
+        self.path = output / "state.json"
+        self.state = State.load(self.path)
+        self.state.settings = settings
+        self.state.failed.clear()  # what failed before may have been mended
+        if arguments.rates and not self.state.steps:
+            self.state.rates = {architecture: arguments.rates for architecture in self.state.rates}
+        self.full = yaml.safe_load((arguments.configs / "_full.yaml").read_text()) if arguments.full else {}
+        common = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
+        self.batch: int = {**common["training"], **self.full.get("training", {})}["batch"]
+        self.lanes: int = {**common["data"], **self.full.get("data", {})}["lanes"]
+        self.running: list[Running] = []
+        self.tries: dict[str, int] = {}
+        self._seen = time.monotonic()
+
+    def run(self) -> bool:
+        """Returns whether everything that was wanted is trained."""
+        stopped: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, _: stopped.append(n))
+        begun = time.monotonic()
+        while not stopped:
+            self._tick()
+            self._collect()
+            self._decide_steps()
+            for job in self._startable()[: self.arguments.jobs - len(self.running)]:
+                self._start(job)
+            if not self.running:
+                break
+            time.sleep(0.5 if time.monotonic() - begun < 60 else 2)
+        for running in self.running:
+            running.process.send_signal(signal.SIGTERM)
+        for running in self.running:
+            running.process.wait()
+        self._tick()
+        if stopped:
+            log.warning("%s: runs are saved, start again to go on", signal.Signals(stopped[0]).name)
+            raise SystemExit(EXIT_PREEMPTED)
+        return not list(todo(self.state, self.arguments.seeds))
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.state.spent += now - self._seen
+        self._seen = now
+        self.state.save(self.path)
+
+    def _decide_steps(self) -> None:
+        state, wanted = self.state, self.arguments
+        if state.steps or self.running or list(todo(state, wanted.seeds)):
+            return
+        missing = [f"{s}/{a}" for s in state.settings for a in SETTINGS[s] if f"{s}/{a}" not in state.per_step]
+        if missing:
+            raise ValueError(f"runs of {TIMED_STEPS} steps failed: {', '.join(missing)}; see {self.output / 'logs'}")
+        budget = 60 * wanted.minutes
+        state.steps = steps_for(state, budget, wanted.jobs, wanted.seeds, self.batch, wanted.max_steps)
+        log.info("%d steps a run; s/step %s", state.steps, {k: round(v, 3) for k, v in state.per_step.items()})
+        state.save(self.path)
+
+    def _startable(self) -> list[Job]:
+        left = 60 * self.arguments.minutes - self.state.spent
+        busy = {r.job.id for r in self.running}
+        begun = {j.id for j in todo(self.state, self.arguments.seeds) if (self.directory(j) / "status.json").exists()}
+        return startable(self.state, self.arguments.seeds, self.batch, busy, begun, left)
+
+    def directory(self, job: Job) -> Path:
+        return self.output / "runs" / job.id
+
+    def _log(self, job: Job) -> Path:
+        return self.output / "logs" / f"{job.id.replace('/', '--')}.log"
+
+    def _start(self, job: Job) -> None:
+        name = self._log(job)
+        name.parent.mkdir(exist_ok=True)
+        free = set(range(self.arguments.jobs)) - {r.slot for r in self.running}
+        slot = min(free)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.arguments.threads)}
+        if self.arguments.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.arguments.gpus)
+        command = [
+            sys.executable,
+            "-m",
+            "mom_train",
+            str(self.arguments.configs / f"{job.setting}.yaml"),
+            *self._overrides(job),
+        ]
+        with open(name, "ab") as file:
+            # a run must not outlive this program: started again, it would train beside its successor
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+            )
+        log.info("start %s (rate %g, %d steps)", job.id, job.rate, job.steps)
+        self.running.append(Running(job, process, time.monotonic(), slot))
+
+    def _overrides(self, job: Job) -> list[str]:
+        tokens = self.output / "tokens" / job.setting
+        bundle = self.output / "tokenizers" / _recipe(job.setting) / f"{job.setting}.yaml"
+        sizes = _sizes(tokens / "train", MODALITIES[job.setting])
+        vocabulary = {m: 1 if latents else size for m, size, latents in sizes}
+        every = max(1, job.steps // EVALUATIONS)
+        values = {
+            **{f"{section}.{key}": v for section, keys in self.full.items() for key, v in keys.items()},
+            **{f"model.{key}": v for key, v in MODELS[job.variant].items()},
+            "run_dir": str(self.directory(job)),
+            "seed": job.seed,
+            "vocabulary": vocabulary,
+            **({"tokenizers": str(bundle)} if bundle.exists() else {}),  # shards may have come without
+            "data.train": sources(tokens / "train", self.lanes),
+            "data.validation": {HELD_OUT: sources(tokens / "val", 1)},
+            "optimizer.learning_rate": job.rate,
+            "optimizer.warmup": max(1, job.steps // 16),
+            "training.steps": job.steps,
+            "validation.every": every if job.kind == "run" else job.steps,
+            "validation.sequences": sequences(job.steps, self.batch),
+        }
+        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+    def _collect(self) -> None:
+        """Whatever has ended meanwhile."""
+        for running in [r for r in self.running if r.process.poll() is not None]:
+            self.running.remove(running)
+            job, code = running.job, running.process.returncode
+            took = time.monotonic() - running.since
+            loss = self._held_out(job) if code == 0 else None
+            if loss is not None:
+                self._finish(job, took, loss)
+                log.info("done  %s: %.4f, %.0f s", job.id, loss, took)
+            elif code != EXIT_PREEMPTED:
+                self.tries[job.id] = self.tries.get(job.id, 0) + 1
+                last = self._log(job).read_text(errors="replace").strip().rpartition("\n")[2]
+                why = last if code else "its held-out loss at the end is not finite"
+                log.warning("%s ended with %d: %s", job.id, code, why)
+                if self.tries[job.id] == 2:
+                    self.state.failed[job.id] = why
+            self.state.save(self.path)
+
+    def _held_out(self, job: Job) -> float | None:
+        return Run(self.directory(job)).lines[-1].get(f"val/{HELD_OUT}/loss/total")
+
+    def _finish(self, job: Job, took: float, loss: float) -> None:
+        run = Run(self.directory(job))
+        if job.kind == "time":
+            per_token = statistics.median(1 / x["perf/tokens_per_s"] for x in run.lines[4:] if "perf/tokens_per_s" in x)
+            tokens = sum(v for k, v in run.lines[-1].items() if k.startswith("tokens/")) / job.steps
+            known = f"{job.setting}/{job.variant}"
+            self.state.per_step[known] = per_token * tokens
+            self.state.startup[known] = max(0.0, took - job.steps * per_token * tokens)
+        if job.kind != "run":
+            shutil.rmtree(self.directory(job) / "checkpoints", ignore_errors=True)
+            (self.directory(job) / "LATEST").unlink(missing_ok=True)
+        self.state.finished[job.id] = loss
+
+
+def _recipe(setting: str) -> str:
+    return "continuous" if setting == "transfusion" else "discrete"
+
+
+def _sizes(dataset: Path, modalities: tuple[str, ...]) -> list[tuple[str, int, bool]]:
+    """(modality, ids, whether it is latents) of a token dataset."""
+    tokenizers = json.loads((dataset / "manifest.json").read_text())["tokenizers"]
+    return [(m, tokenizers[m]["size"], tokenizers[m]["kind"] == "kl") for m in modalities]
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="raw tars, in train/ and val/ or not")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper-mini"), help="(default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=240, help="of training, over all starts (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to try; one: no sweep (default: three)")
+    parser.add_argument("--full", action="store_true", help="the body of the paper's 37M models, for a GPU")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU, or one a core)")
+    parser.add_argument("--max-steps", type=int, default=20_000, help="of a run (default: %(default)s)")
+    default = TOOLS.parent / "configs" / "mini"
+    parser.add_argument("--configs", type=Path, default=default, help="settings and tokenizers (default: configs/mini)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with exit_clearly("paper_mini"):
+        if min(arguments.seeds, arguments.max_steps, arguments.jobs or 1) < 1 or arguments.minutes <= 0:
+            raise ValueError("--seeds, --max-steps and --jobs must be at least 1, --minutes above 0")
+        import torch  # only to count the GPUs
+
+        cores = len(os.sched_getaffinity(0))
+        arguments.gpus = torch.cuda.device_count()
+        arguments.jobs = arguments.jobs or arguments.gpus or cores
+        arguments.threads = max(1, cores // arguments.jobs)
+        output: Path = arguments.output
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(output / ".lock", timeout=0):
+                settings = prepare(arguments.corpus, output, arguments.configs)
+                miniature = Miniature(output, arguments, settings)
+                complete = miniature.run()
+                write_report(output, miniature.state, arguments.seeds, complete)
+        except Timeout:
+            raise ValueError(f"{output}: another paper_mini is at work there") from None
+        print((output / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
