@@ -10,7 +10,7 @@ import signal
 import sys
 
 from mom_data.errors import EXIT_USER_ERROR, exit_clearly
-from mom_train.config import load_config
+from mom_train.config_file import load_config
 from mom_train.status import AGENT_PID
 
 _PR_SET_PDEATHSIG = 1

@@ -24,7 +24,8 @@ import yaml
 
 from mom_data.document import Document, expand_inputs, read_documents
 from mom_data.errors import EXIT_USER_ERROR, exit_clearly
-from mom_train.config import RunConfig, load_config
+from mom_train.config import RunConfig
+from mom_train.config_file import load_config
 from mom_train.metrics import read_metrics
 
 TOOLS = Path(__file__).parent

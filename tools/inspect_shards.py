@@ -269,7 +269,7 @@ def main() -> None:
             raise ValueError("--length, --lanes, --window and --rows must be at least 1, --documents at least 0")
         path: Path | None = arguments.tokenizers
         if arguments.config is not None:
-            from mom_train.config import load_config
+            from mom_train.config_file import load_config
 
             folders = json.dumps([{"path": d} for d in arguments.dataset])
             overrides = [f"data.train={folders}"] if arguments.dataset else []

@@ -222,7 +222,7 @@ def text(found: dict[str, Any]) -> str:
 
 def configured(config: Path, overrides: Sequence[str]) -> tuple[Plan, int]:
     """(training plan, sequences that the run takes) of a run's config."""
-    from mom_train.config import load_config  # here, for these import torch
+    from mom_train.config_file import load_config  # here, for these import torch
     from mom_train.data import Datasets, training_plan
 
     run = load_config(config, overrides)

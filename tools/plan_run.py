@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from mom_data.errors import exit_clearly
-from mom_train.config import RunConfig, load_config
+from mom_train.config import RunConfig
+from mom_train.config_file import load_config
 from mom_train.flops import TRAINING_FACTOR, forward_flops_per_token
 from mom_train.memory import memory
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from mom_train.config import load_config
+from mom_train.config_file import load_config
 from mom_train.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
 from torchrun_launch.record import check_free, this_process, write_record

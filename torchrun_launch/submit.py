@@ -19,7 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mom_train.config import RunConfig, load_config
+from mom_train.config import RunConfig
+from mom_train.config_file import load_config
 from torchrun_launch.job import NodeTask
 from torchrun_launch.record import check_free, write_json, write_record
 

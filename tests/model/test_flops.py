@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mom_tokenizers.vocab import VocabLayout
-from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig, Part, load_config
+from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig, Part
+from mom_train.config_file import load_config
 from mom_train.flops import forward_flops_per_token, parameters, training_flops_per_token
 from mom_train.model import LanguageModel
 

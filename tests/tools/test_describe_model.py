@@ -13,7 +13,8 @@ from ranks import run_ranks
 from run_config import tiny_config
 
 from mom_train.attention import attention_mask
-from mom_train.config import PROJECTIONS, ModelConfig, load_config
+from mom_train.config import PROJECTIONS, ModelConfig
+from mom_train.config_file import load_config
 from mom_train.flops import parameters
 from mom_train.kernels import native
 from mom_train.layout import RowLayout

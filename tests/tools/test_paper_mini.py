@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mom_data.shards import TokenSegment
-from mom_train.config import load_config
+from mom_train.config_file import load_config
 from mom_train.flops import training_flops_per_token
 
 CHECKOUT = Path(__file__).parents[2]

@@ -271,7 +271,7 @@ def test_a_damaged_or_missing_input_is_one_clear_message(made, tmp_path):
 
 
 def test_a_run_refuses_shards_of_other_tokenizers(made, tokens, tmp_path):
-    from mom_train.config import load_config
+    from mom_train.config_file import load_config
     from mom_train.data import build_plans
 
     other = made / "tokenizers2"
@@ -343,7 +343,7 @@ def test_latents_reach_the_shards_bit_for_bit(made, continuous):
 
 
 def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, tmp_path):
-    from mom_train.config import load_config
+    from mom_train.config_file import load_config
 
     config = TOOLS.parent / "configs/demo_transfusion.yaml"
 

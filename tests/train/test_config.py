@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mom_train.config import RunConfig, load_config
+from mom_train.config import RunConfig
+from mom_train.config_file import load_config
 
 CHECKOUT = Path(__file__).parents[2]
 MINIMAL = """
@@ -104,7 +105,7 @@ def test_every_field_says_what_it_means():
 def test_config_errors_and_help_do_not_wait_for_torch(minimal):
     code = (
         "import sys\n"
-        "from mom_train.config import load_config\n"
+        "from mom_train.config_file import load_config\n"
         f"load_config({str(minimal)!r})\n"
         "import torchrun_launch.local, torchrun_launch.__main__\n"
         "assert 'torch' not in sys.modules\n"

@@ -81,7 +81,7 @@ def seen(tmp_path_factory):
 
 def test_samples_are_what_the_checkpoint_writes(seen):
     from mom_tokenizers.bundle import Tokenizers
-    from mom_train.config import load_config
+    from mom_train.config_file import load_config
     from mom_train.generation import Sampling, load_model, sample_document
 
     assert sorted(p.name for p in (seen / "samples").iterdir()) == ["step-2", "step-4"]
@@ -102,7 +102,7 @@ def test_samples_are_what_the_checkpoint_writes(seen):
 
 
 def test_tensorboard_has_one_run_whose_every_chart_shows_something(seen):
-    from mom_train.config import load_config
+    from mom_train.config_file import load_config
     from mom_train.writers import layout
 
     assert [p.is_file() for p in (seen / "tensorboard").iterdir()] == [True]
