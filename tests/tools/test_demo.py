@@ -19,7 +19,7 @@ RECIPE = {
 def demo(work, recipe, *more):
     command = [sys.executable, "tools/demo.py", "--work", str(work), "--tokenizers", str(recipe), "--documents", "60"]
     small = ["model.dim=32", "model.layers=1", "data.sequence_length=128", "data.lanes=1", "training.steps=20"]
-    small += ["optimizer.warmup=2", "validation.every=10", "validation.sequences=8"]
+    small += ["optimizer.warmup=2", "validation.every=10", "validation.sequences=48"]
     done = subprocess.run([*command, *more, *small], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
