@@ -9,8 +9,9 @@ demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your 
 paper-mini: $(ENV)  ## the paper's tables in miniature on CORPUS=path/to/raw/tars; ARGS='--minutes 480 --seeds 3' (GPU: --full)
 	.venv/bin/python tools/paper_mini.py --corpus $(CORPUS) $(ARGS)
 
+# one thread a process: several processes whose threads spin while they wait take each other's cores
 test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 cluster: $(ENV)  ## the tests that need root and Debian's Slurm (tests/cluster/slurm.py says which packages)
 	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m cluster tests/cluster $(PYTEST)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mom_train.config import ModelConfig
-from mom_train.kernels import causal_conv, native, selective_scan
+from mom_train.kernels import causal_conv, selective_scan
 from mom_train.layout import RowLayout
 from mom_train.routed import Norm, projection
 
@@ -33,8 +33,6 @@ class MambaMixer(nn.Module):
         super().__init__()
         D, N, R = config.inner, config.state, config.rank
         self.modalities, self.inner, self.state, self.rank = modalities, D, N, R
-        for size in {16, N}:  # the convolution's and the scan's: built before torch.compile could look inside
-            native.available(size)
         self.in_proj = projection(config, "in_proj", config.dim, 2 * D, modalities)
         self.conv_weight = nn.Parameter(torch.empty(D, config.conv))
         self.conv_bias = nn.Parameter(torch.empty(D))

@@ -53,18 +53,9 @@ def library(state: int) -> ctypes.CDLL | None:
         return None
 
 
-_available: dict[int, bool] = {}
-
-
 def available(state: int) -> bool:
-    """Whether `library` has kernels for this state size.
-
-    Asked once before a block is compiled: then torch.compile sees a dict, and no compiler being called. (Marking the
-    function a constant for it would import torch._dynamo, a second of every rank's start.)
-    """
-    if state not in _available:
-        _available[state] = library(state) is not None
-    return _available[state]
+    """Whether `library` has kernels for this state size."""
+    return library(state) is not None
 
 
 def build(compiler: str, state: int, architecture: str = "native") -> Path:
