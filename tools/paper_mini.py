@@ -221,7 +221,8 @@ class Miniature:
         name.parent.mkdir(exist_ok=True)
         free = set(range(self.arguments.jobs)) - {r.slot for r in self.running}
         slot = min(free)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.arguments.threads)}
+        threads = {"OMP_NUM_THREADS": str(self.arguments.threads)}
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, **threads}  # runs side by side must not spin
         if self.arguments.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.arguments.gpus)
         command = [
