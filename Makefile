@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: make demo, make test. Both set up .venv first; a second call is quick.
 PYTHON ?= python3
 ENV = .venv/.ok
+# where nothing may be written beside the sources, every process compiles torch again: 4 s more each
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo paper-mini test cluster image faults lint format clean
 demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
@@ -14,7 +16,7 @@ test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 cluster: $(ENV)  ## the tests that need root and Debian's Slurm (tests/cluster/slurm.py says which packages)
-	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m cluster tests/cluster $(PYTEST)
+	MOM_REQUIRE_CLUSTER=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -m cluster tests/cluster $(PYTEST)
 
 image: $(ENV)  ## builds the container image and runs it (root, Debian's buildah and mmdebstrap)
 	MOM_REQUIRE_CLUSTER=1 .venv/bin/python -m pytest -m image -s tests/docker $(PYTEST)

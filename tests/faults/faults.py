@@ -109,7 +109,7 @@ def failed_saves(run):
     return set(re.findall(r"CHECKPOINT FAILED at step (\d+)", run.log()))
 
 
-def until_failed_saves(run, disk_back, timeout=60):
+def until_failed_saves(run, disk_back, timeout=240):
     """Wait for a save to fail, mend the disk. Returns how many failed."""
     before, deadline = failed_saves(run), time.monotonic() + timeout
     try:

@@ -126,6 +126,7 @@ def save_on_a_bad_disk(folder):
             change(step)
             checkpointer.save(model, optimizer, ema, TrainState(step=step))
             checkpointer.wait()
+            dist.barrier()  # rank 0 tidies up after a failed save
             happened.append((step, checkpointer.committed_step, (folder / "LATEST").read_text()))
             happened.append(sorted(p.name for p in (folder / "checkpoints").iterdir()))
 
