@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_suites import SUITES, Candidate, Sizes, draw
+from tabulate import tabulate
 
 from mom_data.errors import exit_clearly
 from mom_train.kernels import native
@@ -194,11 +195,11 @@ def markdown(result: dict[str, Any]) -> str:
     columns = ("forward_ms", "both_ms", "forward_ratio", "both_ratio", "forward_of_floor", "both_of_floor", "peak_mb")
     header = ("", "forward ms", "both ms", "forward ratio", "both ratio", "forward of floor", "both of floor",
               "peak MB", "error")  # fmt: skip
-    lines = [header, ("---",) * len(header)]
+    rows = []
     for name, values in result["figures"].items():
         cells = [f"{values[c]:.4g}" if values.get(c) == values.get(c) and c in values else "" for c in columns]
-        lines.append((name, *cells, f"{values['error']:.1e}" if values["error"] == values["error"] else ""))
-    text = [f"| {' | '.join(line)} |" for line in lines] + [""]
+        rows.append((name, *cells, f"{values['error']:.1e}" if values["error"] == values["error"] else ""))
+    text = [tabulate(rows, header, tablefmt="pipe", disable_numparse=True), ""]
     text += [f"WRONG, not timed: {name} (error {error:.1e})" for name, error in result["wrong"].items()]
     text += [f"not run: {name}: {why}" for name, why in result["absent"].items()]
     measured = {k: v for k, v in result["machine"].items() if isinstance(v, float)}

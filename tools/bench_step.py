@@ -18,6 +18,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -253,8 +254,7 @@ def markdown(result: dict[str, Any]) -> str:
             over_dense = [f"{v[ratio]:.3f}" if ratio in v else "" for ratio in ratios]
             rate = (f"{v['tokens_per_s']:.0f}", f"{v['share_of_gemm_rate']:.2f}", f"{v['peak_bytes'] / 1e6:.0f}")
             rows.append((name, f"{v['parameters'] / 1e6:.1f}", *milliseconds, *over_dense, *rate))
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return tabulate(rows[1:], rows[0], tablefmt="pipe", disable_numparse=True)
 
 
 if __name__ == "__main__":

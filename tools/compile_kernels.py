@@ -22,6 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from mom_data.errors import exit_clearly
 
 _ROWS = {"X", "DT", "Z", "B", "C", "Y", "GY", "GX", "GDT", "GZ", "INITIAL", "GINITIAL"}
@@ -151,8 +153,7 @@ def _innermost_loops(code: str) -> list[list[str]]:
 def table(results: list[dict[str, Any]]) -> str:
     columns = ("kernel", "variant", "arch", "registers", "spilled_bytes", "shared_bytes", "instructions_per_step",
                "exponentials_per_step")  # fmt: skip
-    lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(str(r[c]) for c in columns) + " |" for r in results])
+    return tabulate([[r[c] for c in columns] for r in results], [c.replace("_", " ") for c in columns], "pipe")
 
 
 def main(arguments: list[str] | None = None) -> None:

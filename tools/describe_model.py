@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from mom_data.errors import exit_clearly
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
@@ -69,16 +71,10 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
     }
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown, readable as it stands: the first column to the left, figures to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    align = ("left", *["right"] * (len(header) - 1))
+    return tabulate(rows, header, tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
 def _millions(n: float) -> str:
@@ -97,7 +93,7 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         f"{name}: {d['architecture']}, {d['layers']} layers ({d['blocks']} blocks) of width {d['dim']}, vocabulary "
         f"{d['vocabulary']:,} ({', '.join(d['modalities'])}), decoupled: {decoupled}",
         "",
-        _table(
+        table(
             ("parameters (M)", "total", "active"),
             [(part, _millions(n), _millions(counts["active_by_part"][part])) for part, n in counts["by_part"].items()]
             + [("all", _millions(counts["total"]), _millions(counts["active"]))],
@@ -109,7 +105,7 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
     for title, counted in tokens.items():
         rows = [(part, _millions(n), _millions(TRAINING_FACTOR * n)) for part, n in counted["by_part"].items()]
         rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
-        said += ["", _table((title, "forward", "training"), rows)]
+        said += ["", table((title, "forward", "training"), rows)]
     names = ("without_checkpointing", "with_selective_checkpointing", "with_checkpointing")
     kinds = [mem[name] for name in names]
     memory_rows = [
@@ -123,7 +119,7 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
     header = ("predicted GB per rank", "no checkpointing", "selective", "activation checkpointing")
     chosen = mem["chosen"].replace("_", " ")
     note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {chosen}"
-    said += ["", _table(header, memory_rows), "", note]
+    said += ["", table(header, memory_rows), "", note]
     return "\n".join(said)
 
 
@@ -145,7 +141,7 @@ def overview(described: Mapping[str, Mapping[str, Any]]) -> str:
             )
         )
     header = ["config", "total (M)", "active (M)", "forward (MFLOPs/token)", "training (MFLOPs/token)"]
-    return _table([*header, "tokens per batch", "ranks", "predicted GB per rank"], rows)
+    return table([*header, "tokens per batch", "ranks", "predicted GB per rank"], rows)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ import numpy as np
 from curves import WINDOW, Comparison, Interval, Model, Run, compare, first_reach
 from matplotlib.axes import Axes
 from published import Published, select
+from tabulate import tabulate
 
 from mom_data.errors import exit_clearly
 
@@ -75,8 +76,9 @@ HEADER = ["loss", "baseline", "candidate", "gain, %", "FLOPs to match, %", "pape
 def as_markdown(found: Mapping[str, Comparison], published: Sequence[Published] = ()) -> str:
     rows = [cells(name, result, published) for name, result in found.items()]
     width = len(HEADER) if published else len(HEADER) - 2
-    lines = [HEADER[:width], ["---", *["---:"] * (width - 1)], *(row[:width] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    align = ("left", *["right"] * (width - 1))
+    rows = [row[:width] for row in rows]
+    return tabulate(rows, HEADER[:width], tablefmt="pipe", colalign=align, disable_numparse=True) + "\n"
 
 
 def as_csv(found: Mapping[str, Comparison]) -> str:

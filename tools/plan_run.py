@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from describe_model import table
+
 from mom_data.errors import exit_clearly
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
@@ -311,17 +313,6 @@ def overview(plans: Sequence[tuple[str, dict[str, Any]]]) -> str:
     ]
     header = ["predicted", "nodes x GPUs", "network", "GB per rank", "s per step", "MFU", "M tokens per GPU-hour"]
     return table([*header, "G tokens", "days", "GPU-hours"], rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def main() -> None:
