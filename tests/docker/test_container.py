@@ -101,7 +101,9 @@ def container(image):
 
     def call(*arguments, volumes=()):
         mounts = [part for folder in volumes for part in ("-v", f"{folder}:{folder}")]
-        return buildah("run", *mounts, made, "--", entry, *arguments)
+        # now and then buildah's chroot loses what a command wrote right before its end
+        lingers = ["sh", "-c", '"$@"; code=$?; sleep 1; exit $code', "sh"]
+        return buildah("run", *mounts, made, "--", *lingers, entry, *arguments)
 
     yield call
     buildah("rm", made)

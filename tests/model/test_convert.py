@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import VOCAB
-from ranks import run_ranks
+from ranks import mom_train, run_ranks
 from run_config import tiny_config, write_config
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -113,8 +113,7 @@ def test_an_upcycled_mixture_starts_with_the_dense_models_loss(tmp_path):
     """And exports in our own names read back the same."""
     dense = {"dim": 32, "layers": 1, "decoupled": []}
     config = write_config(tmp_path, model=dense, training__steps=6)
-    train = [sys.executable, "-m", "mom_train", str(config)]
-    subprocess.run(train, cwd=CHECKOUT, check=True, capture_output=True)
+    assert mom_train(config)[0] == 0
     [expected] = run_ranks(1, first_losses, tiny_config(tmp_path, model=dense, training__steps=6))
 
     export = [sys.executable, "tools/export_model.py", str(tmp_path / "run"), "--out"]
@@ -139,11 +138,9 @@ def test_the_mixture_loads_through_transformers_with_its_logits(tmp_path):
     from transformers import AutoModelForCausalLM
 
     config = write_config(tmp_path, training__steps=3)
-    for command in (
-        ["-m", "mom_train", str(config)],
-        ["tools/export_model.py", str(tmp_path / "run"), "--out", str(tmp_path / "hf"), "--format", "transformers"],
-    ):
-        subprocess.run([sys.executable, *command], cwd=CHECKOUT, check=True, capture_output=True)
+    assert mom_train(config)[0] == 0
+    export = [sys.executable, "tools/export_model.py", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]
+    subprocess.run([*export, "--format", "transformers"], cwd=CHECKOUT, check=True, capture_output=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     ours = LanguageModel(tiny_config(tmp_path).model, VOCAB.size, 3).eval()
     load_weights(ours, open_weights(tmp_path / "run"), tmp_path)

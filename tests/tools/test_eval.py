@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import mom_train
 from tokenized import tokenized_config
 
 from mom_train.metrics import read_metrics
@@ -29,7 +30,7 @@ def run_dir(tmp_path_factory):
         "checkpoint": {"every": 2, "best": "val/held/loss/text"},
     }
     path.write_text(tokenized_config(folder, **changes).to_yaml())
-    call(sys.executable, "-m", "mom_train", path)
+    assert mom_train(path)[0] == 0
     return folder / "run"
 
 

@@ -1,9 +1,14 @@
-"""Real ranks for tests: processes that join one gloo group and return what their function returns."""
+"""Real ranks for tests, in processes forked from one that has imported torch and the trainer, which takes seconds."""
 
 import multiprocessing
 import os
 import socket
+import sys
+import tempfile
 import traceback
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
 
 
 def free_port():
@@ -29,11 +34,42 @@ def _rank(rank, world_size, port, function, args, results):
         results.put((rank, False, traceback.format_exc()))
 
 
+def _forking():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo"])
+    return context
+
+
+def _command(arguments, environment, output):
+    sys.stdout.flush()
+    with open(output, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(CHECKOUT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["mom_train", *arguments]
+    from mom_train.__main__ import main
+
+    main()
+
+
+def mom_train(config, *overrides, timeout=900):
+    """`python -m mom_train CONFIG OVERRIDES`: (exit code, what it printed)."""
+    with tempfile.NamedTemporaryFile() as output:
+        arguments = [str(config), *overrides]
+        process = _forking().Process(target=_command, args=(arguments, dict(os.environ), output.name))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return process.exitcode, Path(output.name).read_text()
+
+
 def run_ranks(world_size, function, *args, timeout=900):
     """[function(*args) of each rank]; raises with the first failing rank's traceback. The function must be
     importable, and what it returns picklable without torch (numpy arrays, numbers)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mom_train.trainer"])
+    context = _forking()
     results, port = context.Queue(), free_port()
     ranks = [
         context.Process(target=_rank, args=(r, world_size, port, function, args, results), daemon=True)

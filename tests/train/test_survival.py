@@ -1,24 +1,20 @@
 """What a run does about bad steps, a time limit and a changed mix: the public command, as a process."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from corpus import random_document, write_dataset
+from ranks import mom_train
 from run_config import write_config
 
-CHECKOUT = Path(__file__).parents[2]
 DIFFUSION = {"diffusion": {"patch_width": 4}}
 
 
 def run(config, *overrides, code=0):
-    line = [sys.executable, "-m", "mom_train", str(config), "data.workers=0", *overrides]
-    done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr
+    ended, said = mom_train(config, "data.workers=0", *overrides)
+    assert ended == code, said[-3000:]
+    return said
 
 
 def lines(folder):
