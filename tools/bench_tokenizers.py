@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mom_data.document import BadSample, Document, expand_inputs, read_documents
 from mom_data.errors import exit_clearly
 from mom_data.shards import ShardWriter, TokenSegment
-from mom_tokenizers.bundle import PICTURES, Tokenizers
+from mom_tokenizers.bundle import PICTURES, READY, Tokenizers
 from mom_tokenizers.image import decode_image, preprocess
 from mom_tokenizers.speech import SpeechTokenizer, decode_audio
 
@@ -164,7 +164,7 @@ def bench(path: Path, files: Sequence[Path], documents: int) -> dict[str, Any]:
     for modality, kind in tqdm(kinds.items(), desc="measuring", disable=None):
         values = [s.data for d in drawn for s in d.segments if s.modality == modality]
         tokenizer: Any = tokenizers.tokenizer(modality)
-        if not values:
+        if not values or kind == READY:
             continue
         texts = [v for v in values if isinstance(v, str)]
         parts = [v for v in values if isinstance(v, bytes)]

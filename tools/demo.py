@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import yaml
+from mixture import sources
 
 from mom_data.document import Document, expand_inputs, read_documents
 from mom_data.errors import EXIT_USER_ERROR, exit_clearly
@@ -30,8 +31,7 @@ from mom_train.metrics import read_metrics
 
 TOOLS = Path(__file__).parent
 _started = time.perf_counter()
-# Where shards hold mostly one modality each, the mixture gives every modality its share of the tokens; otherwise
-# text, which is cheapest to store, would leave little room for the rest.
+# of the tokens: text, which is cheapest to store, would otherwise leave little room for the rest
 SHARES = {"text": 0.4, "image": 0.35, "speech": 0.25}
 
 
@@ -62,22 +62,6 @@ def present_modalities(corpus: Path) -> list[str]:
             if isinstance(item, Document):
                 found |= {segment.modality for segment in item.segments}
     return sorted(found, key=lambda modality: (modality != "text", modality))
-
-
-def weighted_sources(dataset: Path, lanes: int) -> list[dict[str, object]]:
-    """The dataset's shards as sources of the mixture: by SHARES where each shard leans to one modality, and has
-    documents for every lane."""
-    shards = json.loads((dataset / "manifest.json").read_text())["shards"]
-    leaning = {s["name"]: max(s["tokens"], key=s["tokens"].get) for s in shards}
-    if len(set(leaning.values())) == 1 or min(s["documents"] for s in shards) < lanes:
-        return [{"path": str(dataset)}]
-    sources = []
-    for shard in shards:
-        modality = leaning[shard["name"]]
-        group = sum(sum(s["tokens"].values()) for s in shards if leaning[s["name"]] == modality)
-        share = SHARES.get(modality, 0.25) * sum(shard["tokens"].values()) / group
-        sources.append({"path": str(dataset), "shards": shard["name"], "weight": round(share, 6)})
-    return sources
 
 
 def unigram(config: RunConfig, rows: int = 1024) -> dict[str, float]:
@@ -196,8 +180,8 @@ def demo(arguments: argparse.Namespace) -> None:
         f"run_dir={work / 'run'}",
         f"tokenizers={made / 'tokenizers.yaml'}",
         f"vocabulary={json.dumps(vocabulary)}",
-        f"data.train={json.dumps(weighted_sources(work / 'tokens' / 'train', given.data.lanes))}",
-        f"data.validation={json.dumps({name: weighted_sources(work / 'tokens' / 'val', 1)})}",
+        f"data.train={json.dumps(sources(work / 'tokens' / 'train', given.data.lanes, SHARES))}",
+        f"data.validation={json.dumps({name: sources(work / 'tokens' / 'val', 1, SHARES)})}",
         f"sampling.prompts={json.dumps(prompts)}",
         f"sampling.every={given.training.steps}",  # so: where it stops, and where it ends
         *arguments.overrides,

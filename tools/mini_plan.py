@@ -28,6 +28,18 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Variant -> its model section besides the sizes. All have the same active FLOPs per token; the Transformer to
 2 % at rows of 512, and more at longer ones, where attention grows."""
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "learned": {"model.router": "learned"},
+    "learned-pool": {"model.router": "learned", "model.experts": 2},
+    "experts-2": {"model.experts": 2},
+    "corrupt-10": {"data.corrupt_share": 0.1},
+    "corrupt-50": {"data.corrupt_share": 0.5},
+    "corrupt-uninformative": {"data.corrupt_share": 2 / 3},
+}
+"""Experiment -> keys in which its config differs from the mixture's (docs/experiments.md). They are trained where they
+are asked for, in the setting EXPERIMENTS_IN, at the mixture's learning rate. With M modalities a token that is routed
+elsewhere at 1 - 1/M goes to each of them equally often, whatever it is: with three, at 2/3."""
+EXPERIMENTS_IN = "chameleon_speech"
 RATES = {DENSE: (2.5e-3, 5e-3, 1e-2), MIXTURE: (2.5e-3, 5e-3, 1e-2), TRANSFORMER: (1.25e-3, 2.5e-3, 5e-3)}
 """Learning rates tried first for each architecture; where the best is the first or last of them, its neighbour too."""
 FEWEST_STEPS, TIMED_STEPS, EVALUATIONS = 20, 12, 16
@@ -60,6 +72,8 @@ class State:
 
     settings: list[str] = field(default_factory=list)
     """Those that the corpus has the modalities for."""
+    experiments: list[str] = field(default_factory=list)
+    """Those of EXPERIMENTS that this start wants."""
     rates: dict[str, list[float]] = field(default_factory=lambda: {k: list(v) for k, v in RATES.items()})
     """Architecture -> learning rates that the sweep begins with; a single one is taken as it is."""
     spent: float = 0.0
@@ -85,18 +99,31 @@ class State:
         partial.rename(path)
 
 
-def variants(setting: str) -> tuple[str, ...]:
-    return SETTINGS[setting] + (ABLATION if setting == "chameleon_speech" else ())
+def variants(setting: str, experiments: Sequence[str] = ()) -> tuple[str, ...]:
+    further = tuple(experiments) if setting == EXPERIMENTS_IN else ()
+    return SETTINGS[setting] + (ABLATION if setting == "chameleon_speech" else ()) + further
 
 
 def tuned_as(variant: str) -> str:
     """The architecture whose learning rate a variant takes."""
-    return MIXTURE if variant in ABLATION else variant
+    return MIXTURE if variant in ABLATION or variant in EXPERIMENTS else variant
+
+
+def changes(variant: str) -> dict[str, Any]:
+    """Keys in which a variant's config differs from its setting's."""
+    model = MODELS[MIXTURE if variant in EXPERIMENTS else variant]
+    return {f"model.{key}": value for key, value in model.items()} | EXPERIMENTS.get(variant, {})
+
+
+def routed(variant: str) -> bool:
+    """Whether it has routers: they take more time than FLOPs, so it is timed by itself."""
+    return any(key.startswith("model.") for key in EXPERIMENTS.get(variant, {}))
 
 
 def seconds(state: State, job: Job, batch: int) -> float:
     """What a job will take, its evaluations included: a forward pass costs a third of a step."""
-    known = f"{job.setting}/{tuned_as(job.variant)}"
+    own = f"{job.setting}/{job.variant}"
+    known = own if own in state.per_step else f"{job.setting}/{tuned_as(job.variant)}"
     evaluated = EVALUATIONS * sequences(job.steps, batch) / (3 * batch)
     return state.startup[known] + state.per_step[known] * (job.steps + evaluated)
 
@@ -125,7 +152,7 @@ def steps_for(state: State, budget: float, slots: int, seeds: int, batch: int, m
         for s in state.settings:
             for a in SETTINGS[s]:
                 total += swept(state, a) * seconds(state, Job("sweep", s, a, 0, 0.0, sweep_steps(steps)), batch)
-            for v in variants(s):
+            for v in variants(s, state.experiments):
                 total += seeds * seconds(state, Job("run", s, v, 0, 0.0, steps), batch)
         return total / slots
 
@@ -170,20 +197,23 @@ def best_rate(state: State, setting: str, architecture: str) -> float | None:
 
 def todo(state: State, seeds: int) -> Iterator[Job]:
     """Jobs that can start now, in the order they are wanted: timing, the sweep, then everything with the first seed
-    before anything with the next. A setting's main models come before the ablation."""
+    before anything with the next. A setting's main models come before the ablation, and that before experiments."""
 
     def open_(jobs: Iterator[Job]) -> list[Job]:
         return [j for j in jobs if j.id not in state.finished and j.id not in state.failed]
 
     pairs = [(s, a) for s in state.settings for a in SETTINGS[s]]
-    if not state.steps:
-        yield from open_(Job("time", s, a, SWEEP_SEED, state.rates[a][0], TIMED_STEPS) for s, a in pairs)
+    further = [(s, v) for s in state.settings if s == EXPERIMENTS_IN for v in state.experiments]
+    untimed = [x for x in pairs + [x for x in further if routed(x[1])] if "/".join(x) not in state.per_step]
+    timing = open_(Job("time", s, v, SWEEP_SEED, state.rates[tuned_as(v)][0], TIMED_STEPS) for s, v in untimed)
+    if timing or not state.steps:  # experiments can be asked for when the steps are long decided
+        yield from timing
         return
     short = sweep_steps(state.steps)
     sweep = ((s, a, r) for s, a in pairs for r in wanted_rates(state, s, a))
     yield from open_(Job("sweep", s, a, SWEEP_SEED, r, short) for s, a, r in sweep)
     rows = [(s, v) for s in state.settings for v in SETTINGS[s]]
-    rows += [(s, v) for s in state.settings for v in variants(s) if v not in SETTINGS[s]]
+    rows += [(s, v) for s in state.settings for v in variants(s) if v not in SETTINGS[s]] + further
     for seed in range(seeds):
         rates = {(s, v): best_rate(state, s, tuned_as(v)) for s, v in rows}
         yield from open_(Job("run", s, v, seed, r, state.steps) for (s, v), r in rates.items() if r is not None)

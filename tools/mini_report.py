@@ -13,6 +13,8 @@ from match_loss import as_json, cells, draw, label, notes, percent
 from mini_plan import (
     ABLATION,
     DENSE,
+    EXPERIMENTS,
+    EXPERIMENTS_IN,
     MIXTURE,
     SETTINGS,
     TRANSFORMER,
@@ -27,8 +29,10 @@ from mini_plan import (
 )
 from published import TABLES, Published, read
 from report import page
+from tabulate import tabulate
 
-from mom_train.config import PROJECTIONS
+from mom_train.config import PROJECTIONS, ModelConfig, RunConfig
+from mom_train.flops import TRAINING_FACTOR, active_parameters, parameters, training_flops_per_token
 
 TABLE_OF = {"chameleon_speech": 2, "transfusion": 4, "chameleon": 7}
 SMALLEST = {2: "37M", 4: "163M", 7: "37M"}
@@ -40,6 +44,13 @@ in every model of a setting, so seeds are compared in pairs; brackets are 95 % t
 are means over the last {window:g} % of the FLOPs. Epochs: tokens seen over tokens stored; where a modality was seen
 often, believe the held-out loss. *better* and *worse*: the interval of the gain leaves out 0, for each loss by itself;
 of twenty such statements one may be chance."""
+
+
+EXPERIMENTS_SAID = """\
+docs/experiments.md says what each asks. They are trained at the mixture's learning rate, on the tokens that dense and
+mixture saw, and compared over the seeds that all three have finished; the verdict is against the mixture. Dense Mamba
+reads no mask, so a corrupted one leaves it as it is. FLOPs are counted as everywhere, once per token and without
+routers; what these add is in the last column."""
 
 
 def verdict(result: Comparison) -> str:
@@ -65,9 +76,8 @@ def compared(
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """A Markdown table: its header first, its first `left` columns aligned left."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    rule = ["---"] * left + ["---:"] * (len(rows[0]) - left)
-    return [lines[0], f"| {' | '.join(rule)} |", *lines[1:], ""]
+    align = ["left"] * left + ["right"] * (len(rows[0]) - left)
+    return [tabulate(rows[1:], rows[0], tablefmt="pipe", colalign=align, disable_numparse=True), ""]
 
 
 def main_table(found: dict[str, Comparison], published: list[Published]) -> list[str]:
@@ -111,6 +121,59 @@ def ablation(output: Path, state: State, seeds: int) -> tuple[list[list[str]], d
     return rows, figures
 
 
+def router_parameters(config: ModelConfig, modalities: int) -> int:
+    """Of a Mamba: each decoupled projection's router reads its input and scores all of its matrices."""
+    if config.router == "rule" and config.experts == 1:
+        return 0
+    inputs = {"in_proj": config.dim, "x_proj": config.inner, "dt_proj": config.rank, "out_proj": config.inner}
+    return config.blocks * modalities * config.experts * sum(inputs.get(part, 0) for part in config.decoupled)
+
+
+def sizes(run: Run) -> dict[str, float]:
+    """Parameters in all and of one token, and the routers' FLOPs in percent of those that are counted."""
+    config = RunConfig.model_validate(run.config)
+    vocabulary, modalities = config.layout.size, len(config.layout.modalities)
+    routers = router_parameters(config.model, modalities)
+    counted = training_flops_per_token(config.model, vocabulary)
+    return {
+        "parameters": sum(parameters(config.model, vocabulary, modalities).values()),
+        "active_parameters": sum(active_parameters(config.model, vocabulary).values()) + routers,
+        "router_flops_percent": 100 * TRAINING_FACTOR * 2 * routers / counted,
+    }
+
+
+def experiments_section(output: Path, state: State, seeds: int) -> tuple[list[str], dict[str, Any]]:
+    """Every experiment that has a seed in common with dense and mixture; both empty where there is none."""
+    models = [["model", "seeds", "parameters, M", "of them active, M", "routers' FLOPs, %"]]
+    losses = [
+        ["model", "held-out loss", "dense", "mixture", "this", "gain over dense, %", "over mixture, %", "verdict"]
+    ]
+    figures: dict[str, Any] = {}
+    for name in EXPERIMENTS:
+        common = common_seeds(state, EXPERIMENTS_IN, (DENSE, MIXTURE, name), seeds)
+        if not common:
+            continue
+        dense, mixture, this = (runs_of(output, EXPERIMENTS_IN, v, common) for v in (DENSE, MIXTURE, name))
+        over_dense, over_mixture = compare(dense, this), compare(mixture, this)
+        size = sizes(this[0])
+        millions = [f"{size[key] / 1e6:.2f}" for key in ("parameters", "active_parameters")]
+        models.append([name, str(len(common)), *millions, f"{size['router_flops_percent']:.2f}"])
+        for loss, x in over_mixture.items():
+            if loss.startswith("val/"):
+                ends = [over_dense[loss].baseline_loss, x.baseline_loss, x.candidate_loss]
+                gains = [percent(y.gain_percent, y.gain_interval, sign=True) for y in (over_dense[loss], x)]
+                last = loss.rpartition("/")[2]
+                losses.append([name, last, *(f"{end:.4f}" for end in ends), *gains, verdict(x)])
+        figures[name] = {"seeds": common, **size} | {
+            "over_dense": as_json(over_dense),
+            "over_mixture": as_json(over_mixture),
+        }
+    if not figures:
+        return [], {}
+    lines = ["## Experiments: Chameleon + Speech", "", EXPERIMENTS_SAID, "", *table(losses, left=2), *table(models)]
+    return lines, figures
+
+
 def setting_section(output: Path, state: State, setting: str, seeds: int) -> tuple[list[str], dict[str, Any]]:
     number = TABLE_OF[setting]
     common, found = compared(output, state, setting, MIXTURE, seeds)
@@ -148,7 +211,7 @@ def cost_section(output: Path, state: State, seeds: int) -> list[str]:
     rows = [["model", "learning rate (held-out loss of the others tried)", "seeds", "FLOPs", "tokens/s", "epochs"]]
     for setting in state.settings:
         manifest = json.loads((output / "tokens" / setting / "train" / "manifest.json").read_text())
-        for variant in variants(setting):
+        for variant in variants(setting, tuple(EXPERIMENTS)):
             done = done_seeds(state, setting, variant, seeds)
             if not done:
                 continue
@@ -186,6 +249,8 @@ def write_report(output: Path, state: State, seeds: int, complete: bool) -> None
                 "",
             ]
             tables["3"] = figures
+    section, experiments = experiments_section(output, state, seeds)
+    lines += section
     lines += ["## How it was made", "", *cost_section(output, state, seeds)]
     short = sweep_steps(state.steps) if state.steps else 0
     lines += [METHOD.format(steps=state.steps, short=short, window=100 * WINDOW), ""]
@@ -194,4 +259,6 @@ def write_report(output: Path, state: State, seeds: int, complete: bool) -> None
         lines += ["Failed twice and left out: " + ", ".join(f"{k} ({why})" for k, why in state.failed.items()), ""]
     (output / "report.md").write_text("\n".join(lines))
     results = {"steps": state.steps, "spent_seconds": state.spent, "complete": complete, "tables": tables}
+    if experiments:
+        results["experiments"] = experiments
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

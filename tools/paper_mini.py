@@ -6,7 +6,8 @@ Trains tokenizers and tokenizes the corpus (once, not counted in --minutes), tim
 fit the budget, tunes each architecture's learning rate with runs of a quarter of them, then trains everything with one
 seed, then with the next, and writes OUTPUT/report.md and results.json: Tables 2, 3, 4 and 7 beside the published ones.
 All models of a setting see the same tokens with the same seed and have equal active FLOPs. Killed and started again,
-it goes on; started again with more --minutes or --seeds it trains what is missing, with the same steps.
+it goes on; started again with more --minutes, --seeds or --experiments it trains what is missing, with the same steps.
+--experiments adds rows to the Chameleon + Speech setting (docs/experiments.md): learned routing, experts, wrong masks.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import yaml
 from curves import Run
 from demo import call, present_modalities
 from filelock import FileLock, Timeout
 from mini_plan import (
     EVALUATIONS,
-    MODELS,
+    EXPERIMENTS,
+    EXPERIMENTS_IN,
     SETTINGS,
     TIMED_STEPS,
     Job,
     State,
+    changes,
     sequences,
     startable,
     steps_for,
     todo,
 )
 from mini_report import write_report
+from mixture import sources
 
 from mom_data.document import expand_inputs
 from mom_data.errors import exit_clearly
@@ -64,9 +66,10 @@ log = logging.getLogger("paper_mini")
 # ---- data ----------------------------------------------------------------------------------------------------
 
 
-def prepare(corpus: Path, output: Path, configs: Path) -> list[str]:
+def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -> list[str]:
     """Tokenizers and token shards of every setting that the corpus has the modalities for, once: OUTPUT/data.json says
-    that they are there. Returns the settings. Raises ValueError for a corpus without pictures."""
+    that they are there. Returns the settings. Raises ValueError for a corpus without pictures, or without what the
+    `experiments` need."""
     place = str(corpus.resolve())
     record = output / "data.json"
     if record.exists():
@@ -80,6 +83,7 @@ def prepare(corpus: Path, output: Path, configs: Path) -> list[str]:
     if "image" not in found:
         raise ValueError(f"{corpus}: no pictures, which all settings of the paper have; found {', '.join(found)}")
     settings = [s for s in SETTINGS if set(MODALITIES[s]) <= set(found)]
+    chosen_experiments(experiments, settings)  # before hours of work
     for setting in settings:
         recipe = "continuous" if setting == "transfusion" else "discrete"
         wanted = yaml.safe_load((configs / f"{recipe}_tokenizers.yaml").read_text())
@@ -103,32 +107,12 @@ def prepare(corpus: Path, output: Path, configs: Path) -> list[str]:
     return settings
 
 
-def sources(dataset: Path, lanes: int) -> list[dict[str, Any]]:
-    """The shards as sources weighted so that the tokens come out as SHARES, as nearly as their mixtures allow. Shards
-    are grouped by the modality they have most of compared with the whole; within a group they weigh by size. Shards
-    with too few documents for the lanes are left out, unless that leaves none."""
-    shards = [s for s in stored(dataset) if s["documents"] >= lanes and sum(s["tokens"].values())]
-    if not shards:
-        return [{"path": str(dataset)}]
-    modalities = [m for m in SHARES if any(s["tokens"].get(m) for s in shards)]
-    tokens_SM = np.array([[s["tokens"].get(m, 0) for m in modalities] for s in shards], dtype=np.float64)
-    size_S = tokens_SM.sum(1)
-    group_S = (tokens_SM / size_S[:, None] / tokens_SM.sum(0)).argmax(1)
-    groups = np.unique(group_S)
-    in_group_GS = group_S == groups[:, None]
-    mixture_GM = in_group_GS @ tokens_SM
-    mixture_GM /= mixture_GM.sum(1, keepdims=True)
-    wanted_M = np.array([SHARES[m] for m in modalities])
-    weight_G = np.linalg.lstsq(mixture_GM.T, wanted_M / wanted_M.sum(), rcond=None)[0].clip(min=0.01)
-    weight_S = (weight_G[:, None] * in_group_GS * size_S / (in_group_GS * size_S).sum(1, keepdims=True)).sum(0)
-    return [
-        {"path": str(dataset), "shards": s["name"], "weight": round(float(w), 8)}
-        for s, w in zip(shards, weight_S / weight_S.sum(), strict=True)
-    ]
-
-
-def stored(dataset: Path) -> list[dict[str, Any]]:
-    return json.loads((dataset / "manifest.json").read_text())["shards"]
+def chosen_experiments(wanted: list[str], settings: list[str]) -> list[str]:
+    """Those named, in the order of EXPERIMENTS. Raises ValueError where the corpus has not the modalities for them."""
+    if wanted and EXPERIMENTS_IN not in settings:
+        needed = ", ".join(MODALITIES[EXPERIMENTS_IN])
+        raise ValueError(f"--experiments: they are trained with {needed}, and the corpus has not all of these")
+    return [name for name in EXPERIMENTS if name in wanted or "all" in wanted]
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------
@@ -150,6 +134,7 @@ class Miniature:
         self.path = output / "state.json"
         self.state = State.load(self.path)
         self.state.settings = settings
+        self.state.experiments = chosen_experiments(arguments.experiments, settings)
         self.state.failed.clear()  # what failed before may have been mended
         if arguments.rates and not self.state.steps:
             self.state.rates = {architecture: arguments.rates for architecture in self.state.rates}
@@ -248,13 +233,13 @@ class Miniature:
         every = max(1, job.steps // EVALUATIONS)
         values = {
             **{f"{section}.{key}": v for section, keys in self.full.items() for key, v in keys.items()},
-            **{f"model.{key}": v for key, v in MODELS[job.variant].items()},
+            **changes(job.variant),
             "run_dir": str(self.directory(job)),
             "seed": job.seed,
             "vocabulary": vocabulary,
             **({"tokenizers": str(bundle)} if bundle.exists() else {}),  # shards may have come without
-            "data.train": sources(tokens / "train", self.lanes),
-            "data.validation": {HELD_OUT: sources(tokens / "val", 1)},
+            "data.train": sources(tokens / "train", self.lanes, SHARES),
+            "data.validation": {HELD_OUT: sources(tokens / "val", 1, SHARES)},
             "optimizer.learning_rate": job.rate,
             "optimizer.warmup": max(1, job.steps // 16),
             "training.steps": job.steps,
@@ -321,6 +306,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=240, help="of training, over all starts (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates to try; one: no sweep (default: three)")
+    known = ["all", *EXPERIMENTS]
+    parser.add_argument("--experiments", nargs="+", choices=known, default=[], metavar="NAME", help=", ".join(known))
     parser.add_argument("--full", action="store_true", help="the body of the paper's 37M models, for a GPU")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU, or one a core)")
     parser.add_argument("--max-steps", type=int, default=20_000, help="of a run (default: %(default)s)")
@@ -341,7 +328,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(output / ".lock", timeout=0):
-                settings = prepare(arguments.corpus, output, arguments.configs)
+                settings = prepare(arguments.corpus, output, arguments.configs, arguments.experiments)
                 miniature = Miniature(output, arguments, settings)
                 complete = miniature.run()
                 write_report(output, miniature.state, arguments.seeds, complete)

@@ -35,7 +35,7 @@ from mom_data.document import Limits, Part, expand_inputs
 from mom_data.errors import exit_clearly
 from mom_data.shards import write_manifest
 from mom_data.tokenize import TOO_LARGE, Job, Settings, index, jobs_of, known_index, names_of, tokenize_part, tokenizing
-from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.bundle import READY, Tokenizers
 from mom_tokenizers.image import MAX_PIXELS
 
 _REPORTED = 256  # samples between two touches of the shared counters
@@ -315,7 +315,7 @@ def devices_of(wanted: str, settings: Settings) -> list[str]:
     """Where models run: every GPU there is, or the CPU."""
     import torch
 
-    if all(t["kind"] == "bpe" for t in settings.described.values()) or wanted == "cpu":
+    if all(t["kind"] in ("bpe", READY) for t in settings.described.values()) or wanted == "cpu":
         return ["cpu"]
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")

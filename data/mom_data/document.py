@@ -2,7 +2,8 @@
 
 Conventions, told apart per sample by its members:
 
-    KEY.json with "segments"               interleaved (ours); parts lie beside it as KEY.0.jpg, KEY.1.flac
+    KEY.json with "segments"               interleaved (ours); parts lie beside it as KEY.0.jpg, KEY.1.flac;
+                                           ready-made ids as {"type": "music", "ids": [5, 3]}, or a part KEY.2.npy
     KEY.json with "images" and "texts"     OBELICS: parallel lists, one of the two null at each place;
                                            an image names a part (its number or its file name)
     KEY.jpg|png|webp  + KEY.txt            captioned pictures (img2dataset: CC12M, LAION)
@@ -30,6 +31,8 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
+from mom_tokenizers.ready import as_npy
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SPEECH_EXTENSIONS = ("wav", "flac", "ogg", "opus", "mp3")
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
@@ -39,7 +42,8 @@ TEXT_FIRST_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of one modality: `data` is the text, or the encoded bytes of a picture or a recording."""
+    """A run of one modality: `data` is the text, or the encoded bytes of a picture or a recording, or those of a .npy
+    of ready-made ids."""
 
     modality: str
     data: str | bytes
@@ -294,6 +298,10 @@ def _declared(segment: dict[str, Any], parts: dict[str, bytes]) -> Segment:
         if not isinstance(segment["text"], str):
             raise TypeError("a text segment's 'text' is not a string")
         return Segment("text", segment["text"])
+    if "ids" in segment:
+        if "part" in segment:
+            raise ValueError("a segment has either 'ids' or a 'part', not both")
+        return Segment(segment["type"], as_npy(segment["ids"]))
     if segment["part"] not in parts:
         raise ValueError(f"part {segment['part']!r} is not in the tar")
     return Segment(segment["type"], parts[segment["part"]])

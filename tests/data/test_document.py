@@ -59,6 +59,29 @@ def test_every_convention_reads_as_segments(tmp_path):
         assert documents["e"].segments == (Segment("text", "Zoë"),)
 
 
+def test_ready_made_ids_are_a_list_or_a_part(tmp_path):
+    file = io.BytesIO()
+    np.save(file, np.array([4, 1], np.uint16))
+
+    def declared(*segments):
+        return encode({"segments": [{"type": "music", **s} for s in segments]})
+
+    members = {
+        "a.json": declared({"ids": [5, 3]}, {"part": "0.npy"}),
+        "a.0.npy": file.getvalue(),
+        "b.json": declared({"ids": [5, 3], "part": "0.npy"}),
+        "c.json": declared({"ids": [-1]}),
+        "d.json": declared({"ids": [2**40]}),
+        "e.json": declared({"part": "0.npy"}),
+    }
+    a, *others = read_documents(write_tar(tmp_path / "t.tar", members))
+    assert [s.modality for s in a.segments] == ["music", "music"]
+    assert [np.load(io.BytesIO(s.data)).tolist() for s in a.segments] == [[5, 3], [4, 1]]
+    reasons = ["either 'ids' or a 'part'", "whole numbers", "whole numbers", "'0.npy' is not in the tar"]
+    assert [type(o) for o in others] == [BadSample] * 4
+    assert all(why in o.reason for why, o in zip(reasons, others, strict=True))
+
+
 def test_pairs_are_read_text_first_four_times_of_five(tmp_path):
     members = {}
     for i in range(1000):

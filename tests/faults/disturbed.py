@@ -170,9 +170,14 @@ class Campaign:
 
     def _restarts_itself(self):
         """After the death of a rank: wait for torchrun to start them all again. False where it ends instead."""
-        run = self.run
-        ups, deadline = len(run.resumed()), time.monotonic() + 240
-        run.expect_new()
+        ups = len(self.run.resumed())
+        self.run.expect_new()
+        return self._comes_up(ups)
+
+    def _comes_up(self, ups):
+        """Wait for ranks to say for more than the `ups`th time that they carry on, and to do so: the two come by
+        different ways, either first. False where the run ends instead."""
+        run, deadline = self.run, time.monotonic() + 240
         while not run.ended:
             require(time.monotonic() < deadline, "torchrun neither started the ranks again nor ended within 240 s")
             if len(run.resumed()) > ups and run.new_step() is not None:
@@ -228,8 +233,7 @@ class Campaign:
             time.sleep(1)
             ups = len(run.resumed())
             run.launch(1)
-            self._until_new_step(-1)
-            require(len(run.resumed()) > ups, "the survivor's ranks did not start again")
+            require(self._comes_up(ups), "the survivor's ranks did not start again")
             outcome.steps_lost, outcome.ended = before - run.resumed()[-1], "joined again"
             self._bound(outcome)
         else:

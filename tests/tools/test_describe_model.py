@@ -258,5 +258,5 @@ def test_the_tables_of_the_docs_are_what_the_tool_prints_today():
     for setting in {p.parent for p in paths}:
         rows = {str(p): describe(load_config(CHECKOUT / p)) for p in paths if p.parent == setting}
         printed |= set(overview(rows).splitlines()[2:])
-    assert len(printed) == 68
+    assert len(printed) == 74
     assert shown == printed

@@ -3,6 +3,7 @@
     text:   {kind: bpe, path: text}
     image:  {kind: vq, path: image}         # codes, also emu3 and janus; or kind kl: latents, for diffusion
     speech: {kind: units, path: speech}
+    music:  {kind: ids, size: 2048, made_by: "EnCodec, 32 kHz, first codebook"}    # made elsewhere, in the documents
 
 Paths are relative to the file; a text's may be "hf://owner/name" of the Hugging Face hub. Models are loaded when first
 used, so a reader of one modality, or of the fingerprints alone, pays for nothing else.
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 import yaml
 
+from mom_tokenizers import ready
+
 # kind -> module and class, imported when used: torch and diffusers take seconds
 KINDS = {
     "bpe": ("mom_tokenizers.text", "TextTokenizer"),
@@ -31,11 +34,13 @@ KINDS = {
     "units": ("mom_tokenizers.speech", "SpeechTokenizer"),
 }
 PICTURES = ("vq", "emu3", "janus", "kl")
+READY = "ids"  # the kind that has no files: all of it is declared
 DECODED_AT_ONCE = 32  # pictures held in full size
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers. A value is a str, a PIL picture, or (waveform, rate); it becomes ids (n,) uint32, or
+    """What every tokenizer offers. A value is a str, a PIL picture, (waveform, rate), or the bytes
+    of a .npy; it becomes ids (n,) uint32, or
     latent patches (n, width) float16, for which `size` is 1."""
 
     kind: str
@@ -82,7 +87,7 @@ def fingerprint_files(kind: str, files: Mapping[str, Path]) -> str:
 class Tokenizers:
     """Modality -> tokenizer, text first."""
 
-    entries: tuple[tuple[str, str, Path], ...]  # modality, kind, path
+    entries: tuple[tuple[str, str, Path], ...]  # modality, kind, path (of ready-made ids: the file that declares them)
     device: str = "cpu"
     _loaded: dict[str, Tokenizer] = field(default_factory=dict, repr=False, compare=False)
 
@@ -102,17 +107,23 @@ class Tokenizers:
         if not isinstance(declared, dict) or "text" not in declared:
             raise ValueError(f"{path}: expected 'text: {{kind: bpe, path: ...}}', and one such line a further modality")
         entries = []
+        loaded: dict[str, Tokenizer] = {}
         for modality in sorted(declared, key=lambda name: name != "text"):  # stable: the others keep their order
             entry = declared[modality]
+            if isinstance(entry, dict) and entry.get("kind") == READY:
+                loaded[str(modality)] = _ready(path, str(modality), entry)
+                entries.append((str(modality), READY, path))
+                continue
             if not isinstance(entry, dict) or set(entry) != {"kind", "path"}:
                 raise ValueError(f"{path}: '{modality}' must have exactly the keys kind and path, got {entry!r}")
             if entry["kind"] not in KINDS:
-                raise ValueError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {', '.join(KINDS)}")
+                known = ", ".join([*KINDS, READY])
+                raise ValueError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {known}")
             where = _located(path.parent, str(entry["path"]), entry["kind"])
             if not where.exists():
                 raise ValueError(f"{path}: '{modality}' is to be at {where}, which does not exist")
             entries.append((str(modality), entry["kind"], where))
-        return cls(tuple(entries), device)
+        return cls(tuple(entries), device, loaded)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -135,17 +146,21 @@ class Tokenizers:
         """{modality: {"kind", "fingerprint", "size"}}, from the files, without building a model.
 
         With latents also "patch_width", "latent_scale" and "latent_shift": a model reads (latents - shift) * scale.
-        With speech also "units_per_second".
+        With speech also "units_per_second", with ready-made ids "made_by".
         """
+        return {modality: self._described(modality, kind, path) for modality, kind, path in self.entries}
+
+    def _described(self, modality: str, kind: str, path: Path) -> dict[str, str | int | float]:
+        if kind == READY:
+            tokenizer = self._loaded[modality]
+            assert isinstance(tokenizer, ready.ReadyIds)
+            return tokenizer.describe()
         return {
-            modality: {
-                "kind": kind,
-                "fingerprint": fingerprint_files(kind, _class(kind).files(path)),
-                "size": _class(kind).stored_size(path),
-                **(_class(kind).stored_latents(path) if kind == "kl" else {}),
-                **(_class(kind).stored_rate(path) if kind == "units" else {}),
-            }
-            for modality, kind, path in self.entries
+            "kind": kind,
+            "fingerprint": fingerprint_files(kind, _class(kind).files(path)),
+            "size": _class(kind).stored_size(path),
+            **(_class(kind).stored_latents(path) if kind == "kl" else {}),
+            **(_class(kind).stored_rate(path) if kind == "units" else {}),
         }
 
     def encode(self, modality: str, data: str | bytes) -> np.ndarray:
@@ -188,8 +203,12 @@ class Tokenizers:
         kind, _ = self._entry(modality)
         if isinstance(data, str) != (kind == "bpe"):
             raise ValueError(f"{modality}: got {type(data).__name__}; text is a str, all else encoded bytes")
-        if isinstance(data, str):
+        if isinstance(data, str) or kind == READY:
             return data
+        if data.startswith(ready.MAGIC):
+            raise ValueError(
+                f"these are ready-made ids, but {modality} has a tokenizer of kind {kind}: declare it as kind {READY}"
+            )
         if kind in PICTURES:
             from mom_tokenizers.image import decode_image
 
@@ -197,6 +216,17 @@ class Tokenizers:
         from mom_tokenizers.speech import decode_audio
 
         return decode_audio(data)
+
+
+def _ready(path: Path, modality: str, entry: Mapping[str, Any]) -> ready.ReadyIds:
+    if modality == "text":
+        raise ValueError(f"{path}: 'text' needs a tokenizer of kind bpe: only further modalities can bring their ids")
+    if set(entry) != ready.KEYS:
+        raise ValueError(f"{path}: '{modality}' must have exactly the keys kind, size and made_by, got {entry!r}")
+    try:
+        return ready.ReadyIds(entry["size"], entry["made_by"])
+    except ValueError as error:
+        raise ValueError(f"{path}: '{modality}': {error}") from None
 
 
 def _joins_a_batch(kind: str, value: Any) -> bool:
