@@ -35,7 +35,7 @@ class Judge:
         limits = (config.loss_spike or math.inf, config.grad_norm_spike or math.inf)
         self._limits = torch.tensor(limits, dtype=torch.float64, device=device)
         self._recent = torch.full((config.window, 2), math.nan, dtype=torch.float64, device=device)
-        self._good = torch.zeros((), dtype=torch.int64, device=device)
+        self._good = torch.zeros((), dtype=torch.int64, device=device)  # of `recent`, the rows that are known
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         """Bad steps so far."""
 
@@ -43,13 +43,13 @@ class Judge:
         """bool scalar on the device, remembered where it is False. `loss` and `grad_norm`: scalars, equal on all
         ranks."""
         now = torch.stack([loss.double(), grad_norm.double()])
-        known = self._good.clamp(max=len(self._recent))
+        known = self._good
         middle = ((known - 1).clamp(min=0) // 2).view(1)  # selected, not indexed by: that would wait for its value
         median = self._recent.sort(0).values.index_select(0, middle).squeeze(0)  # nan sorts last
         spike = (now > self._limits * median) & (known >= _ENOUGH)
         bad = (~now.isfinite() | spike).any()
         self._recent = torch.where(bad, self._recent, torch.cat([self._recent[1:], now[None]]))
-        self._good = self._good + (~bad)
+        self._good = (known + ~bad).clamp(max=len(self._recent))
         self.skipped = self.skipped + bad
         return bad
 
@@ -62,7 +62,7 @@ class Judge:
         window = len(self._recent)
         rows = [[math.nan, math.nan]] * window + rows
         self._recent.copy_(torch.tensor(rows[-window:], dtype=torch.float64))
-        self._good.fill_(min(values["good"], window))
+        self._good.fill_(min(values["good"], len(values["recent"]), window))
         self.skipped.fill_(values["skipped"])
 
 

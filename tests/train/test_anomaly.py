@@ -49,6 +49,9 @@ def test_steps_are_judged_by_the_median_of_the_last_good_ones(limits):
     second = Judge(config, torch.device("cpu"))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert judged(config, values[77:], second) == wanted[77:]
+    whole = Judge(config, torch.device("cpu"))
+    judged(config, values, whole)
+    assert second.state_dict() == whole.state_dict()
 
 
 def test_gradient_norms_by_part_and_modality_are_those_of_the_gradients():
