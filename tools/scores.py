@@ -1,0 +1,233 @@
+"""What tools/score_samples.py computes: figures of samples beside real ones, and the local models that look and listen.
+
+Models are folders of Hugging Face Transformers on this machine. Nothing is fetched, nothing is unpickled, and no code
+of a folder runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DRAWS = 1000  # of the bootstrap
+NORMALISED = "lower case, without punctuation"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the table."""
+
+    figure: str
+    of: str
+    value: float
+    interval: tuple[float, float] | None
+    """Of 95 %, by the bootstrap; a Fréchet distance has none."""
+    n: int
+
+
+def frechet_distance(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
+    """Squared Fréchet distance of the normal distributions fitted to two sets of features, in float64:
+
+        |mean_x - mean_y|² + tr(C_x + C_y - 2 (C_x C_y)^½)            (Dowson and Landau 1982; Heusel et al. 2017)
+
+    With X, Y the centred features over sqrt(n - 1), C_x C_y = XᵀX YᵀY has the eigenvalues of (X Yᵀ)(X Yᵀ)ᵀ, so the
+    trace of its root is the sum of X Yᵀ's singular values. That needs no root of a singular matrix.
+    """
+    means, roots = [], []
+    for features_ND in (x_ND, y_ND):
+        if len(features_ND) < 2:
+            raise ValueError(f"a covariance of {len(features_ND)} sample: at least 2 are needed")
+        features = np.asarray(features_ND, np.float64)
+        means.append(features.mean(axis=0))
+        # R of the QR form: RᵀR = XᵀX with no more than D rows
+        roots.append(np.linalg.qr(features - means[-1], mode="r") / (len(features) - 1) ** 0.5)
+    x, y = roots
+    return float(((means[0] - means[1]) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc"))
+
+
+def clip_scores(image_ND: np.ndarray, text_ND: np.ndarray) -> np.ndarray:
+    """(N,) float64: 100 max(0, cosine) of each pair's embeddings (Hessel et al. 2021, with 100 in place of 2.5)."""
+    image, text = (np.asarray(e, np.float64) / np.linalg.norm(e, axis=1, keepdims=True) for e in (image_ND, text_ND))
+    return 100 * np.maximum(0, (image * text).sum(axis=1))
+
+
+def normalised(text: str) -> str:
+    """As words are compared: NORMALISED."""
+    jiwer = needed("jiwer", "scores")
+    steps = jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()
+    return str(jiwer.Compose(list(steps))(text))
+
+
+def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
+    """(N, 2) int64: substituted, left out and added words of each hypothesis, and the words of its reference, by
+    jiwer, both normalised. Their sums' ratio is the word error rate. Raises ValueError for a reference of no words."""
+    jiwer = needed("jiwer", "scores")
+    counts = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        words = normalised(reference)
+        if not words:
+            raise ValueError(f"a recording's text has no words: {reference!r}")
+        found = jiwer.process_words(words, normalised(hypothesis))
+        errors = found.substitutions + found.deletions + found.insertions
+        counts.append((errors, found.hits + found.substitutions + found.deletions))
+    return np.array(counts, np.int64).reshape(-1, 2)
+
+
+def interval(sums_N: np.ndarray, counts_N: np.ndarray | None = None, seed: int = 0) -> tuple[float, float] | None:
+    """Bootstrap interval of 95 % of sum(sums) / sum(counts), over which of the N samples there are; None for one."""
+    N = len(sums_N)
+    counts = np.ones(N) if counts_N is None else counts_N
+    if N < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(0, N, N) for _ in range(DRAWS))
+    low, high = np.percentile([sums_N[i].sum() / counts[i].sum() for i in drawn], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def needed(module: str, extra: str) -> Any:
+    """A module of an optional library. Raises ValueError that says how to install it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(f"needs {module}: pip install '.[{extra}]' ({error})") from None
+
+
+class Vision:
+    """What a vision model makes of pictures, and of texts where it was trained on both."""
+
+    def __init__(self, folder: Path, device: str, batch: int = 32):
+        """Raises ValueError where the folder holds no such model, or not all of its weights."""
+        self._transformers = needed("transformers", "tokenizers")
+        self.folder, self._device, self._batch = folder, device, batch
+        self._model = _weights(folder, "AutoModel").to(device)
+        self._processor = _part(folder, "AutoImageProcessor")
+        projected = hasattr(self._model, "get_image_features")
+        self.feature = "image embedding" if projected else "pooled output"
+
+    def pictures(self, pictures: Iterable[Image]) -> np.ndarray:
+        """(N, D) float32, not normalised."""
+        import torch
+
+        features = [np.zeros((0, 0), np.float32)]
+        stream = iter(pictures)
+        while some := list(itertools.islice(stream, self._batch)):
+            inputs = self._processor(images=[p.convert("RGB") for p in some], return_tensors="pt").to(self._device)
+            with torch.inference_mode():
+                if hasattr(self._model, "get_image_features"):
+                    features.append(_array(self._model.get_image_features(pixel_values=inputs["pixel_values"])))
+                else:
+                    features.append(_array(self._model(pixel_values=inputs["pixel_values"])))
+        return np.concatenate(features[1:] or features)
+
+    def texts(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
+        """(N, D) float32, not normalised; and how many texts were cut to the model's length. Raises ValueError where
+        the model reads none."""
+        import torch
+
+        if not hasattr(self._model, "get_text_features"):
+            raise ValueError(
+                f"{self.folder}: a {type(self._model).__name__}, which reads no texts; give a CLIP's folder"
+            )
+        tokenizer = _part(self.folder, "AutoTokenizer")
+        longest = self._model.config.text_config.max_position_embeddings
+        features, cut = [], 0
+        for i in range(0, len(texts), self._batch):
+            some = list(texts[i : i + self._batch])
+            cut += sum(len(ids) > longest for ids in tokenizer(some)["input_ids"])
+            # to the full length: CLIP does not mind, and SigLIP was trained so
+            inputs = tokenizer(some, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
+            known = {k: v.to(self._device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+            with torch.inference_mode():
+                features.append(_array(self._model.get_text_features(**known)))
+        return np.concatenate(features), cut
+
+
+class Recogniser:
+    """A speech recogniser: with a CTC head, or of the kind of Whisper."""
+
+    def __init__(self, folder: Path, device: str, language: str | None = None):
+        """`language`: of a multilingual Whisper, which otherwise guesses. Raises ValueError as Vision does."""
+        transformers = needed("transformers", "tokenizers")
+        architectures = _part(folder, "AutoConfig").architectures or ()
+        ctc = any(name.endswith("ForCTC") for name in architectures)
+        if ctc and language is not None:
+            raise ValueError(f"{folder}: a recogniser with a CTC head, which takes no --language")
+        self._listen = transformers.pipeline(
+            "automatic-speech-recognition",
+            model=_weights(folder, "AutoModelForCTC" if ctc else "AutoModelForSpeechSeq2Seq"),
+            tokenizer=_part(folder, "AutoTokenizer"),
+            feature_extractor=_part(folder, "AutoFeatureExtractor"),
+            device=device,
+        )
+        self._rate = int(self._listen.feature_extractor.sampling_rate)
+        said = {} if language is None else {"language": language, "task": "transcribe"}
+        # greedily: Transformers' default has been one beam and five
+        self._options: dict[str, Any] = {} if ctc else {"generate_kwargs": {"num_beams": 1, **said}}
+        try:
+            self(np.zeros(self._rate, np.float32), self._rate)
+        except Exception as error:  # a language it lacks, and whatever else generation finds wrong
+            raise ValueError(f"{folder}: this recogniser does not work: {error}") from error
+
+    def __call__(self, waveform: np.ndarray, rate: int) -> str:
+        """What it hears in a float waveform (n,) of `rate` Hz, at most half a minute of it."""
+        import soxr
+
+        samples = np.clip(np.asarray(waveform, np.float32), -1, 1)  # as a WAV would hold it
+        if rate != self._rate:
+            samples = soxr.resample(samples, rate, self._rate)
+        return str(self._listen({"raw": samples, "sampling_rate": self._rate}, **self._options)["text"])
+
+
+def files_of(folder: Path) -> list[Path]:
+    """What a model is made of: settings, weights, vocabulary."""
+    return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".txt", ".model"))
+
+
+def _array(output: Any) -> np.ndarray:
+    """(N, D) of what a model returns: its tensor, its pooled output, or the mean over positions."""
+    if hasattr(output, "last_hidden_state"):
+        pooled = getattr(output, "pooler_output", None)
+        output = output.last_hidden_state.mean(dim=1) if pooled is None else pooled
+    return output.float().flatten(1).cpu().numpy()
+
+
+def _part(folder: Path, name: str) -> Any:
+    """A configuration, tokenizer or processor of a model's folder."""
+    transformers = needed("transformers", "tokenizers")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there; give the folder of a Transformers model on this machine")
+    try:
+        return getattr(transformers, name).from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries below raise
+        raise ValueError(f"{folder}: no {name} to be had: {error}") from error
+
+
+def _weights(folder: Path, name: str) -> Any:
+    transformers = needed("transformers", "tokenizers")
+    _part(folder, "AutoConfig")  # what is wrong with the folder, first
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what is missing is looked for below
+    try:
+        model, info = getattr(transformers, name).from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ValueError(f"{folder}: not an {name} with safetensors: {error}") from error
+    # such weights would be random; the mask's embedding is for training
+    if lacking := sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")):
+        raise ValueError(f"{folder}: the weights lack {len(lacking)} tensors of an {name}, e.g. {lacking[0]}")
+    return model.float().eval().requires_grad_(False)
