@@ -8,16 +8,46 @@ Started by torchrun_launch.ranks, which ignores the usual signals for it and pas
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
 from mom_data.errors import EXIT_USER_ERROR
 from mom_train.status import AGENT_PID, EXIT_INCIDENT
 
 ENDED_FOR_GOOD = (EXIT_USER_ERROR, EXIT_INCIDENT)  # started again, the run would end the same way
+_ORPHANED_SECONDS = 40  # torchrun gives ranks 30 of them
+
+
+def children(pid: int) -> set[int]:
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found.update(int(child) for child in task.read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def _end_without(launcher: int) -> None:
+    """A launcher that dies has the kernel send SIGHUP, on which torchrun ends its ranks. Python raises what that does
+    wherever it happens to be: in a destructor it is lost, between a lock and its `with` it leaves torchrun waiting for
+    ever. So this looks as well."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    time.sleep(_ORPHANED_SECONDS)
+    for rank in children(os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+    os._exit(1)
 
 
 def main() -> None:
     os.environ[AGENT_PID] = str(os.getpid())
+    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

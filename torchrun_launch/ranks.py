@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from mom_train.status import EXIT_PREEMPTED
-from torchrun_launch.agent import ENDED_FOR_GOOD
+from torchrun_launch.agent import ENDED_FOR_GOOD, children
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
@@ -121,7 +121,7 @@ class Agent:
             if self.asked is None:
                 continue
             now = time.monotonic()
-            ranks = _children(self._process.pid)
+            ranks = children(self._process.pid)
             if not asked_at:
                 asked_at = ranks_at = now
                 print(f"torchrun_launch: {self.asked.name}: the ranks save and end", file=sys.stderr, flush=True)
@@ -140,7 +140,7 @@ class Agent:
 
     def kill(self) -> None:
         """End the ranks and torchrun at once."""
-        for rank in _children(self._process.pid):
+        for rank in children(self._process.pid):
             _send(rank, signal.SIGKILL)
         _send(self._process.pid, signal.SIGKILL)
 
@@ -161,16 +161,6 @@ def _prepare_agent() -> Callable[[], None]:
                 os._exit(1)
 
     return prepare
-
-
-def _children(pid: int) -> set[int]:
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found.update(int(child) for child in task.read_text().split())
-        except OSError:
-            continue
-    return found
 
 
 def _listens(pid: int) -> bool:

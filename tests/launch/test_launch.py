@@ -61,9 +61,9 @@ def two_ranks(tmp_path):
     """Starts torchrun with two ranks that run a script, in `tmp_path`; waits until both have begun."""
     started = []
 
-    def start(script, shutdown_timeout=30):
+    def start(script, shutdown_timeout=30, driver=""):
         (tmp_path / "rank.py").write_text(script)
-        command = [sys.executable, "-c", DRIVER, "rank.py", str(shutdown_timeout)]
+        command = [sys.executable, "-c", driver + DRIVER, "rank.py", str(shutdown_timeout)]
         started.append(subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL))
         files = [tmp_path / f"begun-{rank}" for rank in (0, 1)]
         until(lambda: all(f.exists() and f.read_text() for f in files))
@@ -92,6 +92,14 @@ def test_ranks_that_do_not_end_are_killed_when_the_time_is_up(two_ranks):
 
 def test_a_launcher_that_is_killed_leaves_no_ranks(two_ranks):
     process, ranks = two_ranks(LISTENS)
+    process.kill()
+    until(lambda: not any(map(alive, ranks)))
+
+
+def test_a_launcher_that_is_killed_leaves_no_ranks_though_torchrun_does_not_notice(two_ranks):
+    process, ranks = two_ranks(
+        LISTENS, driver="import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])"
+    )
     process.kill()
     until(lambda: not any(map(alive, ranks)))
 
