@@ -11,7 +11,7 @@ from pathlib import Path
 import faults as f
 import hosts as hosts_module
 from experiment import Run, Saved, check_rows, check_saved, require
-from reference import INTERVAL, TIMEOUT, Reference, bad_steps
+from reference import INTERVAL, PATIENCE, TIMEOUT, Reference, bad_steps
 
 
 @dataclass
@@ -163,9 +163,9 @@ class Campaign:
                 self.deck.insert(0, kind)
 
     def _until_new_step(self, step):
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not self.run.ended and ((new := self.run.new_step()) is None or new <= step):
-            require(time.monotonic() < deadline, f"no step after {step} within 240 s")
+            require(time.monotonic() < deadline, f"no step after {step} within {PATIENCE:.0f} s")
             time.sleep(0.02)
 
     def _restarts_itself(self):
@@ -177,9 +177,12 @@ class Campaign:
     def _comes_up(self, ups):
         """Wait for ranks to say for more than the `ups`th time that they carry on, and to do so: the two come by
         different ways, either first. False where the run ends instead."""
-        run, deadline = self.run, time.monotonic() + 240
+        run, deadline = self.run, time.monotonic() + PATIENCE
         while not run.ended:
-            require(time.monotonic() < deadline, "torchrun neither started the ranks again nor ended within 240 s")
+            require(
+                time.monotonic() < deadline,
+                f"torchrun neither started the ranks again nor ended within {PATIENCE:.0f} s",
+            )
             if len(run.resumed()) > ups and run.new_step() is not None:
                 return True
             time.sleep(0.05)
@@ -201,7 +204,7 @@ class Campaign:
                 return False
             outcome.detail = f"rank {stopped[0]}"
             if alone:
-                code = run.wait(TIMEOUT + 180)
+                code = run.wait(PATIENCE)
                 require(code == 1, f"a rank that hangs: exit code {code}")
                 paths = [p for p in (run.run_dir / "stacks").glob("rank-*.txt") if p.stem != f"rank-{stopped[0]}"]
                 dumped = all("most recent call first" in path.read_text() for path in paths)

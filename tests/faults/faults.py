@@ -54,13 +54,16 @@ class Moment:
     def reached(self, run, timeout):
         """Wait for it. False where the command has ended before."""
         deadline = time.monotonic() + timeout
-        target = None if self.steps is None else max(run.new_step() or 0, run.from_step) + self.steps
+        target = None
         while not run.ended:
             require(time.monotonic() < deadline, f"no step was logged for {timeout:.0f} s, waiting for {self}")
             step = run.new_step()
             if self.steps is None:
                 if time.monotonic() - run.began >= self.seconds:
                     return True
+            elif target is None:
+                if step is not None:  # ranks that come up log where they begin: what it counts from
+                    target = max(step, run.from_step) + self.steps
             elif (step or 0) >= target and (not self.saving or run.saved.unfinished()):
                 time.sleep(self.seconds)
                 return not run.ended

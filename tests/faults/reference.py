@@ -11,7 +11,8 @@ from experiment import Run, Saved, equal_tensors, require
 from run_config import write_config
 
 INTERVAL = 10  # steps between checkpoints
-TIMEOUT = 20.0  # seconds that a collective may take
+TIMEOUT, FIRST_TIMEOUT = 20.0, 180.0  # seconds that a collective may take, those up to the first step included
+PATIENCE = FIRST_TIMEOUT + 90  # with torchrun's half minute for a stopped rank, which no SIGTERM reaches
 
 
 @dataclass
@@ -58,7 +59,7 @@ def make_config(folder, steps, ranks):
         training={"steps": steps, "batch": 2 * ranks, "micro_batch": 1, "ema_decay": 0.9},
         validation={"every": 12, "sequences": 2 * ranks},
         checkpoint={"every": INTERVAL, "keep": 3, "max_failures": 1000},
-        parallel={"timeout": TIMEOUT, "first_step_timeout": 180},
+        parallel={"timeout": TIMEOUT, "first_step_timeout": FIRST_TIMEOUT},
     )
 
 
