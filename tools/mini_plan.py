@@ -76,6 +76,8 @@ class State:
     """Those of EXPERIMENTS that this start wants."""
     rates: dict[str, list[float]] = field(default_factory=lambda: {k: list(v) for k, v in RATES.items()})
     """Architecture -> learning rates that the sweep begins with; a single one is taken as it is."""
+    precision: str = ""
+    """Of the matrix products, in all runs; empty until the first start decides it."""
     spent: float = 0.0
     """Seconds of the budget, over all starts."""
     startup: dict[str, float] = field(default_factory=dict)

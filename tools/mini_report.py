@@ -38,12 +38,12 @@ TABLE_OF = {"chameleon_speech": 2, "transfusion": 4, "chameleon": 7}
 SMALLEST = {2: "37M", 4: "163M", 7: "37M"}
 ALL = "+".join(PROJECTIONS)
 METHOD = """\
-{steps} steps a run. The learning rates were tried with one seed and runs of {short} steps, their own cosine included;
-a short run may prefer a larger rate than a long one. Ablation rows take the mixture's. The same seed sees the same data
-in every model of a setting, so seeds are compared in pairs; brackets are 95 % t intervals over them. Training losses
-are means over the last {window:g} % of the FLOPs. Epochs: tokens seen over tokens stored; where a modality was seen
-often, believe the held-out loss. *better* and *worse*: the interval of the gain leaves out 0, for each loss by itself;
-of twenty such statements one may be chance."""
+{steps} steps a run, matrix products in {precision}. The learning rates were tried with one seed and runs of {short}
+steps, their own cosine included; a short run may prefer a larger rate than a long one. Ablation rows take the
+mixture's. The same seed sees the same data in every model of a setting, so seeds are compared in pairs; brackets are
+95 % t intervals over them. Training losses are means over the last {window:g} % of the FLOPs. Epochs: tokens seen over
+tokens stored; where a modality was seen often, believe the held-out loss. *better* and *worse*: the interval of the
+gain leaves out 0, for each loss by itself; of twenty such statements one may be chance."""
 
 
 EXPERIMENTS_SAID = """\
@@ -253,7 +253,8 @@ def write_report(output: Path, state: State, seeds: int, complete: bool) -> None
     lines += section
     lines += ["## How it was made", "", *cost_section(output, state, seeds)]
     short = sweep_steps(state.steps) if state.steps else 0
-    lines += [METHOD.format(steps=state.steps, short=short, window=100 * WINDOW), ""]
+    known = {"steps": state.steps, "precision": state.precision or "fp32"}
+    lines += [METHOD.format(short=short, window=100 * WINDOW, **known), ""]
     lines += [f"{state.spent / 3600:.2f} hours of training.", ""]
     if state.failed:
         lines += ["Failed twice and left out: " + ", ".join(f"{k} ({why})" for k, why in state.failed.items()), ""]

@@ -25,6 +25,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from curves import Run
@@ -138,6 +139,8 @@ class Miniature:
         self.state.failed.clear()  # what failed before may have been mended
         if arguments.rates and not self.state.steps:
             self.state.rates = {architecture: arguments.rates for architecture in self.state.rates}
+        if not self.state.precision:  # a miniature begun before this was noted has none
+            self.state.precision = "fp32" if self.state.finished else arguments.precision
         self.full = yaml.safe_load((arguments.configs / "_full.yaml").read_text()) if arguments.full else {}
         common = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
         self.batch: int = {**common["training"], **self.full.get("training", {})}["batch"]
@@ -233,6 +236,7 @@ class Miniature:
         every = max(1, job.steps // EVALUATIONS)
         values = {
             **{f"{section}.{key}": v for section, keys in self.full.items() for key, v in keys.items()},
+            "training.precision": self.state.precision,
             **changes(job.variant),
             "run_dir": str(self.directory(job)),
             "seed": job.seed,
@@ -308,6 +312,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates to try; one: no sweep (default: three)")
     known = ["all", *EXPERIMENTS]
     parser.add_argument("--experiments", nargs="+", choices=known, default=[], metavar="NAME", help=", ".join(known))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the matrix products (bf16 where it is fast)")
     parser.add_argument("--full", action="store_true", help="the body of the paper's 37M models, for a GPU")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU, or one a core)")
     parser.add_argument("--max-steps", type=int, default=20_000, help="of a run (default: %(default)s)")
@@ -318,10 +323,12 @@ def main() -> None:
     with exit_clearly("paper_mini"):
         if min(arguments.seeds, arguments.max_steps, arguments.jobs or 1) < 1 or arguments.minutes <= 0:
             raise ValueError("--seeds, --max-steps and --jobs must be at least 1, --minutes above 0")
-        import torch  # only to count the GPUs
+        import torch  # only to know the machine
 
         cores = len(os.sched_getaffinity(0))
         arguments.gpus = torch.cuda.device_count()
+        cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        arguments.precision = arguments.precision or ("bf16" if arguments.gpus or cpu.get("amx_bf16") else "fp32")
         arguments.jobs = arguments.jobs or arguments.gpus or cores
         arguments.threads = max(1, cores // arguments.jobs)
         output: Path = arguments.output

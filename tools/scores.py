@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mom_tokenizers.published import load_published
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -216,18 +218,6 @@ def _weights(folder: Path, name: str) -> Any:
     transformers = needed("transformers", "tokenizers")
     _part(folder, "AutoConfig")  # what is wrong with the folder, first
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what is missing is looked for below
-    try:
-        model, info = getattr(transformers, name).from_pretrained(
-            str(folder),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ValueError(f"{folder}: not an {name} with safetensors: {error}") from error
-    # such weights would be random; the mask's embedding is for training
-    if lacking := sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")):
-        raise ValueError(f"{folder}: the weights lack {len(lacking)} tensors of an {name}, e.g. {lacking[0]}")
-    return model.float().eval().requires_grad_(False)
+    transformers.utils.logging.set_verbosity_error()  # what is missing, load_published looks for
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    return load_published(folder, "transformers", name, **safe).float()

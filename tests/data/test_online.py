@@ -16,6 +16,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from tiny_tokenizers import random_vq
 
 from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.document import Document, Limits, read_documents
@@ -44,16 +45,10 @@ def sentence(rng):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Raw shards of text and pictures, and tokenizers: of both, and of text alone."""
-    from diffusers import VQModel
-
-    from mom_tokenizers.image import VQImageTokenizer
 
     folder, rng = tmp_path_factory.mktemp("made"), random.Random(0)
     TextTokenizer.train((sentence(rng) for _ in range(50)), 300).save(folder / "text")
-    torch.manual_seed(0)
-    model = VQModel(num_vq_embeddings=16, block_out_channels=(8,), norm_num_groups=1, latent_channels=4)
-    torch.nn.init.normal_(model.quantize.embedding.weight)
-    VQImageTokenizer(model, 8).save(folder / "image")
+    random_vq(8).save(folder / "image")
     (folder / "both.yaml").write_text("text: {kind: bpe, path: text}\nimage: {kind: vq, path: image}\n")
     (folder / "words.yaml").write_text("text: {kind: bpe, path: text}\n")
     (folder / "raw").mkdir()

@@ -6,12 +6,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-import torch
-from diffusers import VQModel
 from PIL import Image
+from tiny_tokenizers import random_vq
 
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.image import VQImageTokenizer
 from mom_tokenizers.speech import SpeechTokenizer
 from mom_tokenizers.text import TextTokenizer
 
@@ -27,9 +25,7 @@ WAVEFORM = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizers")
     TextTokenizer.train(["some words and some more words"] * 9, 280).save(path / "words")
-    torch.manual_seed(0)
-    model = VQModel(num_vq_embeddings=16, block_out_channels=(8,), norm_num_groups=1, latent_channels=4)
-    VQImageTokenizer(model, 8).save(path / "pictures")
+    random_vq(8).save(path / "pictures")
     SpeechTokenizer.train([(WAVEFORM, 16_000)], 5).save(path / "sounds")
     (path / "tokenizers.yaml").write_text(YAML)
     return path

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from corpus import MODALITIES, TOKENIZERS, random_document, write_dataset
-from diffusers import VQModel
+from tiny_tokenizers import random_vq
 
 from mom_data.dataset import TokenDataset
 from mom_data.plan import Lane, Plan, Source
 from mom_data.shards import ShardWriter, TokenSegment, write_manifest
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.image import VQImageTokenizer
 from mom_tokenizers.speech import SpeechTokenizer
 from mom_tokenizers.text import TextTokenizer
 
@@ -100,9 +98,7 @@ def test_the_page_asks_the_network_for_nothing(tmp_path):
 def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
     TextTokenizer.train(["some plain words", EVIL] * 20, 300).save(folder / "text")
-    torch.manual_seed(0)
-    model = VQModel(num_vq_embeddings=16, block_out_channels=(8,), norm_num_groups=1, latent_channels=4)
-    VQImageTokenizer(model, 8).save(folder / "image")
+    random_vq(8).save(folder / "image")
     noise = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
     SpeechTokenizer.train([(noise, 16_000)], 5).save(folder / "speech")
     kinds = {"text": "bpe", "image": "vq", "speech": "units"}

@@ -39,9 +39,8 @@ DECODED_AT_ONCE = 32  # pictures held in full size
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers. A value is a str, a PIL picture, (waveform, rate), or the bytes
-    of a .npy; it becomes ids (n,) uint32, or
-    latent patches (n, width) float16, for which `size` is 1."""
+    """What every tokenizer offers. A value is a str, a PIL picture, (waveform, rate), or the bytes of a .npy; it
+    becomes ids (n,) uint32, or latent patches (n, width) float16, for which `size` is 1."""
 
     kind: str
     size: int

@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
+from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
     import torch
@@ -101,17 +101,8 @@ class ImageTokenizer:
     def _load(cls, path: Path, device: str) -> Any:
         # No shards built on the meta device: diffusers would leave missing weights there, without a word.
         options = {"low_cpu_mem_usage": False} if cls.library == "diffusers" else {}
-        try:
-            # safetensors only: a pickled checkpoint could run code.
-            model, info = getattr(import_module(cls.library), cls.model_class).from_pretrained(
-                str(path), use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-            )
-        except Exception as error:
-            raise ValueError(f"{path}: not a {cls.library} {cls.model_class}: {error}") from error
-        if info["missing_keys"]:
-            # both libraries leave such weights random, with a warning at most
-            missing = sorted(info["missing_keys"])
-            raise ValueError(f"{path}: the weights lack {len(missing)} tensors, e.g. {missing[0]}")
+        # safetensors only: a pickled checkpoint could run code
+        model = load_published(path, cls.library, cls.model_class, use_safetensors=True, **options)
         return model.to(device)
 
     @classmethod

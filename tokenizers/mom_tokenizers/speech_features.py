@@ -8,6 +8,7 @@ windows, so its memory does not grow with them.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from mom_tokenizers.bundle import read_json
+from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +149,7 @@ def windows(clip: int, units: int, window: int, context: int) -> list[Window]:
     return [Window(clip, s, s + window, kept[k], kept[k + 1]) for k, s in enumerate(starts)]
 
 
-class PublishedModel:
+class PublishedModel(ABC):
     """What both kinds of published models share: their folder, windows, and batches of equal lengths.
 
     Never padded to a common length: a group-normalised extractor would hear the padding (features off by 2.4).
@@ -163,9 +165,9 @@ class PublishedModel:
         self.model = load_model(path, model_type).to(device)
         self._window_seconds = window_seconds
 
+    @abstractmethod
     def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
         """Features (B, units, width), or codes (B, units)."""
-        raise NotImplementedError
 
     def __call__(self, clips: Sequence[np.ndarray]) -> Iterator[Piece]:
         import torch
@@ -252,29 +254,14 @@ def _mean_and_deviation(samples: np.ndarray, block: int = 1 << 20) -> tuple[floa
 
 def load_model(path: Path, model_type: str) -> Any:
     """A model of transformers from a folder; weights are safetensors or, without code, a .bin."""
-    import transformers
-
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no config.json there, so not a folder of a {model_type} model")
     found = read_json(path / "config.json").get("model_type")
     if found != model_type:
         raise ValueError(f"{path}: extractor '{model_type}', but its config.json says model_type {found!r}")
     name, attention = MODELS[model_type]
-    try:
-        # a folder that holds both is read from its safetensors; of a .bin, only tensors are unpickled
-        model, info = getattr(transformers, name).from_pretrained(
-            str(path),
-            local_files_only=True,
-            weights_only=True,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ValueError(f"{path}: not a {name} folder with safetensors (or tensors in a .bin): {error}") from error
-    # transformers leaves such weights random, with a warning at most; the mask's embedding is for training
-    if lacking := sorted(k for k in info["missing_keys"] if not k.endswith("masked_spec_embed")):
-        raise ValueError(f"{path}: the weights lack {len(lacking)} tensors of a {name}, e.g. {lacking[0]}")
-    return model.float().eval().requires_grad_(False)
+    # a folder that holds both is read from its safetensors; of a .bin, only tensors are unpickled
+    return load_published(path, "transformers", name, weights_only=True, attn_implementation=attention).float()
 
 
 def extractor(

@@ -1,0 +1,24 @@
+"""Published models, whole, from folders on this machine: nothing is fetched, and no code there runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def load_published(folder: Path, library: str, name: str, **options: Any) -> Any:
+    """Class `name` of "transformers" or "diffusers" with the weights of `folder`, only to be evaluated.
+
+    Raises ValueError for a folder that is no such model, and for weights that lack tensors.
+    """
+    try:
+        model, info = getattr(import_module(library), name).from_pretrained(
+            str(folder), local_files_only=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # whatever the libraries below raise
+        raise ValueError(f"{folder}: not a {library} {name}: {error}") from error
+    # both libraries leave such weights random, with a warning at most; the mask's embedding is for training
+    if lacking := sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")):
+        raise ValueError(f"{folder}: the weights lack {len(lacking)} tensors of {name}, e.g. {lacking[0]}")
+    return model.eval().requires_grad_(False)
