@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mom_train.kernels import causal_conv, modality_linear, native, selective_scan
 from mom_train.kernels.causal_conv import _conv
-from mom_train.kernels.modality_linear import _modality_linear
+from mom_train.kernels.modality_linear import _modality_linear, _modality_linear_backward
 from mom_train.layout import RowLayout
 
 BACKENDS = ["torch", "c"]
@@ -172,6 +173,46 @@ def test_modality_linear_equals_choosing_each_rows_matrix(bias):
     gy = torch.randn(11, O, generator=g, dtype=torch.float64)
     for a, r in zip(torch.autograd.grad(y, leaves, gy), torch.autograd.grad(expected, leaves, gy), strict=True):
         torch.testing.assert_close(a, r)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [500, 9000])
+def test_modality_linear_in_bf16_is_as_near_to_float64_as_one_product_is(rows, bias):
+    g = torch.Generator().manual_seed(0)
+    M, K, O = 4, 48, 40
+    offsets = torch.tensor([0, 7, 7, rows - 64, rows])
+    of_row = torch.repeat_interleave(torch.arange(M), offsets.diff())
+    leaves = [torch.randn(*shape, generator=g).bfloat16() for shape in ((rows, K), (M * O, K), (M * O,))]
+    leaves = [t.requires_grad_() for t in (leaves if bias else leaves[:2])]
+    gy = torch.randn(rows, O, generator=g).bfloat16()
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = torch.einsum("tok,tk->to", wide[1].view(M, O, K)[of_row], wide[0])
+    expected = expected + wide[2].view(M, O)[of_row] if bias else expected
+    found = modality_linear(*leaves[:2], offsets, *leaves[2:])
+    grads = torch.autograd.grad(found, leaves, gy), torch.autograd.grad(expected, wide, gy.double())
+    for a, r in zip((found, *grads[0]), (expected, *grads[1]), strict=True):
+        assert relative_error(a, r) < 2**-7  # two roundings to 8 bits
+
+
+def test_on_a_cpu_in_bf16_products_soon_have_no_new_shapes():
+    """Each new one is compiled by oneDNN."""
+    shapes = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.out, torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+                shapes.add(tuple(tuple(t.shape) for t in args))
+            return function(*args, **(kwargs or {}))
+
+    g = torch.Generator().manual_seed(0)
+    x, weight, gy = (torch.randn(*shape).bfloat16() for shape in ((4096, 8), (30, 8), (4096, 10)))
+    with Recorder():
+        for _ in range(300):
+            cuts = torch.randint(0, 4097, (2,), generator=g).sort().values
+            offsets = torch.tensor([0, *cuts.tolist(), 4096])
+            _modality_linear._init_fn(x, weight, None, offsets)
+            _modality_linear_backward._init_fn(gy, x, weight, offsets, False)
+    assert len(shapes) <= 3 * (4096 // 64 + 1)
 
 
 def test_operators_keep_torchs_contract():
