@@ -17,7 +17,8 @@ def load_published(folder: Path, library: str, name: str, **options: Any) -> Any
             str(folder), local_files_only=True, output_loading_info=True, **options
         )
     except Exception as error:  # whatever the libraries below raise
-        raise ValueError(f"{folder}: not a {library} {name}: {error}") from error
+        weights = "safetensors (or tensors in a .bin)" if options.get("weights_only") else "safetensors"
+        raise ValueError(f"{folder}: not a {library} {name} folder with {weights}: {error}") from error
     # both libraries leave such weights random, with a warning at most; the mask's embedding is for training
     if lacking := sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")):
         raise ValueError(f"{folder}: the weights lack {len(lacking)} tensors of {name}, e.g. {lacking[0]}")
