@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--checkpointing", choices=tuple(_RECOMPUTE), default="false")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed steps of each, after two that are not (5)")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed steps of each (5)")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps of each before, not timed (5)")
     parser.add_argument(
         "--context",
         nargs="+",
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         steps = {str(length): _Step("mixture", arguments, 1, length) for length in contexts}
     else:
         steps = {name: _Step(name, arguments, arguments.batch, arguments.length) for name in arguments.systems}
-    figures = _measure(steps, arguments.repetitions)
+    figures = _measure(steps, arguments.warm_up, arguments.repetitions)
     if not contexts:
         rate = _gemm_flops_per_second(arguments)
         settings["gemm_gflops_per_s"] = rate / 1e9
@@ -97,11 +98,18 @@ class _Step:
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = build_optimizer(self.model, OptimizerConfig.model_validate({"learning_rate": 1e-4}))
-        modality_BL, document_BL = _rows(batch, length, arguments.modalities)
-        layout = RowLayout.sort(modality_BL.clamp(max=modalities - 1), document_BL, modalities)
+        self._shape, self._modalities, self._used = (batch, length), arguments.modalities, modalities
+        self._generator = torch.Generator().manual_seed(1)
+        self.input_T, self.label_T = torch.randint(0, arguments.vocabulary, (2, self.tokens)).to(self.device)
+        self.draw()
+
+    def draw(self) -> None:
+        """Other spans and documents, for the next step: in training no two batches have the same. All systems draw
+        alike."""
+        modality_BL, document_BL = _rows(*self._shape, self._modalities, self._generator)
+        layout = RowLayout.sort(modality_BL.clamp(max=self._used - 1), document_BL, self._used)
         moved = {k: v.to(self.device) for k, v in vars(layout).items() if isinstance(v, Tensor) and k != "offsets"}
         self.layout = RowLayout(**{**vars(layout), **moved})
-        self.input_T, self.label_T = torch.randint(0, arguments.vocabulary, (2, self.tokens)).to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._precision == "bf16" else nullcontext()
@@ -139,26 +147,26 @@ def _config(name: str, arguments: argparse.Namespace) -> ModelConfig:
     return ModelConfig(decoupled=PROJECTIONS if name == "mixture" else (), **size)
 
 
-def _rows(batch: int, length: int, modalities: int) -> tuple[Tensor, Tensor]:
+def _rows(batch: int, length: int, modalities: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(modality, document), (B, L) each: spans of 30 to 300 positions, in documents of four spans."""
-    generator = torch.Generator().manual_seed(1)
     T = batch * length
     spans = torch.randint(30, 301, (T // 30 + 1,), generator=generator)
     number_T = torch.arange(len(spans)).repeat_interleave(spans)[:T].view(batch, length)
     return (number_T % modalities).to(torch.uint8), (number_T // 4).to(torch.int32)
 
 
-def _measure(steps: dict[str, _Step], repetitions: int) -> dict[str, Any]:
-    """Name -> figures. Repetitions take turns; the first two steps of each are not counted."""
+def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[str, Any]:
+    """Name -> figures. Repetitions take turns."""
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    for _ in range(2 + repetitions):
+    for _ in range(warm_up + repetitions):
         for name, step in steps.items():
+            step.draw()
             lap = _Laps(step.device)
             step(lap)
             laps[name].append(lap.milliseconds())
     figures = {}
     for name, step in steps.items():
-        timed = laps[name][2:]
+        timed = laps[name][warm_up:]
         phases = {phase: statistics.median(lap[phase] for lap in timed) for phase in PHASES}
         whole = statistics.median(sum(lap.values()) for lap in timed)
         without = statistics.median(sum(lap.values()) - lap["optimizer"] for lap in timed)
