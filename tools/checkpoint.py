@@ -6,8 +6,8 @@
     python tools/checkpoint.py RUN export --out exported/ [--step N] [--ema] [--format transformers]
 
 RUN is a run's folder, or the URL that its checkpoints are under (s3://bucket/run). `verify` reads every byte and ends
-with exit code 2 where one is not as it was written; `list` looks at sizes only. `prune` keeps the newest K and the
-permanent ones (checkpoint.keep_every), and removes saves that did not finish: not while the run is training.
+with exit code 2 where one is not as it was written; `list` looks at sizes only. `prune` keeps the newest K, the best
+and the permanent ones (checkpoint.keep_every), and removes saves that did not finish: not while the run is training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mom_data.errors import exit_clearly
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 
 
-def describe(checkpoint: Checkpoint, latest: Checkpoint | None) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, latest: Checkpoint | None, best: Checkpoint | None) -> dict[str, Any]:
     """One line of `list`. `bytes` are those that lie there; `problems` what can be told without reading them all."""
     files, path = checkpoint.files, checkpoint.path
     there = {name: files.size(f"{path}/{name}") for name in files.names(path)}
@@ -34,6 +34,7 @@ def describe(checkpoint: Checkpoint, latest: Checkpoint | None) -> dict[str, Any
         "bytes": sum(there.values()),
         "committed": checkpoint.committed,
         "latest": latest is not None and checkpoint.step == latest.step,
+        "best": best is not None and checkpoint.step == best.step,
         "permanent": False,
         "problems": [],
     }
@@ -55,7 +56,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     lines = [f"{'step':>10} {'MB':>10}  state"]
     for e in entries:
         words = ["committed" if e["committed"] else "not committed"]
-        words += [word for word in ("latest", "permanent") if e[word]]
+        words += [word for word in ("latest", "best", "permanent") if e[word]]
         words += [f"verified: {e['verified']}"] if "verified" in e else []
         lines.append(f"{e['step']:>10} {e['bytes'] / 1e6:>10,.1f}  {', '.join([*words, *e['problems']])}")
     return "\n".join(lines)
@@ -91,7 +92,7 @@ def main() -> None:
         if arguments.command == "export":
             export(arguments.run, arguments.out, arguments.step, arguments.format, arguments.ema)
             return
-        latest = checkpoints.latest()
+        latest, best = checkpoints.latest(), checkpoints.best()
         if arguments.command == "prune":
             if arguments.keep < 1:
                 raise ValueError("--keep: at least 1, which the run carries on from")
@@ -103,7 +104,7 @@ def main() -> None:
         if arguments.command == "verify":
             step = arguments.step
             chosen = [c for c in chosen if c.committed] if step is None else [checkpoints.find(step)]
-        entries = [describe(checkpoint, latest) for checkpoint in chosen]
+        entries = [describe(checkpoint, latest, best) for checkpoint in chosen]
         if arguments.command == "verify":
             for entry, checkpoint in zip(entries, chosen, strict=True):
                 entry["problems"] = verify(checkpoint)

@@ -269,8 +269,9 @@ def _bootstrap(baseline: Run, candidate: Run, name: str, window: float) -> Inter
 
 
 def _order(run: Run) -> list[Any]:
-    """What decides which data a step sees."""
-    return [run.config.get("seed"), run.config.get("data"), run.config.get("training", {}).get("batch")]
+    """What decides which data a step sees; not how it is routed."""
+    data = {key: value for key, value in run.config.get("data", {}).items() if key != "corrupt_share"}
+    return [run.config.get("seed"), data, run.config.get("training", {}).get("batch")]
 
 
 def t_quantile(freedom: int, inside: float = 0.95) -> float:

@@ -84,10 +84,14 @@ def submit(
     is written or submitted and the job ids are None. Raises ValueError for a config that is wrong, a run_dir that is
     taken or used twice, or a refusal of sbatch.
     """
-    runs = [absolute(load_config(config, overrides)) for config in configs]
+    named = [(config, [o.replace("{config}", Path(config).stem) for o in overrides]) for config in configs]
+    runs = [absolute(load_config(config, own)) for config, own in named]
     run_dirs = [run.run_dir for run in runs]
     if len(set(run_dirs)) < len(run_dirs):
-        raise ValueError(f"run_dir: {len(run_dirs)} runs need as many, their configs name {len(set(run_dirs))}")
+        raise ValueError(
+            f"run_dir: {len(run_dirs)} runs need as many, their configs name {len(set(run_dirs))}; "
+            "in 'run_dir=runs/seed-1/{config}' a config's own name stands for {config}"
+        )
     for run in runs:
         run.accumulation(request.nodes * request.nproc_per_node)
         check_free(run.run_dir)

@@ -201,6 +201,18 @@ def test_the_batch_script_quotes_what_the_user_gives(tmp_path):
     assert not run_dir.exists(), "a dry run leaves nothing"
 
 
+def test_a_sweep_needs_a_folder_for_each_run_and_may_name_it_by_the_config(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name).rename(tmp_path / f"{name}.yaml")
+    given = ["submit", "--nodes", 1, "--gpus-per-node", 0, "--dry-run", "--sweep", tmp_path / "*.yaml"]
+    said = launcher(*given, "seed=1", f"run_dir={tmp_path}/seed-1/{{config}}")
+    assert [line for line in said.splitlines() if line.startswith("# would train")] == [
+        f"# would train {tmp_path}/seed-1/{name}" for name in ("one", "two")
+    ]
+    assert "2 runs need as many" in launcher(*given, f"run_dir={tmp_path}/all", code=2)
+
+
 def test_a_submitted_config_means_the_same_from_any_folder(tmp_path):
     config = tiny_config(tmp_path, run_dir="runs/x", tokenizers="tokens.yaml")
     url = config.data.train[0].model_copy(update={"path": "s3://bucket/train"})

@@ -328,9 +328,10 @@ def test_the_tool_lists_verifies_prunes_and_exports(averaged, tmp_path):
     subprocess.run(["cp", "-r", averaged / "run", tmp_path / "run"], check=True)
     folder = tmp_path / "run"
     state = json.loads((folder / "checkpoints/step-5/train_state.json").read_text())
+    (folder / "BEST").write_text("step-4\n")
     listed = json.loads(tool(folder, "list", "--json"))
-    assert [(e["step"], e["committed"], e["permanent"], e["latest"]) for e in listed] == [
-        (step, True, True, step == 5) for step in range(1, 6)
+    assert [(e["step"], e["committed"], e["permanent"], e["latest"], e["best"]) for e in listed] == [
+        (step, True, True, step == 5, step == 4) for step in range(1, 6)
     ]
     assert state["step"] == 5
     for e in listed:
