@@ -129,9 +129,9 @@ def notes(found: Mapping[str, Comparison], window: float) -> str:
     return " ".join(said)
 
 
-def draw(baseline: Sequence[Run], candidate: Sequence[Run], names: Sequence[str], window: float, out: Path) -> None:
-    """The paper's two figures for every loss: the curves over FLOPs, and where the candidate reaches the
-    baseline's lowest loss so far, in percent of the baseline's FLOPs (below the diagonal: earlier)."""
+def draw(sides: Mapping[str, Sequence[Run]], names: Sequence[str], window: float, out: Path) -> None:
+    """The paper's two figures for every loss of `sides`, the baseline first: the curves over FLOPs, and where the other
+    reaches the baseline's lowest loss so far, in percent of the baseline's FLOPs (below the diagonal: earlier)."""
     kinds = list(dict.fromkeys(name.rpartition("/")[0] for name in names))  # a pair of rows: training, or one set
     modalities = list(dict.fromkeys(name.rpartition("/")[2] for name in names))
     size = (3.6 * len(modalities), 5.6 * len(kinds))
@@ -140,7 +140,7 @@ def draw(baseline: Sequence[Run], candidate: Sequence[Run], names: Sequence[str]
         for column, modality in enumerate(modalities):
             above, below = grid[2 * row : 2 * row + 2, column]
             if f"{kind}/{modality}" in names:
-                _draw_one(above, below, baseline, candidate, f"{kind}/{modality}", window)
+                _draw_one(above, below, sides, f"{kind}/{modality}", window)
             else:
                 above.set_axis_off()
                 below.set_axis_off()
@@ -149,19 +149,18 @@ def draw(baseline: Sequence[Run], candidate: Sequence[Run], names: Sequence[str]
     plt.close(figure)
 
 
-def _draw_one(
-    above: Axes, below: Axes, baseline: Sequence[Run], candidate: Sequence[Run], name: str, window: float
-) -> None:
-    models = [Model.of(runs, name, window) for runs in (baseline, candidate)]
+def _draw_one(above: Axes, below: Axes, sides: Mapping[str, Sequence[Run]], name: str, window: float) -> None:
+    models = [Model.of(runs, name, window) for runs in sides.values()]
+    first, second = sides
     shown = []
-    for model, colour, side in zip(models, (GREY, ORANGE), ("baseline", "candidate"), strict=True):
+    for model, colour, side in zip(models, (GREY, ORANGE), sides, strict=True):
         seeds = len(model.loss_RG)
         for loss in model.loss_RG if seeds > 1 else ():
             above.plot(model.flops_G, loss, color=colour, alpha=0.3, linewidth=0.7)
-        side += f", {seeds} seeds" if seeds > 1 else ""
+        title = f"{side}, {seeds} seeds" if seeds > 1 else side
         marker = "o" if name.startswith("val/") else None
         loss = model.loss(model.all)
-        above.plot(model.flops_G, loss, color=colour, marker=marker, markersize=3, label=side)
+        above.plot(model.flops_G, loss, color=colour, marker=marker, markersize=3, label=title)
         shown.append(loss[model.flops_G >= 0.05 * model.flops_G[-1]])
     together = np.concatenate(shown)
     room = 0.05 * float(np.ptp(together)) or 0.1
@@ -174,7 +173,9 @@ def _draw_one(
     matched = first_reach(other.flops_G, other.loss(other.all), lowest)
     below.plot(100 * dense.flops_G / end, 100 * matched / end, color=ORANGE)
     below.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1)
-    below.set(xlim=(0, 100), ylim=(0, 110), xlabel="baseline's FLOPs, %", ylabel="candidate's at that loss, %")
+    below.set(
+        xlim=(0, 100), ylim=(0, 110), xlabel=f"FLOPs of the {first}, %", ylabel=f"of the {second} at that loss, %"
+    )
     above.grid(alpha=0.25)
     below.grid(alpha=0.25)
 
@@ -208,7 +209,7 @@ def main() -> None:
         if arguments.markdown:
             arguments.markdown.write_text(table)
         if arguments.plot:
-            draw(baseline, candidate, list(found), arguments.window, arguments.plot)
+            draw({"baseline": baseline, "candidate": candidate}, list(found), arguments.window, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -185,8 +185,8 @@ def setting_section(output: Path, state: State, setting: str, seeds: int) -> tup
     lines += [notes(found, WINDOW), ""]
     figures: dict[str, Any] = {"mixture": as_json(found, published)}
     picture, curves = output / f"{setting}.png", output / f"{setting}.html"
-    sides = runs_of(output, setting, DENSE, common), runs_of(output, setting, MIXTURE, common)
-    draw(*sides, list(found), WINDOW, picture)
+    sides = {v: runs_of(output, setting, v, common) for v in (DENSE, MIXTURE)}
+    draw(sides, list(found), WINDOW, picture)
     every = [r for v in SETTINGS[setting] for r in runs_of(output, setting, v, done_seeds(state, setting, v, seeds))]
     curves.write_text(page(every), encoding="utf-8")
     lines += [
