@@ -126,11 +126,11 @@ class Trainer:
 
     def _check_same_model(self, saved: TrainState, path: Checkpoint) -> None:
         now = self.config.model_dump(mode="json")
-        for key in ("model", "vocabulary", "objective"):
+        for section in ("model", "vocabulary", "objective"):
             # as text: the order of the vocabulary numbers the modalities
-            if saved.config is not None and json.dumps(saved.config[key]) != json.dumps(now[key]):
+            if saved.config is not None and json.dumps(saved.config[section]) != json.dumps(now[section]):
                 raise ValueError(
-                    f"{path} was trained with {key}={saved.config[key]}, the config has {now[key]}. "
+                    f"{path} was trained with {section}={saved.config[section]}, the config has {now[section]}. "
                     "Use another run_dir for another model."
                 )
 
