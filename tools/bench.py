@@ -28,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_suites import SUITES, Candidate, Sizes, draw
 from tabulate import tabulate
+from tqdm import tqdm
 
 from mom_data.errors import exit_clearly
 from mom_train.kernels import native
@@ -58,15 +59,18 @@ def check(name: str, s: Sizes) -> dict[str, float]:
 def measure(candidates: list[Candidate], repetitions: int, device: str) -> dict[str, dict[str, float]]:
     """Candidate -> medians in ms, forward (without gradients) and both, and the most bytes that both need at once."""
     times: dict[str, tuple[list[float], list[float]]] = {c.name: ([], []) for c in candidates}
-    for repetition in range(-1, repetitions):  # the first is for warming up
-        for candidate in candidates:
-            candidate.prepare()
-            with torch.no_grad():
-                forward = timed(candidate.forward, device)
-            both = timed(candidate.backward, device)
-            if repetition >= 0:
-                times[candidate.name][0].append(forward)
-                times[candidate.name][1].append(both)
+    with tqdm(total=(repetitions + 1) * len(candidates), unit="turn", disable=None) as bar:
+        for repetition in range(-1, repetitions):  # the first is for warming up
+            for candidate in candidates:
+                bar.set_postfix_str(candidate.name)
+                candidate.prepare()
+                with torch.no_grad():
+                    forward = timed(candidate.forward, device)
+                both = timed(candidate.backward, device)
+                if repetition >= 0:
+                    times[candidate.name][0].append(forward)
+                    times[candidate.name][1].append(both)
+                bar.update()
     figures = {}
     for candidate in candidates:
         candidate.prepare()

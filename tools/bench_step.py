@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from mom_train.config import PROJECTIONS, ModelConfig, OptimizerConfig, Recompute
 from mom_train.flops import training_flops_per_token
@@ -158,7 +159,7 @@ def _rows(batch: int, length: int, modalities: int, generator: torch.Generator) 
 def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[str, Any]:
     """Name -> figures. Repetitions take turns."""
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    for _ in range(warm_up + repetitions):
+    for _ in tqdm(range(warm_up + repetitions), unit="round", disable=None):
         for name, step in steps.items():
             step.draw()
             lap = _Laps(step.device)

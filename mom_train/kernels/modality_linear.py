@@ -41,9 +41,8 @@ def _unit(x_TK: Tensor) -> int:
     return 64 * max(1, x_TK.shape[0] // 4096)
 
 
-def _segments(x_TK: Tensor, offsets: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """(modality, start, middle, end): before the middle is a multiple of `_unit`, what follows is to be padded."""
-    unit = _unit(x_TK)
+def _segments(offsets: Tensor, unit: int) -> Iterator[tuple[int, int, int, int]]:
+    """(modality, start, middle, end): up to the middle is a multiple of `unit`, what follows is to be padded."""
     for m, (start, end) in enumerate(pairwise(offsets.tolist())):
         yield m, start, end - (end - start) % unit, end
 
@@ -61,7 +60,7 @@ def _modality_linear(x_TK: Tensor, weight: Tensor, bias: Tensor | None, offsets:
     weight_MOK = weight.view(M, -1, weight.shape[1])
     y_TO = x_TK.new_empty(x_TK.shape[0], weight_MOK.shape[1])
     unit = _unit(x_TK)
-    for m, start, middle, end in _segments(x_TK, offsets):
+    for m, start, middle, end in _segments(offsets, unit):
         W_KO = weight_MOK[m].t()
         product = torch.mm if bias is None else partial(torch.addmm, bias.view(M, -1)[m])
         if middle > start:
@@ -88,7 +87,7 @@ def _modality_linear_backward(
     grad_MOK = grad_weight.view_as(weight_MOK)
     grad_bias = weight.new_zeros(weight.shape[0] if has_bias else 0)
     unit = _unit(x_TK)
-    for m, start, middle, end in _segments(x_TK, offsets):
+    for m, start, middle, end in _segments(offsets, unit):
         if middle > start:
             torch.mm(grad_TO[start:middle], weight_MOK[m], out=grad_x[start:middle])
             torch.mm(grad_TO[start:middle].t(), x_TK[start:middle], out=grad_MOK[m])

@@ -1,4 +1,9 @@
-"""The selective scan in PyTorch, on any device: sequential within a chunk, all channels and states at once."""
+"""The selective scan in PyTorch, on any device: sequential in time, all channels and states of some rows at once.
+
+Work goes by chunks of steps, whose tensors of a token and channel are short-lived and small; what is computed from all
+states of a chunk goes by tiles that nearly fit the second-level cache, as every operation passes over its operands. The
+state before each chunk is stored, the others are computed again in the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +11,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_BYTES = 8 << 20  # work buffers of one chunk, sized to stay in the processor's cache
+_STEP, _TILE, _CHUNK = 1 << 16, 1 << 18, 1 << 22
+"""Elements (row, channel, state) of one step, of a tile and of a chunk. Smaller tiles would fit the cache better, but
+then a call costs as much as its work. Not by the number of threads, so that sums keep their order."""
 
 
-def chunk_length(batch: int, length: int, channels: int, state: int) -> int:
-    return max(1, min(length, max(8, _CHUNK_BYTES // (batch * channels * state * 4))))
+def _sizes(x: Tensor, A: Tensor, batch: int) -> tuple[int, int, int]:
+    """(rows, steps of a chunk, steps of a tile). Elsewhere than on a CPU calls are dear and a tile is a chunk."""
+    rows = batch if x.device.type != "cpu" else min(batch, max(1, _STEP // A.numel()))
+    chunk = min(max(8, _CHUNK // (rows * A.numel())), x.shape[0] // batch)
+    return rows, chunk, chunk if x.device.type != "cpu" else min(chunk, max(1, _TILE // (rows * A.numel())))
 
 
 def new_states(x: Tensor, A: Tensor, batch: int, keep: bool) -> Tensor:
     """The states before each chunk (chunks, B, N, D), all that the backward needs beside its inputs."""
     if not keep:
         return A.new_empty(0)
-    length = x.shape[0] // batch
-    return A.new_empty(-(-length // chunk_length(batch, length, *A.shape)), batch, A.shape[1], A.shape[0])
+    return A.new_empty(-(-x.shape[0] // batch // _sizes(x, A, batch)[1]), batch, A.shape[1], A.shape[0])
 
 
-def _in_time(t: Tensor, order: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    return t.index_select(0, order).to(dtype).view(batch, order.shape[0] // batch, -1)
+def _time_major(t: Tensor, batch: int) -> Tensor:
+    """(batch * L,) row after row, to (L, batch)."""
+    return t.view(batch, -1).t()
+
+
+def _take(t: Tensor, where_K: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.index_select(0, where_K).to(dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunk_states(
-    delta: Tensor,
-    du: Tensor,
-    A_ND: Tensor,
-    B: Tensor,
-    first: Tensor,
-    h: Tensor,
-    decay: Tensor,
-    states: Tensor,
-) -> Tensor:
-    """Fill decay and states (B, t, N, D) of one chunk that starts from h (B, N, D); return the last state."""
-    torch.mul(delta.unsqueeze(2), A_ND, out=decay).exp_()
-    if first.device.type != "cpu" or bool(first.any()):  # on the CPU a look is cheaper than the pass
-        decay.masked_fill_(first[:, :, None, None], 0)
-    torch.mul(du.unsqueeze(2), B.unsqueeze(3), out=states)
-    for a, s in zip(decay.unbind(1), states.unbind(1), strict=True):
-        s.addcmul_(a, h)
-        h = s
-    return h
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 
-def _contract(weights: Tensor, states: Tensor) -> Tensor:
-    """Sum over n of weights (B, t, N) times states (B, t, N, D)."""
-    B, t, N, D = states.shape
-    return torch.bmm(weights.reshape(B * t, 1, N), states.reshape(B * t, N, D)).view(B, t, D)
+def _decay(delta_KD: Tensor, A_ND: Tensor, first_K: Tensor, out: Tensor) -> Tensor:
+    """exp(Delta A), zero at the first token of a document (K, N, D), at the beginning of `out`."""
+    out = torch.mul(delta_KD.unsqueeze(1), A_ND, out=out[: len(delta_KD)]).exp_()
+    if out.device.type == "cpu":  # masked_fill_ passes over all of it and costs three times what exp_ does
+        return out.index_fill_(0, first_K.nonzero().flatten(), 0)
+    return out.masked_fill_(first_K[:, None, None], 0)
 
 
-def _contract_channels(states: Tensor, channels: Tensor) -> Tensor:
-    """Sum over d of states (B, t, N, D) times channels (B, t, D)."""
-    B, t, N, D = states.shape
-    return torch.bmm(states.reshape(B * t, N, D), channels.reshape(B * t, D, 1)).view(B, t, N)
+def _states(decay: Tensor, du_KD: Tensor, B_KN: Tensor, h_RND: Tensor, out: Tensor) -> Tensor:
+    """The states after each step of a tile that starts from h, into `out` (K, N, D); returns the last."""
+    torch.mul(du_KD.unsqueeze(1), B_KN.unsqueeze(2), out=out)
+    steps = (-1, *h_RND.shape)
+    for a, s in zip(decay.view(steps).unbind(), out.view(steps).unbind(), strict=True):
+        s.addcmul_(a, h_RND)
+        h_RND = s
+    return h_RND
+
+
+def _over_states(weights_KN: Tensor, states: Tensor) -> Tensor:
+    """Sum over n of weights times states (K, N, D)."""
+    return torch.bmm(weights_KN.unsqueeze(1), states).squeeze(1)
+
+
+def _over_channels(states: Tensor, channels_KD: Tensor, out_KN: Tensor) -> None:
+    """Sum over d of states (K, N, D) times channels."""
+    torch.bmm(states, channels_KD.unsqueeze(2), out=out_KN.unsqueeze(2))
 
 
 def forward(
@@ -67,29 +80,30 @@ def forward(
     h0: Tensor | None, order: Tensor, rows: Tensor, modality: Tensor, position: Tensor, batch: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = _compute_dtype(x)
-    xt, dtt, Bt, Ct, zt = (_in_time(t, order, batch, dtype) for t in (x, dt, B, C, z))
-    _, L, Dn = xt.shape
-    N = A.shape[1]
-    delta = F.softplus(dtt.add_(dt_bias.to(dtype)[modality.long()].view(batch, L, Dn)))
-    first = (position == 0).view(batch, L)
-    A_ND = A.to(dtype).t().contiguous()
-    step = chunk_length(batch, L, Dn, N)
+    A_ND, bias = A.to(dtype).t().contiguous(), dt_bias.to(dtype)
+    order_LB, modality_LB, position_LB = (_time_major(t, batch) for t in (order, modality, position))
     states = new_states(x, A, batch, keep).to(dtype)
-    du = delta * xt
-    y = xt * D.to(dtype)
-    h = xt.new_zeros(batch, N, Dn) if h0 is None else h0.to(dtype).transpose(1, 2).contiguous()
-    buffers = [xt.new_empty(batch * min(step, L), N, Dn) for _ in range(2)]  # reused: fresh pages cost more than exp
-    for c, s in enumerate(range(0, L, step)):
-        e = min(s + step, L)
-        if keep:
-            states[c].copy_(h)
-        decay, chunk = (b[: batch * (e - s)].view(batch, e - s, N, Dn) for b in buffers)
-        h = _chunk_states(delta[:, s:e], du[:, s:e], A_ND, Bt[:, s:e], first[:, s:e], h, decay, chunk)
-        y[:, s:e] += _contract(Ct[:, s:e], chunk)
-        h = h.clone()  # out of the buffer that the next chunk overwrites
-    y *= F.silu(zt)
-    hT = h.transpose(1, 2).contiguous().to(A.dtype)
-    return y.view(-1, Dn).index_select(0, rows).to(x.dtype), hT, states.to(A.dtype)
+    y = x.new_empty(x.shape)
+    hT = A_ND.new_zeros(batch, *A_ND.shape) if h0 is None else h0.to(dtype).transpose(1, 2).contiguous()
+    at_once, chunk, steps = _sizes(x, A, batch)
+    buffers = [A_ND.new_empty(steps * at_once, *A_ND.shape) for _ in range(2)]  # fresh pages cost more than exp
+    for r in _slices(0, batch, at_once):
+        h = hT[r]
+        for i, c in enumerate(_slices(0, len(order_LB), chunk)):
+            if keep:
+                states[i, r] = h
+            where, first = order_LB[c, r].flatten().long(), (position_LB[c, r] == 0).flatten()
+            x_c, B_c, C_c, z_c = (_take(t, where, dtype) for t in (x, B, C, z))
+            delta = F.softplus(_take(dt, where, dtype) + bias[modality_LB[c, r].flatten().long()])
+            du = delta * x_c
+            y_c = x_c * D.to(dtype)
+            for t in _slices(0, len(where), steps * len(h)):
+                decay = _decay(delta[t], A_ND, first[t], buffers[0])
+                tile = buffers[1][: len(decay)]
+                h.copy_(_states(decay, du[t], B_c[t], h, tile))
+                y_c[t].add_(_over_states(C_c[t], tile))
+            y.index_copy_(0, where, y_c.mul_(F.silu(z_c)).to(y.dtype))
+    return y, hT.transpose(1, 2).contiguous().to(A.dtype), states.to(A.dtype)
 
 
 def backward(
@@ -97,54 +111,59 @@ def backward(
     dt_bias: Tensor, states: Tensor, order: Tensor, rows: Tensor, modality: Tensor, position: Tensor, batch: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = _compute_dtype(x)
-    gy, xt, raw, Bt, Ct, zt = (_in_time(t, order, batch, dtype) for t in (grad_y, x, dt, B, C, z))
-    _, L, Dn = xt.shape
-    N = A.shape[1]
-    raw = raw.add_(dt_bias.to(dtype)[modality.long()].view(batch, L, Dn))
-    delta = F.softplus(raw)
-    first = (position == 0).view(batch, L)
-    A_ND = A.to(dtype).t().contiguous()
-    step = chunk_length(batch, L, Dn, N)
-    du = delta * xt
-
-    sg = torch.sigmoid(zt)
-    silu = zt * sg
-    y = xt * D.to(dtype)  # becomes the output before the gate, chunk by chunk
-    g = gy * silu
-    gD = (g * xt).sum((0, 1))
-    gx = g * D.to(dtype)
-    gdelta = torch.empty_like(delta)
-    gB, gC = torch.empty_like(Bt), torch.empty_like(Ct)
-    gA_ND = torch.zeros_like(A_ND)
-    carry = grad_hT.to(dtype).transpose(1, 2).contiguous()
-    buffers = [xt.new_empty(batch * min(step, L), N, Dn) for _ in range(3)]
-    for c in range(states.shape[0] - 1, -1, -1):
-        s, e = c * step, min((c + 1) * step, L)
-        h = states[c].to(dtype)
-        decay, chunk, gh = (b[: batch * (e - s)].view(batch, e - s, N, Dn) for b in buffers)
-        _chunk_states(delta[:, s:e], du[:, s:e], A_ND, Bt[:, s:e], first[:, s:e], h, decay, chunk)
-        y[:, s:e] += _contract(Ct[:, s:e], chunk)
-        torch.mul(g[:, s:e].unsqueeze(2), Ct[:, s:e].unsqueeze(3), out=gh)
-        decays, ghs = decay.unbind(1), gh.unbind(1)
-        ghs[-1].add_(carry)
-        for t in range(e - s - 2, -1, -1):
-            ghs[t].addcmul_(decays[t + 1], ghs[t + 1])
-        carry = decays[0] * ghs[0]
-        gC[:, s:e] = _contract_channels(chunk, g[:, s:e])
-        gB[:, s:e] = _contract_channels(gh, du[:, s:e])
-        gdu = _contract(Bt[:, s:e], gh)
-        # d(decay) * decay = gh * decay * h_before, the gradient of Delta*A
-        decay.mul_(gh)
-        decay[:, 1:].mul_(chunk[:, :-1])
-        decay[:, 0].mul_(h)
-        gdelta[:, s:e] = torch.mul(decay, A_ND, out=chunk).sum(2).addcmul_(gdu, xt[:, s:e])
-        gA_ND += decay.mul_(delta[:, s:e].unsqueeze(2)).sum((0, 1))
-        gx[:, s:e].addcmul_(gdu, delta[:, s:e])
-    gz = gy * y * (sg + silu * (1 - sg))
-    graw = gdelta.mul_(torch.sigmoid(raw))
-    # one-hot matmul instead of index_add_: the same result on every run, on any device
-    chosen = F.one_hot(modality.long(), dt_bias.shape[0]).to(dtype)
-    gbias = chosen.t() @ graw.view(-1, Dn)
-    in_rows = [t.reshape(batch * L, -1).index_select(0, rows) for t in (gx, graw, gB, gC, gz)]
-    return (in_rows[0], in_rows[1], gA_ND.t().contiguous(), in_rows[2], in_rows[3], gD, in_rows[4], gbias,
-            carry.transpose(1, 2).contiguous())  # fmt: skip
+    A_ND, bias = A.to(dtype).t().contiguous(), dt_bias.to(dtype)
+    order_LB, modality_LB, position_LB = (_time_major(t, batch) for t in (order, modality, position))
+    gx, gdt, gB, gC, gz = (t.new_empty(t.shape) for t in (x, dt, B, C, z))
+    gA_ND, gD, gbias = torch.zeros_like(A_ND), torch.zeros_like(D, dtype=dtype), torch.zeros_like(bias)
+    gh0 = grad_hT.to(dtype).transpose(1, 2).contiguous()
+    at_once, chunk, steps = _sizes(x, A, batch)
+    all_states = A_ND.new_empty(chunk * at_once, *A_ND.shape)
+    buffers = [A_ND.new_empty(steps * at_once, *A_ND.shape) for _ in range(2)]
+    for r in _slices(0, batch, at_once):
+        carry = gh0[r]  # the gradient that reaches the state before what was worked on last
+        R = len(carry)
+        for i, c in reversed(list(enumerate(_slices(0, len(order_LB), chunk)))):
+            where, first = order_LB[c, r].flatten().long(), (position_LB[c, r] == 0).flatten()
+            modality_K = modality_LB[c, r].flatten().long()
+            x_c, B_c, C_c, z_c, gy = (_take(t, where, dtype) for t in (x, B, C, z, grad_y))
+            raw = _take(dt, where, dtype) + bias[modality_K]
+            delta = F.softplus(raw)
+            du = delta * x_c
+            gate = torch.sigmoid(z_c)
+            g = gy * z_c * gate  # of the output before it is gated, y_c
+            y_c = x_c * D.to(dtype)
+            gC_c, gB_c, gdelta = torch.empty_like(C_c), torch.empty_like(B_c), torch.empty_like(delta)
+            gx_c = g * D.to(dtype)
+            before = states[i, r].to(dtype)
+            h, h_c = before, all_states[: len(where)]
+            tiles = _slices(0, len(where), steps * R)
+            for t in tiles:
+                decay = _decay(delta[t], A_ND, first[t], buffers[0])
+                h = _states(decay, du[t], B_c[t], h, h_c[t])
+                y_c[t].add_(_over_states(C_c[t], h_c[t]))
+                _over_channels(h_c[t], g[t], gC_c[t])
+            for t in reversed(tiles):
+                decay = _decay(delta[t], A_ND, first[t], buffers[0])
+                gh = torch.mul(g[t].unsqueeze(1), C_c[t].unsqueeze(2), out=buffers[1][: len(decay)])
+                by_step = [b.view(-1, R, *A_ND.shape).unbind() for b in (decay, gh)]
+                for a, gh_t in reversed(list(zip(*by_step, strict=True))):
+                    gh_t.add_(carry)
+                    carry = a.mul_(gh_t)
+                carry = gh0[r].copy_(carry)  # out of the buffer
+                _over_channels(gh, du[t], gB_c[t])
+                gdu = _over_states(B_c[t], gh)
+                # decay is gh * decay by now; times the state before, it is the gradient of Delta*A
+                decay[:R].mul_(h_c[t.start - R : t.start] if t.start else before)
+                decay[R:].mul_(h_c[t.start : t.stop - R])
+                torch.sum(torch.mul(decay, A_ND, out=gh), 1, out=gdelta[t])
+                gdelta[t].addcmul_(gdu, x_c[t])
+                gA_ND.add_(decay.mul_(delta[t].unsqueeze(1)).sum(0))
+                gx_c[t].addcmul_(gdu, delta[t])
+            gdt_c = gdelta.mul_(torch.sigmoid(raw))
+            gD.add_((g * x_c).sum(0))
+            # one-hot matmul instead of index_add_: the same result on every run, on any device
+            gbias.addmm_(F.one_hot(modality_K, len(bias)).to(dtype).t(), gdt_c)
+            gz_c = gy.mul_(y_c).mul_(gate * (1 + z_c * (1 - gate)))
+            for part, whole in ((gx_c, gx), (gdt_c, gdt), (gB_c, gB), (gC_c, gC), (gz_c, gz)):
+                whole.index_copy_(0, where, part.to(whole.dtype))
+    return gx, gdt, gA_ND.t().contiguous(), gB, gC, gD, gz, gbias, gh0.transpose(1, 2).contiguous()

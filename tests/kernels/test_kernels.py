@@ -7,7 +7,7 @@ import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mom_train.kernels import causal_conv, modality_linear, native, selective_scan
+from mom_train.kernels import causal_conv, modality_linear, native, scan_torch, selective_scan
 from mom_train.kernels.causal_conv import _conv
 from mom_train.kernels.modality_linear import _modality_linear, _modality_linear_backward
 from mom_train.layout import RowLayout
@@ -82,6 +82,19 @@ def test_scan_and_all_its_gradients_equal_the_float64_recurrence(backend, B, L, 
     for i, (ours, theirs) in enumerate(zip(grads, grads_ref, strict=True)):
         ours = into_time(ours) if i in row_inputs else ours
         assert relative_error(ours, theirs) < 2 * tolerance, f"gradient of input {i}"
+
+
+@pytest.mark.parametrize("tile_steps", [1, 3, 8])
+def test_the_torch_scan_is_the_same_recurrence_across_groups_of_rows_chunks_and_tiles(monkeypatch, tile_steps):
+    B, L, D, M = 3, 37, 32, 3
+    step = 2 * D * 16  # two rows at once, then the third
+    monkeypatch.setattr(scan_torch, "_STEP", step)
+    monkeypatch.setattr(scan_torch, "_TILE", tile_steps * step)
+    monkeypatch.setattr(scan_torch, "_CHUNK", 8 * step)
+    x, A = torch.empty(B * L, D), torch.empty(D, 16)
+    assert scan_torch._sizes(x, A, B) == (2, 8, tile_steps)
+    assert len(scan_torch.new_states(x, A, B, keep=True)) == 5
+    test_scan_and_all_its_gradients_equal_the_float64_recurrence("torch", B, L, D, M, True, torch.float32, 2e-6)
 
 
 @pytest.mark.parametrize(
