@@ -3,7 +3,7 @@
     python tools/paper_mini.py --corpus raw/ --minutes 480 --seeds 3 --output runs/paper-mini
 
 Trains tokenizers and tokenizes the corpus (once, not counted in --minutes), times each model, chooses the steps that
-fit the budget, tunes each architecture's learning rate with runs of a quarter of them, then trains everything with one
+fit the budget, tunes each architecture's learning rate with runs of half as many, then trains everything with one
 seed, then with the next, and writes OUTPUT/report.md and results.json: Tables 2, 3, 4 and 7 beside the published ones.
 All models of a setting see the same tokens with the same seed and have equal active FLOPs. Killed and started again,
 it goes on; started again with more --minutes, --seeds or --experiments it trains what is missing, with the same steps.

@@ -93,7 +93,7 @@ def test_one_seed_of_everything_comes_before_the_next():
         assert {(j.setting, j.variant) for j in runs if j.seed == seed} == everything
     assert kinds.index("run") >= kinds.count("sweep") - 3  # the last neighbours may be tried beside the first runs
     assert {j.steps for j in runs} == {400}
-    assert {j.steps for j in jobs if j.kind == "sweep"} == {100}
+    assert {j.steps for j in jobs if j.kind == "sweep"} == {200}
 
 
 def test_rates_are_tried_beyond_an_edge_and_the_best_one_is_taken():
@@ -124,8 +124,8 @@ def test_the_steps_fill_the_budget_and_fit_it(minutes):
     state.finished.clear()
     more = timed()
     more.steps = state.steps + 1
-    short = max(20, more.steps // 4)
-    sweep = [Job("sweep", s, a, 0, r, short) for s in SETTINGS for a in SETTINGS[s] for r in RATES[a]]
+    short = max(20, more.steps // 2)
+    sweep = [Job("sweep", s, a, 0, r, short) for s in SETTINGS for a in SETTINGS[s] for r in (*RATES[a], 1.0)]
     runs = [Job("run", s, v, k, 1.0, more.steps) for s in SETTINGS for v in variants(s) for k in range(3)]
     planned = sum(seconds(more, job, BATCH) for job in (*sweep, *runs))
     assert planned / 2 > (1 - RESERVE) * budget
