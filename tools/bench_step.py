@@ -3,8 +3,8 @@
     python tools/bench.py step --dim 256 --layers 4 --length 1024 --precision bf16
     python tools/bench.py step --context 1k 4k 16k 64k --dim 64 --layers 2 --vocabulary 512
 
-Repetitions of the systems take turns, so that a busy machine is busy for all of them. Times are medians: CPU time of
-the process on a CPU (all threads together), CUDA events on a GPU.
+Repetitions of the systems take turns, so that a busy machine is busy for all of them, and a ratio is the median of the
+turns' ratios. Times are medians: CPU time of the process on a CPU (all threads together), CUDA events on a GPU.
 """
 
 from __future__ import annotations
@@ -181,11 +181,12 @@ def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[st
             "parameters": sum(p.numel() for p in step.model.parameters()),
             "peak_bytes": step.peak_bytes(),
         }
-    for values in figures.values():
-        base = figures.get("dense")
-        if base is not None:
-            values["over_dense"] = values["step_ms"] / base["step_ms"]
-            values["over_dense_without_optimizer"] = values["without_optimizer_ms"] / base["without_optimizer_ms"]
+    for name in figures:
+        for key, phases in (("over_dense", PHASES), ("over_dense_without_optimizer", PHASES[:-1])):
+            if "dense" in laps:  # of neighbours in time, as a shared machine drifts more than they differ
+                pairs = zip(laps[name][warm_up:], laps["dense"][warm_up:], strict=True)
+                ratios = [sum(a[p] for p in phases) / sum(b[p] for p in phases) for a, b in pairs]
+                figures[name][key] = statistics.median(ratios)
     return figures
 
 

@@ -10,7 +10,7 @@ import bench_step
 from mom_train.config import PROJECTIONS, ModelConfig
 from mom_train.flops import parameters, training_flops_per_token
 
-TINY = ["--dim", "32", "--layers", "1", "--vocabulary", "64", "--repetitions", "2", "--device", "cpu"]
+TINY = ["--dim", "32", "--layers", "1", "--vocabulary", "64", "--repetitions", "1", "--device", "cpu"]
 
 
 def measured(*arguments):
