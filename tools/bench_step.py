@@ -182,10 +182,10 @@ def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[st
             "peak_bytes": step.peak_bytes(),
         }
     for name in figures:
-        for key, phases in (("over_dense", PHASES), ("over_dense_without_optimizer", PHASES[:-1])):
+        for key, counted in (("over_dense", PHASES), ("over_dense_without_optimizer", PHASES[:-1])):
             if "dense" in laps:  # of neighbours in time, as a shared machine drifts more than they differ
                 pairs = zip(laps[name][warm_up:], laps["dense"][warm_up:], strict=True)
-                ratios = [sum(a[p] for p in phases) / sum(b[p] for p in phases) for a, b in pairs]
+                ratios = [sum(a[p] for p in counted) / sum(b[p] for p in counted) for a, b in pairs]
                 figures[name][key] = statistics.median(ratios)
     return figures
 
