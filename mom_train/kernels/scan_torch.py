@@ -84,7 +84,9 @@ def forward(
     order_LB, modality_LB, position_LB = (_time_major(t, batch) for t in (order, modality, position))
     states = new_states(x, A, batch, keep).to(dtype)
     y = x.new_empty(x.shape)
-    hT = A_ND.new_zeros(batch, *A_ND.shape) if h0 is None else h0.to(dtype).transpose(1, 2).contiguous()
+    hT = A_ND.new_zeros(batch, *A_ND.shape)  # written in place: never the caller's h0 itself
+    if h0 is not None:
+        hT.copy_(h0.transpose(1, 2))
     at_once, chunk, steps = _sizes(x, A, batch)
     buffers = [A_ND.new_empty(steps * at_once, *A_ND.shape) for _ in range(2)]  # fresh pages cost more than exp
     for r in _slices(0, batch, at_once):
@@ -115,7 +117,7 @@ def backward(
     order_LB, modality_LB, position_LB = (_time_major(t, batch) for t in (order, modality, position))
     gx, gdt, gB, gC, gz = (t.new_empty(t.shape) for t in (x, dt, B, C, z))
     gA_ND, gD, gbias = torch.zeros_like(A_ND), torch.zeros_like(D, dtype=dtype), torch.zeros_like(bias)
-    gh0 = grad_hT.to(dtype).transpose(1, 2).contiguous()
+    gh0 = A_ND.new_empty(batch, *A_ND.shape).copy_(grad_hT.transpose(1, 2))  # written in place
     at_once, chunk, steps = _sizes(x, A, batch)
     all_states = A_ND.new_empty(chunk * at_once, *A_ND.shape)
     buffers = [A_ND.new_empty(steps * at_once, *A_ND.shape) for _ in range(2)]

@@ -84,6 +84,25 @@ def test_scan_and_all_its_gradients_equal_the_float64_recurrence(backend, B, L, 
         assert relative_error(ours, theirs) < 2 * tolerance, f"gradient of input {i}"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scan_leaves_the_callers_state_and_gradient_as_they_were(backend):
+    require(backend)
+    B, L, D, N = 2, 9, 32, 16
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    modality, document = geometry(B, L, 2, seed=0)
+    layout = RowLayout.sort(modality, document, 2, past_B=torch.full((B,), 255))
+    x, dt, Bm, Cm, z = (draw(B * L, C) for C in (D, D, N, N, D))
+    h0 = draw(B, N, D).transpose(1, 2).requires_grad_()  # as a backend may want it itself, so that it need not copy
+    gradient = draw(B, N, D).transpose(1, 2)
+    before = [t.detach().clone() for t in (h0, gradient)]
+    A = -torch.exp(draw(D, N))
+    _, hT = selective_scan(x, dt, A, Bm, Cm, draw(D), z, draw(2, D), layout, h0, backend=backend)
+    torch.autograd.grad(hT, h0, gradient)
+    for now, then in zip((h0, gradient), before, strict=True):
+        torch.testing.assert_close(now.detach(), then, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("tile_steps", [1, 3, 8])
 def test_the_torch_scan_is_the_same_recurrence_across_groups_of_rows_chunks_and_tiles(monkeypatch, tile_steps):
     B, L, D, M = 3, 37, 32, 3
