@@ -181,13 +181,19 @@ def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[st
             "parameters": sum(p.numel() for p in step.model.parameters()),
             "peak_bytes": step.peak_bytes(),
         }
-    for name in figures:
-        for key, counted in (("over_dense", PHASES), ("over_dense_without_optimizer", PHASES[:-1])):
-            if "dense" in laps:  # of neighbours in time, as a shared machine drifts more than they differ
-                pairs = zip(laps[name][warm_up:], laps["dense"][warm_up:], strict=True)
-                ratios = [sum(a[p] for p in counted) / sum(b[p] for p in counted) for a, b in pairs]
-                figures[name][key] = statistics.median(ratios)
+    if "dense" in laps:
+        for name, values in figures.items():
+            own, base = laps[name][warm_up:], laps["dense"][warm_up:]
+            values["over_dense"] = paired_ratio(own, base, PHASES)
+            values["over_dense_without_optimizer"] = paired_ratio(own, base, PHASES[:-1])
     return figures
+
+
+def paired_ratio(own: list[dict[str, float]], base: list[dict[str, float]], phases: Sequence[str]) -> float:
+    """Median of the ratios of the same turn: a shared machine drifts more than systems differ."""
+    return statistics.median(
+        sum(a[p] for p in phases) / sum(b[p] for p in phases) for a, b in zip(own, base, strict=True)
+    )
 
 
 class _Laps:
