@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from mom_data.errors import EXIT_USER_ERROR, exit_clearly
+from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
 from mom_train.config_file import load_config
 from mom_train.status import AGENT_PID
 

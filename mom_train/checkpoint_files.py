@@ -15,6 +15,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
+from mom_tokenizers.errors import UserError
+
 METADATA = ".metadata"
 """DCP's index of the tensors; where it stands, the checkpoint is committed."""
 
@@ -62,7 +64,7 @@ class Files(filesystem.FileSystemBase):
         try:
             self.fs, self.root = url_to_fs(root, use_listings_cache=False)  # other ranks write here too
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{root}: {error}") from None
+            raise UserError(f"{root}: {error}") from None
         self.local = isinstance(self.fs, LocalFileSystem)
         self.written: dict[str, Sum] = {}
 

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from mom_tokenizers.errors import UserError
 from mom_train.checkpoint_files import METADATA, Files, Sum, file_name
 
 _CHUNK = 1 << 22  # bytes read at a time
@@ -80,7 +81,7 @@ class Checkpoint:
         try:
             values = json.loads(self.files.read(f"{self.path}/{_STATE}"))
         except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"{self.path}/{_STATE}: {error}") from None
+            raise UserError(f"{self.path}/{_STATE}: {error}") from None
         assert isinstance(values, dict)
         return values
 
@@ -98,9 +99,9 @@ class Checkpoint:
         try:
             return {str(name): Sum(**values) for name, values in json.loads(self.files.read(path)).items()}
         except FileNotFoundError:
-            raise ValueError(f"{path} is missing") from None
+            raise UserError(f"{path} is missing") from None
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+            raise UserError(f"{path} cannot be read: {error}") from None
 
     def damage(self, part: int = 0, parts: int = 1, progress: Callable[[int], object] = bool) -> list[str]:
         """What is wrong with each `parts`-th of its files, one line a file; all bytes of them are read. `progress` is
@@ -131,7 +132,7 @@ class Checkpoint:
     def check(self) -> None:
         """Raises ValueError where it is damaged."""
         if damage := self.damage():
-            raise ValueError(f"{self} is damaged: {'; '.join(damage)}")
+            raise UserError(f"{self} is damaged: {'; '.join(damage)}")
 
     def metadata(self) -> index.Metadata:
         """Shapes, types and places of the tensors by name. Raises ValueError where it holds anything else."""
@@ -139,20 +140,20 @@ class Checkpoint:
         try:
             metadata = _IndexUnpickler(io.BytesIO(self.files.read(path)), path).load()
         except FileNotFoundError:
-            raise ValueError(f"{self.path} is not a committed checkpoint: it has no {METADATA}") from None
+            raise UserError(f"{self.path} is not a committed checkpoint: it has no {METADATA}") from None
         except ValueError:
             raise
         except Exception as error:  # a damaged pickle can fail in any way
-            raise ValueError(f"{path} cannot be read: {error}") from None
+            raise UserError(f"{path} cannot be read: {error}") from None
         if not isinstance(metadata, index.Metadata):
-            raise ValueError(f"{path} is no index of a checkpoint")
+            raise UserError(f"{path} is no index of a checkpoint")
         sums = self.sums()
         for key, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, index.TensorStorageMetadata):
-                raise ValueError(f"{path}: '{key}' is not a tensor but a pickle, which could run code; not loaded")
+                raise UserError(f"{path}: '{key}' is not a tensor but a pickle, which could run code; not loaded")
         for place in metadata.storage_data.values():
             if place.relative_path not in sums:
-                raise ValueError(f"{path}: tensors in '{place.relative_path}', which {_SUMS} does not know")
+                raise UserError(f"{path}: tensors in '{place.relative_path}', which {_SUMS} does not know")
         return metadata
 
     def load(self, values: dict[str, Any], no_dist: bool = False) -> None:
@@ -167,7 +168,7 @@ class Checkpoint:
                 warnings.simplefilter("ignore")  # DCP wonders whether one process is meant; it is
                 dcp.load(values, storage_reader=_Reader(self), no_dist=no_dist)
         except CheckpointException as error:  # a BaseException: `except Exception` would let it pass
-            raise ValueError(f"{self.path}: {first_failure(error)}") from None
+            raise UserError(f"{self.path}: {first_failure(error)}") from None
 
 
 class Checkpoints:
@@ -208,7 +209,7 @@ class Checkpoints:
         found = Checkpoint(self.files, f"{self.root}/checkpoints/{name}")
         if not found.committed:
             others = [c.name for c in self.committed()]
-            raise ValueError(
+            raise UserError(
                 f"{pointer} names {name!r}, which is not a committed checkpoint. "
                 + (f"Committed: {', '.join(others)}; write one of these names into it." if others else "None is.")
             )
@@ -228,7 +229,7 @@ class Checkpoints:
         found = self.latest() if step is None else self.best() if step == "best" else self[step]
         if found is None or not found.committed:
             what = "best checkpoint (checkpoint.best)" if step == "best" else "committed checkpoint"
-            raise ValueError(f"{found or self.root}: no {what} there")
+            raise UserError(f"{found or self.root}: no {what} there")
         return found
 
     def point(self, to: Checkpoint) -> None:
@@ -270,7 +271,7 @@ class Checkpoints:
             if dist.get_rank(group) == 0 and not checkpoint.committed:
                 with suppress(OSError):  # a full disk needs its space back; a read-only one has nothing to remove
                     self.files.remove(checkpoint.path)
-            raise ValueError(f"{checkpoint}: {first_failure(error)}") from None
+            raise UserError(f"{checkpoint}: {first_failure(error)}") from None
 
 
 def first_failure(error: CheckpointException) -> str:
@@ -310,7 +311,7 @@ class _IndexUnpickler(pickle.Unpickler):
             return lambda layout: torch.strided
         if (module, name) == ("builtins", "getattr"):  # how Python 3.11 pickles a member of an Enum
             return lambda of, member: index._MEM_FORMAT_ENCODING[member]
-        raise ValueError(f"{self._path} asks for {module}.{name}, which no checkpoint needs; not loaded")
+        raise UserError(f"{self._path} asks for {module}.{name}, which no checkpoint needs; not loaded")
 
 
 class _Reader(dcp.FileSystemReader):

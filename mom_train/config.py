@@ -10,6 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 
 Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_forward", "norm"]
@@ -64,12 +65,12 @@ class ModelConfig(Section):
         known = _PARTS[self.architecture]
         for part in self.decoupled:
             if part not in known:
-                raise ValueError(f"a {self.architecture} has no part '{part}' to decouple; it has {', '.join(known)}")
+                raise UserError(f"a {self.architecture} has no part '{part}' to decouple; it has {', '.join(known)}")
         if self.architecture == "transformer":
             if self.heads is None or self.dim % (2 * self.heads):
-                raise ValueError(f"a transformer needs heads such that dim / heads is even (dim {self.dim})")
+                raise UserError(f"a transformer needs heads such that dim / heads is even (dim {self.dim})")
         elif self.heads is not None:
-            raise ValueError("heads: only a transformer has them")
+            raise UserError("heads: only a transformer has them")
         return self
 
     @property
@@ -140,7 +141,7 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _one_place(self) -> SourceConfig:
         if (self.path is None) == (not self.raw):
-            raise ValueError("say where it is: either `path`, token shards, or `raw`, documents to tokenize online")
+            raise UserError("say where it is: either `path`, token shards, or `raw`, documents to tokenize online")
         return self
 
 
@@ -367,26 +368,26 @@ class RunConfig(Section):
     def _possible(self) -> RunConfig:
         _ = self.layout  # raises where it cannot be
         if self.optimizer.warmup >= self.training.steps:
-            raise ValueError(
+            raise UserError(
                 f"optimizer.warmup ({self.optimizer.warmup}) must be below training.steps ({self.training.steps})"
             )
         if self.validation.ema and self.training.ema_decay is None:
-            raise ValueError("validation.ema needs training.ema_decay")
+            raise UserError("validation.ema needs training.ema_decay")
         self._check_context()
         if not self.data.train:
-            raise ValueError("data.train: name at least one source")
+            raise UserError("data.train: name at least one source")
         if self.tokenizers is None and any(s.raw for s in (*self.data.train, *chain(*self.data.validation.values()))):
-            raise ValueError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to do it with")
+            raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to do it with")
         best = self.checkpoint.best
         if best is not None and best.split("/")[0:2] not in [["val", name] for name in self.data.validation]:
             sets = ", ".join(f"val/{name}/loss/total" for name in self.data.validation)
-            raise ValueError(f"checkpoint.best={best} is no figure of a validation set; such are {sets or 'none here'}")
+            raise UserError(f"checkpoint.best={best} is no figure of a validation set; such are {sets or 'none here'}")
         if self.sampling.every is not None and self.tokenizers is None:
-            raise ValueError("sampling.every: name the tokenizers.yaml that writes and reads the samples (tokenizers)")
+            raise UserError("sampling.every: name the tokenizers.yaml that writes and reads the samples (tokenizers)")
         for prompt in self.sampling.prompts:
             if prompt.start is not None and prompt.start not in self.layout.modalities[1:]:
                 further = ", ".join(self.layout.modalities[1:])
-                raise ValueError(f"sampling.prompts: start={prompt.start}: the modalities beside text are {further}")
+                raise UserError(f"sampling.prompts: start={prompt.start}: the modalities beside text are {further}")
         return self
 
     def _check_context(self) -> None:
@@ -394,11 +395,11 @@ class RunConfig(Section):
         if context == 1:
             return
         if self.model.architecture != "mamba":
-            raise ValueError(
+            raise UserError(
                 "parallel.context_ranks: only a mamba's state can go from rank to rank; attention needs whole rows"
             )
         if length % context or length // context < self.model.conv - 1:
-            raise ValueError(
+            raise UserError(
                 f"parallel.context_ranks={context} must divide data.sequence_length={length} into slices of at least "
                 f"{self.model.conv - 1} positions"
             )
@@ -412,12 +413,12 @@ class RunConfig(Section):
         """Micro-batches per rank and step. Raises ValueError when the batch cannot be dealt evenly."""
         context = self.parallel.context_ranks
         if world_size % context:
-            raise ValueError(f"parallel.context_ranks={context} does not divide the {world_size} ranks")
+            raise UserError(f"parallel.context_ranks={context} does not divide the {world_size} ranks")
         rows = world_size // context  # as many ranks hold different rows
         per_pass = self.training.micro_batch * rows
         if self.training.batch % per_pass:
             shared = f" / parallel.context_ranks ({world_size} / {context})" if context > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"training.batch ({self.training.batch}) must be a multiple of training.micro_batch x ranks{shared} "
                 f"({self.training.micro_batch} x {rows} = {per_pass})"
             )

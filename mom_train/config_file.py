@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig, Section
 
 
@@ -26,25 +27,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ValueError(f"override {override!r}: expected key.subkey=value")
+            raise UserError(f"override {override!r}: expected key.subkey=value")
         _assign(values, key.split("."), _parse(text), override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}:" + "".join(f"\n  {_explain(e)}" for e in error.errors())) from None
+        raise UserError(f"{path}:" + "".join(f"\n  {_explain(e)}" for e in error.errors())) from None
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise ValueError(f"{path}: its chain of 'base' files comes back to itself")
+        raise UserError(f"{path}: its chain of 'base' files comes back to itself")
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"no config file {path}") from None
+        raise UserError(f"no config file {path}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of keys to values")
+        raise UserError(f"{path}: expected a mapping of keys to values")
     base = values.pop("base", None)
     if base is None:
         return values
@@ -63,7 +64,7 @@ def _parse(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"override value {text!r}: {error}") from None
+        raise UserError(f"override value {text!r}: {error}") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
             return float(value)
@@ -78,9 +79,9 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) 
         if inner is None:
             inner = values[key] = {}
         if isinstance(inner, list) and key != keys[-1]:
-            raise ValueError(f"override {override!r}: {key} is a list; replace it whole, as {key}=[...]")
+            raise UserError(f"override {override!r}: {key} is a list; replace it whole, as {key}=[...]")
         if not isinstance(inner, dict):
-            raise ValueError(f"override {override!r}: {key} is not a section")
+            raise UserError(f"override {override!r}: {key} is not a section")
         values = inner
     values[keys[-1]] = value
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mom_tokenizers.errors import UserError
 from mom_train.checkpoint_files import Files
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.model import LanguageModel
@@ -48,7 +49,7 @@ def mamba_name(name: str) -> str:
         return whole[name]
     found = re.fullmatch(r"blocks\.(\d+)\.block\.(norm\.weight|mixer\.(.+))", name)
     if found is None or (found[3] is not None and found[3] not in _MIXER):
-        raise ValueError(f"{name} has no counterpart in a published Mamba-1 model")
+        raise UserError(f"{name} has no counterpart in a published Mamba-1 model")
     layer = f"backbone.layers.{found[1]}."
     return layer + ("norm.weight" if found[3] is None else "mixer." + _MIXER[found[3]])
 
@@ -71,7 +72,7 @@ def open_weights(path: Path) -> Weights:
         return _open_checkpoint(latest)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(f.is_file() and f.suffix == ".safetensors" for f in files):
-        raise ValueError(f"{path}: no checkpoint and no .safetensors weights there (pickled weights are not loaded)")
+        raise UserError(f"{path}: no checkpoint and no .safetensors weights there (pickled weights are not loaded)")
     readers: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         with safe_open(str(file), "pt") as stored:
@@ -134,7 +135,7 @@ def load_weights(model: LanguageModel, weights: Weights, source: Path) -> None:
         if name.endswith(".router") and name not in weights:
             continue  # a dense model has none; ours keeps its initial one
         if name not in weights:
-            raise ValueError(f"{source} has no '{name}': it holds another architecture, or a smaller model")
+            raise UserError(f"{source} has no '{name}': it holds another architecture, or a smaller model")
         value, shape = weights[name]().float(), tuple(parameter.shape)
         grown = name in ("embedding.weight", "head.weight") and value.shape[0] < shape[0]
         if grown and value.shape[1:] == shape[1:]:
@@ -143,7 +144,7 @@ def load_weights(model: LanguageModel, weights: Weights, source: Path) -> None:
         elif value.shape[1:] == shape[1:] and shape[0] % value.shape[0] == 0:
             value = value.repeat(shape[0] // value.shape[0], *[1] * (value.dim() - 1))
         if tuple(value.shape) != shape:
-            raise ValueError(f"{source}: '{name}' has shape {tuple(value.shape)}, this model's is {shape}")
+            raise UserError(f"{source}: '{name}' has shape {tuple(value.shape)}, this model's is {shape}")
         if isinstance(parameter, DTensor):
             shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shard.to_local())
@@ -155,7 +156,7 @@ def transformers_config(model: LanguageModel) -> str:
     """config.json of a dense Mamba for Transformers' MambaForCausalLM."""
     c = model.config
     if c.architecture != "mamba" or c.decoupled:
-        raise ValueError("only a dense Mamba has a counterpart in Transformers; export the mixture as safetensors")
+        raise UserError("only a dense Mamba has a counterpart in Transformers; export the mixture as safetensors")
     values = {
         "architectures": ["MambaForCausalLM"],
         "model_type": "mamba",

@@ -11,6 +11,7 @@ from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.plan import Cursor, Plan, Source
 from mom_data.storage import default_cache
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig, SourceConfig
 from mom_train.objective import with_latents_of
 
@@ -88,7 +89,7 @@ def training_plan(
     if not saved or same.fingerprint == fingerprint:
         return same, [*earlier, {**now, "since": since}]
     if not data.new_phase:
-        raise ValueError(
+        raise UserError(
             f"the run's checkpoint counts its data in plan {fingerprint}, the config's is {same.fingerprint}: shards, "
             "weights, sequence_length, lanes, packing or seed changed. Restore them; or, to go on with other sources, "
             "weights or packing from here, add data.new_phase=true; or use another run_dir."
@@ -96,7 +97,7 @@ def training_plan(
     before = chain(saved)
     assert before is not None
     if before.fingerprint != fingerprint:
-        raise ValueError(
+        raise UserError(
             "data.new_phase changes sources, weights and packing only: data.sequence_length, data.lanes and seed must "
             "be the checkpoint's, and the shards of its last phase must still be there as they were. Restore them, or "
             "use another run_dir."

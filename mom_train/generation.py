@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mom_data.shards import TokenSegment
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.checkpoint_store import Checkpoints
 from mom_train.config import DiffusionConfig, RunConfig
@@ -60,7 +61,7 @@ def load_model(
     checkpoint.check()
     config = RunConfig.model_validate(checkpoint.train_state()["config"])
     if ema and not any(name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata):
-        raise ValueError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
+        raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
     vocab = config.layout
     with torch.device("meta"):
         diffusion = config.objective.diffusion

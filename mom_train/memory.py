@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from mom_tokenizers.errors import UserError
 from mom_train.config import ModelConfig, Recompute, RunConfig
 from mom_train.flops import parameters
 
@@ -95,7 +96,7 @@ def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, 
     """
     shard_ranks = config.parallel.shard_ranks or ranks
     if ranks % shard_ranks:
-        raise ValueError(f"parallel.shard_ranks={shard_ranks} does not divide the {ranks} ranks")
+        raise UserError(f"parallel.shard_ranks={shard_ranks} does not divide the {ranks} ranks")
     return {
         **{name: _variant(config, ranks, shard_ranks, device, recompute) for recompute, name in _VARIANTS.items()},
         "activation_checkpointing": config.training.activation_checkpointing,

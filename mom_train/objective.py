@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mom_data.batch import IGNORE, PackedBatch
 from mom_data.dataset import TokenDataset
+from mom_tokenizers.errors import UserError
 from mom_train.config import DiffusionConfig, ObjectiveConfig
 from mom_train.diffusion import NoisedPatches, draw, noise
 from mom_train.layout import RowLayout
@@ -54,14 +55,14 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
         if not width:
             continue
         if config is None:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.location} holds latent patches: set objective.diffusion.patch_width={width}, or tokenize "
                 "with a tokenizer of codes"
             )
         made_by = dataset.tokenizers.get("image", {})
         values = width // 2 if made_by.get("log_variance") else width
         if values != config.patch_width:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.location} holds patches of {values} values, objective.diffusion.patch_width is "
                 f"{config.patch_width}"
             )
@@ -69,7 +70,7 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
     if config is None or not found:
         return config
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             "latents differ: "
             + ", ".join(f"{d.location} has scale {scale} and shift {shift}" for (scale, shift), d in found.items())
         )

@@ -15,6 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
+from mom_tokenizers.errors import UserError
 from mom_train.model import LanguageModel
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ def model_mesh(ranks: Ranks, shard_ranks: int | None) -> DeviceMesh:
     if shard_ranks is None or shard_ranks == ranks.world_size:
         return ranks.mesh
     if ranks.world_size % shard_ranks:
-        raise ValueError(f"parallel.shard_ranks={shard_ranks} does not divide the {ranks.world_size} ranks")
+        raise UserError(f"parallel.shard_ranks={shard_ranks} does not divide the {ranks.world_size} ranks")
     shape = (ranks.world_size // shard_ranks, shard_ranks)
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
@@ -111,5 +112,5 @@ def agreed(work: Callable[[], T]) -> T:
     failed = [(rank, m) for rank, m in enumerate(messages) if m is not None]
     if failed:
         rank, text = failed[0]
-        raise ValueError(text if len(failed) == len(messages) else f"[rank {rank}] {text}")
+        raise UserError(text if len(failed) == len(messages) else f"[rank {rank}] {text}")
     return result  # type: ignore[return-value]

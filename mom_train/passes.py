@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from mom_data.batch import PackedBatch
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import RunConfig
 from mom_train.diffusion import NoisedPatches
@@ -141,7 +142,7 @@ class Passes:
             optimizer.step()
             optimizer.zero_grad()
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"a full batch does not fit the memory of rank {self.ranks.rank}: {error}. Lower training.micro_batch "
                 "(the batch stays: more is accumulated), set training.activation_checkpointing=true, or use more ranks."
             ) from None

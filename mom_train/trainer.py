@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from mom_data.batch import PackedBatch
 from mom_data.loader import batches
+from mom_tokenizers.errors import UserError
 from mom_train import data
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
@@ -129,7 +130,7 @@ class Trainer:
         for section in ("model", "vocabulary", "objective"):
             # as text: the order of the vocabulary numbers the modalities
             if saved.config is not None and json.dumps(saved.config[section]) != json.dumps(now[section]):
-                raise ValueError(
+                raise UserError(
                     f"{path} was trained with {section}={saved.config[section]}, the config has {now[section]}. "
                     "Use another run_dir for another model."
                 )
@@ -216,7 +217,7 @@ class Trainer:
             self.save()
             self.checkpointer.wait()
         if self.checkpointer.committed_step != self.state.step:
-            raise ValueError(f"the state after step {self.state.step} could not be saved: see above")
+            raise UserError(f"the state after step {self.state.step} could not be saved: see above")
 
     def stream(self) -> Iterator[PackedBatch]:
         config, ranks = self.config, self.ranks
@@ -269,7 +270,7 @@ class Trainer:
         self.read += int(local[-2])
         allowed = self.config.data.max_bad_fraction * max(self.read, 1000)
         if self.damaged > allowed:
-            raise ValueError(
+            raise UserError(
                 f"{self.damaged} of {self.read} documents did not match their checksums, more than "
                 f"data.max_bad_fraction={self.config.data.max_bad_fraction} allows. Copy the shards again; the last "
                 "checkpoint is intact."

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig
 from mom_train.sampling import Span
 from mom_train.validation import QUARTERS
@@ -191,7 +192,7 @@ class Wandb:
                 config=config.model_dump(mode="json"),
             )
         except wandb.Error as error:
-            raise ValueError(f"wandb: {error} Or set wandb.mode=offline.") from None
+            raise UserError(f"wandb: {error} Or set wandb.mode=offline.") from None
         self._run.define_metric("*", step_metric="step")  # its own counter must grow, ours goes back on a resume
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -217,4 +218,4 @@ class Wandb:
 def check_wandb(config: RunConfig) -> None:
     """Raises ValueError where the config wants Weights & Biases and it is not installed."""
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb is in the config but not installed: pip install wandb, or leave the section out")
+        raise UserError("wandb is in the config but not installed: pip install wandb, or leave the section out")

@@ -30,7 +30,7 @@ from bench_suites import SUITES, Candidate, Sizes, draw
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.kernels import native
 
 TOLERANCE = {"scan": (1e-5, 3e-2), "conv": (1e-5, 2e-2), "routing": (1e-5, 2e-2), "block": (1e-4, 8e-2)}
@@ -245,7 +245,7 @@ def main() -> int:
             text, failed = bench_step.markdown(result), False
         else:
             if arguments.length <= 100 or min(vars(arguments)[k] for k in ("batch", "dim", "state", "modalities")) < 1:
-                raise ValueError("sizes are positive and --length is over 100, which small checks are not")
+                raise UserError("sizes are positive and --length is over 100, which small checks are not")
             torch.set_num_threads(arguments.threads)
             s = Sizes(**{k: v for k, v in vars(arguments).items() if k in Sizes.__annotations__})
             s.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]

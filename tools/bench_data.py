@@ -32,11 +32,11 @@ import webdataset
 
 from mom_data.batch import build_batch
 from mom_data.dataset import TokenDataset
-from mom_data.errors import exit_clearly
 from mom_data.loader import Share, batches
 from mom_data.packing import Piece
 from mom_data.plan import Lane, Plan, Source
 from mom_data.shards import ShardWriter, TokenSegment, write_manifest
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.vocab import VocabLayout
 
 SIZES = {"text": 32000, "image": 8192, "speech": 500}
@@ -289,7 +289,7 @@ def peers(corpus: Corpus, folder: Path, repeats: int, litdata_python: str | None
         command = [litdata_python, folder / "read_litdata.py", bytes_file, folder / "offsets.npy", folder / "lit"]
         done = subprocess.run([*map(str, command), str(repeats)], capture_output=True, text=True, timeout=600)
         if done.returncode:
-            raise ValueError(f"{litdata_python} could not run litdata:\n{done.stderr[-1500:]}")
+            raise UserError(f"{litdata_python} could not run litdata:\n{done.stderr[-1500:]}")
         took_there = json.loads(done.stdout.splitlines()[-1])
         name = "litdata, a document's bytes per sample"
         yield Measured(name, stored, size, took_there["cpu"], took_there["wall"])
@@ -345,7 +345,7 @@ def main() -> None:
     with exit_clearly("bench_data"), tempfile.TemporaryDirectory() as scratch:
         for name in ("tokens", "length", "rows", "repeats"):
             if getattr(arguments, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
+                raise UserError(f"--{name} must be at least 1")
         torch.set_num_threads(1)
         folders = arguments.data or [Path(scratch) / "synthetic"]
         if arguments.synthetic:

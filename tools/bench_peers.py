@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mom_tokenizers.errors import UserError
+
 
 def define_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor,
@@ -117,10 +119,10 @@ def load_published(folder: Path, cuda: bool) -> type[nn.Module]:
     """
     file = folder / "MixtureOfMamba.py"
     if not file.is_file():
-        raise ValueError(f"{file} is not there: --published takes a clone of github.com/Weixin-Liang/Mixture-of-Mamba")
+        raise UserError(f"{file} is not there: --published takes a clone of github.com/Weixin-Liang/Mixture-of-Mamba")
     for package in ("einops", "mamba_ssm" if cuda else "mambapy"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"the published module needs {package} here: pip install {package}")
+            raise UserError(f"the published module needs {package} here: pip install {package}")
     stand_ins = {name: types.ModuleType(name) for name in ("src", "src.args")}
     stand_ins["src.args"].ModelArgs = types.SimpleNamespace  # type: ignore[attr-defined]
     if not cuda:

@@ -24,9 +24,9 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from mom_data.document import BadSample, Document, expand_inputs, read_documents
-from mom_data.errors import exit_clearly
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import PICTURES, READY, Tokenizers
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.image import decode_image, preprocess
 from mom_tokenizers.speech import SpeechTokenizer, decode_audio
 
@@ -41,7 +41,7 @@ def sample(files: Sequence[Path], documents: int) -> list[Document]:
         readable = (d for d in read_documents(file) if not isinstance(d, BadSample) and d.segments)
         found += list(islice(readable, share))
     if not found:
-        raise ValueError(f"no document could be read from the {len(files)} inputs")
+        raise UserError(f"no document could be read from the {len(files)} inputs")
     return found[:documents]
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with exit_clearly("bench_tokenizers"):
         if arguments.documents < 1:
-            raise ValueError(f"--documents {arguments.documents}: at least one")
+            raise UserError(f"--documents {arguments.documents}: at least one")
         # before the text tokenizer starts threads
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         with threadpool_limits(1):  # idle threads of the linear algebra spin, and that counts as CPU-seconds

@@ -20,7 +20,7 @@ from typing import Any
 from export_model import FORMATS, export
 from tqdm import tqdm
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         latest, best = checkpoints.latest(), checkpoints.best()
         if arguments.command == "prune":
             if arguments.keep < 1:
-                raise ValueError("--keep: at least 1, which the run carries on from")
+                raise UserError("--keep: at least 1, which the run carries on from")
             newest = checkpoints.find()
             for removed in checkpoints.clean() + checkpoints.prune(newest.step, arguments.keep, newest.keep_every()):
                 print(f"removed {removed}")
@@ -116,7 +116,7 @@ def main() -> None:
             print(text)
         damaged = [e["path"] for e in entries if e.get("verified") is False]
         if damaged:
-            raise ValueError(f"damaged: {', '.join(damaged)}")
+            raise UserError(f"damaged: {', '.join(damaged)}")
 
 
 if __name__ == "__main__":

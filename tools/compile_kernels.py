@@ -24,7 +24,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 
 _ROWS = {"X", "DT", "Z", "B", "C", "Y", "GY", "GX", "GDT", "GZ", "INITIAL", "GINITIAL"}
 _INTEGERS = {"L", "D", "T", "SPAN", "CHUNKS"}
@@ -89,11 +89,11 @@ def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
         code = _run("nvdisasm", "-c", str(binary))
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
-        raise ValueError(f"cuobjdump said nothing of registers for {variant['kernel']}:\n{usage}")
+        raise UserError(f"cuobjdump said nothing of registers for {variant['kernel']}:\n{usage}")
     registers, stack, shared, local = map(int, found.groups())
     loops = _innermost_loops(code)
     if len(loops) != len(variant["steps"]):
-        raise ValueError(f"{variant['kernel']}: {len(loops)} innermost loops in the code, expected {variant['steps']}")
+        raise UserError(f"{variant['kernel']}: {len(loops)} innermost loops in the code, expected {variant['steps']}")
     pairs = list(zip(loops, variant["steps"], strict=True))
     count = Counter[str]()
     for loop, steps in pairs:
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("no triton here: pip install -c constraints.txt triton")
+        raise UserError("no triton here: pip install -c constraints.txt triton")
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no machine code
     results = []
     for arch in options.arch:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.config import RunConfig
 
 OUT = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -118,7 +118,7 @@ def main() -> None:
         if not arguments.check:
             arguments.out.write_text(text)
         elif not arguments.out.exists() or arguments.out.read_text() != text:
-            raise ValueError(f"{arguments.out} is not what the schema says: run python tools/config_reference.py")
+            raise UserError(f"{arguments.out} is not what the schema says: run python tools/config_reference.py")
 
 
 if __name__ == "__main__":

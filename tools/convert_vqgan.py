@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.image import VQImageTokenizer
 
 LEFT_OUT = ("loss.", "model_ema.")  # needed by training alone
@@ -48,23 +48,23 @@ _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Name -> tensor of a .safetensors, .ckpt or .pt file. Raises ValueError."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             values: Any = load_file(path)
         else:
             values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} holds more than tensors, and loading that could run code: {str(error).splitlines()[0]} Where you "
             "trust it, save its state dict alone: torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a checkpoint that can be read: {error}") from error
+        raise UserError(f"{path}: not a checkpoint that can be read: {error}") from error
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         values = values["state_dict"]
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise ValueError(f"{path}: expected a state dict, names to tensors")
+        raise UserError(f"{path}: expected a state dict, names to tensors")
     return values
 
 
@@ -87,7 +87,7 @@ def model_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """diffusers.VQModel's arguments, from names and shapes. Raises ValueError where tensors are not a VQGAN's."""
     needed = ("encoder.conv_in", "encoder.conv_out", "quantize.embedding", "decoder.conv_out")
     if missing := [name for name in needed if f"{name}.weight" not in tensors]:
-        raise ValueError(
+        raise UserError(
             f"not a VQGAN with a plain codebook (taming's VQModel): it lacks {', '.join(missing)}; its names "
             f"are such as {', '.join(list(tensors)[:3]) or '(none)'}"
         )
@@ -100,7 +100,7 @@ def model_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     blocks = count(r"encoder\.down\.0\.block\.(\d+)\.")
     width = [tensors.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
     if not blocks or any(w is None for w in width):
-        raise ValueError("not a VQGAN: its encoder has no levels encoder.down.N.block.N")
+        raise UserError("not a VQGAN: its encoder has no levels encoder.down.N.block.N")
     attention = {
         side: [count(rf"{coder}\.{side}\.{level}\.attn\.(\d+)\.") > 0 for level in range(levels)]
         for coder, side in (("encoder", "down"), ("decoder", "up"))
@@ -139,10 +139,10 @@ def convert(tensors: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
         if ".attentions." in theirs and value.ndim == 4:  # a 1 x 1 convolution there, a Linear here
             value = value[:, :, 0, 0]
         if value.shape != wanted[theirs].shape:
-            raise ValueError(f"{name} is {tuple(value.shape)}, the model wants {tuple(wanted[theirs].shape)}")
+            raise UserError(f"{name} is {tuple(value.shape)}, the model wants {tuple(wanted[theirs].shape)}")
         placed[theirs] = value.float()
     if missing := sorted(set(wanted) - set(placed)):
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} tensors of the model have no source, e.g. {missing[0]}; "
             f"without a place: {', '.join(homeless[:5]) or 'none'}"
         )

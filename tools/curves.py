@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mom_tokenizers.errors import UserError
 from mom_train.metrics import read_metrics
 
 WINDOW = 0.1
@@ -39,7 +40,7 @@ class Run:
     @cached_property
     def lines(self) -> list[dict[str, float]]:
         if not (self.path / "metrics.jsonl").is_file():
-            raise ValueError(f"{self.path}: no metrics.jsonl, so not a run directory (or one that has not begun)")
+            raise UserError(f"{self.path}: no metrics.jsonl, so not a run directory (or one that has not begun)")
         return read_metrics(self.path)
 
     @cached_property
@@ -73,7 +74,7 @@ class Run:
         """(FLOPs (N,), loss (N,)), a training loss smoothed over `window`. Raises ValueError where it is not logged."""
         flops, values = self.over(name, "flops")
         if not len(flops):
-            raise ValueError(f"{self.path}: metrics.jsonl has no {name} with flops/total")
+            raise UserError(f"{self.path}: metrics.jsonl has no {name} with flops/total")
         return flops, values if name.startswith("val/") else smoothed(flops, values, window)
 
 
@@ -126,7 +127,7 @@ class Model:
         ends = np.array([flops[-1] for flops, _ in curves])
         if ends.max() > 1.2 * ends.min():  # padding varies with the seed, in short runs by a tenth
             said = ", ".join(f"{run.path} {end:.3g}" for run, end in zip(runs, ends, strict=True))
-            raise ValueError(f"runs of one model must have spent the same FLOPs, to 20 %: {said}")
+            raise UserError(f"runs of one model must have spent the same FLOPs, to 20 %: {said}")
         share = curves[0][0] / ends[0]
         loss_RG = np.stack([np.interp(share, f / end, loss) for (f, loss), end in zip(curves, ends, strict=True)])
         return Model(share * ends.mean(), loss_RG)
@@ -166,10 +167,10 @@ class Comparison:
 def compare(baseline: Sequence[Run], candidate: Sequence[Run], window: float = WINDOW) -> dict[str, Comparison]:
     """Every loss that all runs have in common -> comparison. Raises ValueError where there is none."""
     if not 0 <= window < 1:
-        raise ValueError(f"the window is a share of the FLOPs, from 0 to below 1, not {window}")
+        raise UserError(f"the window is a share of the FLOPs, from 0 to below 1, not {window}")
     common = [n for n in baseline[0].names if all(n in run.names for run in (*baseline, *candidate))]
     if not common:
-        raise ValueError(f"{baseline[0].path} and the others have no loss in common")
+        raise UserError(f"{baseline[0].path} and the others have no loss in common")
     baseline, candidate = in_pairs(baseline, candidate)
     return {name: _compare(baseline, candidate, name, window) for name in common}
 

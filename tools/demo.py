@@ -24,7 +24,7 @@ import yaml
 from mixture import sources
 
 from mom_data.document import Document, expand_inputs, read_documents
-from mom_data.errors import EXIT_USER_ERROR, exit_clearly
+from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
 from mom_train.metrics import read_metrics

@@ -18,7 +18,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
 from mom_train.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
@@ -33,7 +33,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
     if ranks is None:
         ranks = max(1, config.training.batch // config.training.micro_batch)
     if ranks < 1:
-        raise ValueError(f"--ranks {ranks}: at least one rank")
+        raise UserError(f"--ranks {ranks}: at least one rank")
     accumulation = config.accumulation(ranks)
     model, length = config.model, config.data.sequence_length
     vocab = config.layout
@@ -155,9 +155,9 @@ def main() -> None:
         names = [a for a in arguments.config if "=" not in a or Path(a).suffix in (".yaml", ".yml")]
         overrides = [a for a in arguments.config if a not in names]
         if arguments.json and Path(arguments.json).suffix in (".yaml", ".yml"):
-            raise ValueError(f"--json {arguments.json} would overwrite a config: put --json last, or name its file")
+            raise UserError(f"--json {arguments.json} would overwrite a config: put --json last, or name its file")
         if not names:
-            raise ValueError("no CONFIG among the arguments")
+            raise UserError("no CONFIG among the arguments")
         described = {name: describe(load_config(name, overrides), arguments.ranks) for name in names}
         if arguments.json:
             objects = [{"config": name} | d for name, d in described.items()]

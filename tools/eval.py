@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from mom_data.errors import EXIT_USER_ERROR, exit_clearly
+from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly
 from mom_train import data
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
@@ -37,7 +37,7 @@ def find(where: str, step: int | Literal["best"] | None) -> Checkpoint:
     root, _, name = where.rstrip("/").rpartition("/checkpoints/")
     if root and name.startswith("step-"):
         if step is not None:
-            raise ValueError(f"--step: {where} is one step's checkpoint already")
+            raise UserError(f"--step: {where} is one step's checkpoint already")
         return Checkpoints(root).find(int(name.removeprefix("step-")))
     return Checkpoints.of(where).find(step)
 
@@ -49,7 +49,7 @@ def named(places: list[str]) -> dict[str, str]:
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, places, strict=True))
-    raise ValueError(f"--shards: one of {', '.join(places)} is named twice")
+    raise UserError(f"--shards: one of {', '.join(places)} is named twice")
 
 
 def load(config: RunConfig, checkpoint: Checkpoint, weights: str, ranks: Ranks) -> LanguageModel:
@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with exit_clearly("eval"):
         if min(arguments.sequences or 1, arguments.batch or 1) < 1:
-            raise ValueError("--sequences, --batch: at least 1")
+            raise UserError("--sequences, --batch: at least 1")
         try:
             with process_group() as ranks:
                 figures = evaluate(arguments, ranks)
@@ -96,7 +96,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     step = arguments.step
     if step not in (None, "best"):
         if not step.isdigit():
-            raise ValueError(f"--step {step}: a number, or 'best'")
+            raise UserError(f"--step {step}: a number, or 'best'")
         step = int(step)
     checkpoint = agreed(lambda: find(arguments.run, step))
     agreed(checkpoint.check)
@@ -135,7 +135,7 @@ def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConf
     if arguments.weights == "ema" and not any(
         name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata
     ):
-        raise ValueError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
+        raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
     values = checkpoint.train_state()["config"]
     values["data"]["validation"] = {name: [{"path": place}] for name, place in named(arguments.shards).items()}
     values["validation"]["sequences"] = arguments.sequences or values["validation"]["sequences"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.convert import mamba_name, to_mamba, transformers_config
 from mom_train.generation import load_model
 
@@ -33,9 +33,9 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
         values = {mamba_name(name): to_mamba(name, value).contiguous() for name, value in values.items()}
     elif form == "transformers":
         if config.objective.diffusion is not None:
-            raise ValueError("Transformers has no interface for latent patches: export as safetensors")
+            raise UserError("Transformers has no interface for latent patches: export as safetensors")
         if config.layout.mapped:
-            raise ValueError("codes inside the text's vocabulary have no place in it yet: export as safetensors")
+            raise UserError("codes inside the text's vocabulary have no place in it yet: export as safetensors")
         from mom_train.transformers_model import REMOTE_CODE, REMOTE_MODULE, MixtureOfMambaConfig
 
         exported = MixtureOfMambaConfig(

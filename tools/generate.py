@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from mom_data.errors import exit_clearly
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.config import PromptConfig
 from mom_train.generation import Sampling, load_model, sample_document
 from mom_train.sampling import prompt_segments, settings, write_span
@@ -46,7 +46,7 @@ def main() -> None:
         model, config = load_model(arguments.run, arguments.step, arguments.device, arguments.ema)
         path = arguments.tokenizers or config.tokenizers
         if path is None:
-            raise ValueError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
+            raise UserError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
         tokenizers, vocab = Tokenizers.load(path), config.layout
         sampling = settings(
             tokenizers,
@@ -59,7 +59,7 @@ def main() -> None:
             guidance=arguments.guidance,
         )
         if arguments.start and arguments.start not in vocab.modalities:
-            raise ValueError(f"this run has no modality '{arguments.start}', only {', '.join(vocab.modalities)}")
+            raise UserError(f"this run has no modality '{arguments.start}', only {', '.join(vocab.modalities)}")
         prompt = prompt_segments(PromptConfig(text=arguments.prompt, start=arguments.start), tokenizers, vocab)
         folder: Path = arguments.out or arguments.run / "samples"
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,11 +27,11 @@ from pack_stats import configured, first_rows, measure, tokens_of
 from tqdm import tqdm
 
 from mom_data.dataset import TokenDataset
-from mom_data.errors import exit_clearly
 from mom_data.plan import Piece, Plan, Source, hashed
 from mom_data.shards import LATENT_BIT, TokenSegment
 from mom_data.verify import document_keys
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import UserError, exit_clearly
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")  # matplotlib's cycle; text first
 _TEXT = 1200  # characters shown of a text
@@ -171,7 +171,7 @@ def shown(segment: TokenSegment, modality: str, tokenizers: Tokenizers | None) -
         part["note"] = f"{n:,} units" + (f", the first {_UNITS} drawn" if n > _UNITS else "")
     try:
         if tokenizers is None or modality not in tokenizers.modalities:
-            raise ValueError("no tokenizer given")
+            raise UserError("no tokenizer given")
         speech = modality == "speech"
         decoded = tokenizers.tokenizer(modality).decode(segment.values[:_HEARD] if speech else segment.values)
         if modality == "text":
@@ -215,11 +215,11 @@ def page(plan: Plan, tokenizers: Tokenizers | None, rows: int, documents: int, s
     described = tokenizers.describe() if tokenizers is not None else {}
     for dataset in datasets:
         if dataset.modalities != modalities:
-            raise ValueError(f"{dataset.location} has modalities {dataset.modalities}, others have {modalities}")
+            raise UserError(f"{dataset.location} has modalities {dataset.modalities}, others have {modalities}")
         for modality, made_by in dataset.tokenizers.items():
             given = described.get(modality)
             if given is not None and given["fingerprint"] != made_by["fingerprint"]:
-                raise ValueError(
+                raise UserError(
                     f"{dataset.location}: its {modality} was made with tokenizer {made_by['fingerprint']}, the one "
                     f"given is {given['fingerprint']}, which would show nonsense. Give --tokenizers of the dataset."
                 )
@@ -266,7 +266,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with exit_clearly("inspect_shards"):
         if min(arguments.length, arguments.lanes, arguments.window, arguments.rows, arguments.documents + 1) < 1:
-            raise ValueError("--length, --lanes, --window and --rows must be at least 1, --documents at least 0")
+            raise UserError("--length, --lanes, --window and --rows must be at least 1, --documents at least 0")
         path: Path | None = arguments.tokenizers
         if arguments.config is not None:
             from mom_train.config_file import load_config
@@ -279,7 +279,7 @@ def main() -> None:
             sources = tuple(Source(TokenDataset(d), 1.0) for d in arguments.dataset)
             plan = Plan(sources, arguments.length, arguments.lanes, arguments.window, arguments.seed)
         else:
-            raise ValueError("give a DATASET folder, or --config with data.train")
+            raise UserError("give a DATASET folder, or --config with data.train")
         tokenizers = Tokenizers.load(path) if path is not None else None
         html = page(plan, tokenizers, arguments.rows, arguments.documents, arguments.seed)
         arguments.output.write_text(html, encoding="utf-8")

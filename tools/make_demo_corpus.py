@@ -33,7 +33,7 @@ import soxr
 from PIL import Image
 from tqdm import tqdm
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 
 DOCUMENTED_PACKAGES = ("scipy", "sklearn", "numpy")
 SAMPLE_RATE = 16_000
@@ -234,11 +234,11 @@ class Espeak:
         try:
             import espeakng_loader
         except ImportError:
-            raise ValueError("espeak-ng, which speaks the corpus, is missing: pip install espeakng-loader") from None
+            raise UserError("espeak-ng, which speaks the corpus, is missing: pip install espeakng-loader") from None
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         self.rate = self.library.espeak_Initialize(2, 0, str(espeakng_loader.get_data_path()).encode(), 0)
         if self.rate <= 0:
-            raise ValueError("espeak-ng does not start: pip install --force-reinstall espeakng-loader")
+            raise UserError("espeak-ng does not start: pip install --force-reinstall espeakng-loader")
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # by default the time of day
         ctypes.CDLL(None).srand(1)
         self.chunks: list[np.ndarray] = []
@@ -255,7 +255,7 @@ class Espeak:
         """FLAC bytes, mono 16 bit at 16 kHz."""
         self.chunks.clear()
         if self.library.espeak_SetVoiceByName(speech.voice.encode()) != 0:
-            raise ValueError(f"espeak-ng has no voice {speech.voice!r}")
+            raise UserError(f"espeak-ng has no voice {speech.voice!r}")
         self.library.espeak_SetParameter(1, speech.words_per_minute, 0)
         self.library.espeak_SetParameter(3, speech.pitch, 0)
         text = speech.text.encode()
@@ -325,7 +325,7 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
         if summary["settings"] == asdict(settings):
             return summary
     elif output.exists() and any(p.name != ".partial" for p in output.iterdir()):
-        raise ValueError(f"{output} holds files that are not a demo corpus: give another --output")
+        raise UserError(f"{output} holds files that are not a demo corpus: give another --output")
     Espeak()
     # here, not above: they import torch and scipy, which the workers would wait for
     from sklearn.datasets import load_digits
@@ -395,7 +395,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with exit_clearly("make_demo_corpus"):
         if arguments.documents < 50 or arguments.workers < 1:
-            raise ValueError("--documents must be at least 50 and --workers at least 1")
+            raise UserError("--documents must be at least 50 and --workers at least 1")
         summary = build_corpus(arguments.output, Settings(arguments.documents, arguments.seed), arguments.workers)
         print(f"{'':8}{'documents':>11}{'characters':>12}{'images':>8}{'recordings':>12}{'seconds':>9}")
         for split in ("train", "val"):

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.vocab import chameleon_layout, read_vocabulary
 
 
@@ -22,7 +22,7 @@ def pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
     """NAME=VALUE, several times. Raises ValueError."""
     for argument in arguments:
         if not all(argument.partition("=")):
-            raise ValueError(f"{option} {argument}: expected NAME=VALUE")
+            raise UserError(f"{option} {argument}: expected NAME=VALUE")
     return dict(argument.split("=", 1) for argument in arguments)
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     with exit_clearly("map_vocabulary"):
         further = pairs(arguments.further, "--further")
         if wrong := [size for size in further.values() if not size.isdecimal()]:
-            raise ValueError(f"--further: {wrong[0]!r} is no number of ids")
+            raise UserError(f"--further: {wrong[0]!r} is no number of ids")
         tokens = read_vocabulary(arguments.tokenizer)
         sizes = {name: int(size) for name, size in further.items()}
         layout = chameleon_layout(tokens, pairs(arguments.special, "--special"), sizes)

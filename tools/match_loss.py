@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from published import Published, select
 from tabulate import tabulate
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import exit_clearly
 
 GREY, ORANGE = "#6b7280", "#e07b00"
 

@@ -23,10 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mom_data.dataset import TokenDataset
-from mom_data.errors import exit_clearly
 from mom_data.packing import assembled_lengths
 from mom_data.plan import Lane, Packing, Piece, Plan, Source
 from mom_data.shards import LATENT_BIT
+from mom_tokenizers.errors import UserError, exit_clearly
 
 PADDING_LIMIT = 2.0  # percent; above it there is a warning
 EPOCHS_LIMIT = 4.0
@@ -123,7 +123,7 @@ def predict(plan: Plan, sequences: int, run_sequences: int | None = None) -> dic
     scans = {k: scan(s.dataset, plan.length) for k, s in active}
     for k, source in active:
         if n := scans[k]["too_long"]:
-            raise ValueError(
+            raise UserError(
                 f"{source.dataset.location}: {n} pictures of latents never fit a row of {plan.length} positions, and "
                 f"latents are not cut; the largest takes {scans[k]['largest']}. Raise data.sequence_length to that, or "
                 "tokenize again with smaller pictures"
@@ -243,9 +243,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     with exit_clearly("pack_stats"):
         if bool(arguments.config) == bool(arguments.data):
-            raise ValueError("give either a CONFIG, or --data FOLDER ... and --length")
+            raise UserError("give either a CONFIG, or --data FOLDER ... and --length")
         if min(arguments.sequences, arguments.length, arguments.lanes, arguments.window) < 1:
-            raise ValueError("--sequences, --length, --lanes and --window must be at least 1")
+            raise UserError("--sequences, --length, --lanes and --window must be at least 1")
         if arguments.config:
             plan, run_sequences = configured(Path(arguments.config[0]), arguments.config[1:])
         else:

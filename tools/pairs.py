@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scores import normalised
 
+from mom_tokenizers.errors import UserError
+
 if TYPE_CHECKING:
     from mom_data.dataset import TokenDataset
     from mom_tokenizers.bundle import Tokenizers
@@ -60,7 +62,7 @@ def chosen_pairs(dataset: TokenDataset, modality: str, count: int, longest: int,
             break
     if len(pairs) < FEWEST:
         kind = f"documents of one text and one {modality} segment"
-        raise ValueError(f"{dataset.location}: {len(pairs)} {kind}; at least {FEWEST} are needed")
+        raise UserError(f"{dataset.location}: {len(pairs)} {kind}; at least {FEWEST} are needed")
     return pairs
 
 
@@ -76,7 +78,7 @@ def originals(dataset: TokenDataset, pairs: Sequence[Pair], tokenizers: Tokenize
     for shard in sorted({pair.shard for pair in pairs}):
         tar = Path(dataset.where(shard))
         if not tar.is_file():
-            raise ValueError(f"--raw: documents' keys are read from shards on this machine, and {tar} is not")
+            raise UserError(f"--raw: documents' keys are read from shards on this machine, and {tar} is not")
         keys = document_keys(tar)
         for i, pair in enumerate(pairs):
             if pair.shard == shard:
@@ -91,5 +93,5 @@ def originals(dataset: TokenDataset, pairs: Sequence[Pair], tokenizers: Tokenize
                 if len(text) == 1 and np.array_equal(tokenizers.encode("text", text[0]), pairs[i].text):
                     found[i] = next(s.data for s in document.segments if s.modality != "text")
     if all(data is None for data in found):
-        raise ValueError(f"--raw: none of the {len(pairs)} documents chosen from {dataset.location} is in these files")
+        raise UserError(f"--raw: none of the {len(pairs)} documents chosen from {dataset.location} is in these files")
     return found

@@ -49,7 +49,7 @@ from mini_report import write_report
 from mixture import sources
 
 from mom_data.document import expand_inputs
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.status import EXIT_PREEMPTED
 
 TOOLS = Path(__file__).parent
@@ -76,13 +76,13 @@ def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -
     if record.exists():
         before = json.loads(record.read_text())
         if before["corpus"] != place:
-            raise ValueError(f"{output} was begun with {before['corpus']}; take another --output for {corpus}")
+            raise UserError(f"{output} was begun with {before['corpus']}; take another --output for {corpus}")
         return before["settings"]
     expand_inputs([str(corpus)])
     split = (corpus / "train").is_dir() and (corpus / "val").is_dir()
     found = present_modalities(corpus / "train" if split else corpus)
     if "image" not in found:
-        raise ValueError(f"{corpus}: no pictures, which all settings of the paper have; found {', '.join(found)}")
+        raise UserError(f"{corpus}: no pictures, which all settings of the paper have; found {', '.join(found)}")
     settings = [s for s in SETTINGS if set(MODALITIES[s]) <= set(found)]
     chosen_experiments(experiments, settings)  # before hours of work
     for setting in settings:
@@ -112,7 +112,7 @@ def chosen_experiments(wanted: list[str], settings: list[str]) -> list[str]:
     """Those named, in the order of EXPERIMENTS. Raises ValueError where the corpus has not the modalities for them."""
     if wanted and EXPERIMENTS_IN not in settings:
         needed = ", ".join(MODALITIES[EXPERIMENTS_IN])
-        raise ValueError(f"--experiments: they are trained with {needed}, and the corpus has not all of these")
+        raise UserError(f"--experiments: they are trained with {needed}, and the corpus has not all of these")
     return [name for name in EXPERIMENTS if name in wanted or "all" in wanted]
 
 
@@ -186,7 +186,7 @@ class Miniature:
             return
         missing = [f"{s}/{a}" for s in state.settings for a in SETTINGS[s] if f"{s}/{a}" not in state.per_step]
         if missing:
-            raise ValueError(f"runs of {TIMED_STEPS} steps failed: {', '.join(missing)}; see {self.output / 'logs'}")
+            raise UserError(f"runs of {TIMED_STEPS} steps failed: {', '.join(missing)}; see {self.output / 'logs'}")
         budget = 60 * wanted.minutes
         state.steps = steps_for(state, budget, wanted.jobs, wanted.seeds, self.batch, wanted.max_steps)
         log.info("%d steps a run; s/step %s", state.steps, {k: round(v, 3) for k, v in state.per_step.items()})
@@ -322,7 +322,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with exit_clearly("paper_mini"):
         if min(arguments.seeds, arguments.max_steps, arguments.jobs or 1) < 1 or arguments.minutes <= 0:
-            raise ValueError("--seeds, --max-steps and --jobs must be at least 1, --minutes above 0")
+            raise UserError("--seeds, --max-steps and --jobs must be at least 1, --minutes above 0")
         import torch  # only to know the machine
 
         cores = len(os.sched_getaffinity(0))
@@ -340,7 +340,7 @@ def main() -> None:
                 complete = miniature.run()
                 write_report(output, miniature.state, arguments.seeds, complete)
         except Timeout:
-            raise ValueError(f"{output}: another paper_mini is at work there") from None
+            raise UserError(f"{output}: another paper_mini is at work there") from None
         print((output / "report.md").read_text())
 
 

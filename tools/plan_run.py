@@ -28,7 +28,7 @@ from typing import Any
 
 from describe_model import table
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
 from mom_train.flops import TRAINING_FACTOR, forward_flops_per_token
@@ -74,9 +74,9 @@ def shared_by(config: RunConfig, ranks: int) -> int:
     """S, the ranks that share one copy of the model. Raises ValueError where they cannot."""
     S = config.parallel.shard_ranks or ranks
     if ranks % S:
-        raise ValueError(f"parallel.shard_ranks={S} does not divide the {ranks} ranks")
+        raise UserError(f"parallel.shard_ranks={S} does not divide the {ranks} ranks")
     if config.parallel.context_ranks > 1:
-        raise ValueError("parallel.context_ranks: what goes from slice to slice of a row is not predicted here")
+        raise UserError("parallel.context_ranks: what goes from slice to slice of a row is not predicted here")
     return S
 
 
@@ -342,12 +342,12 @@ def main() -> None:
         names = [a for a in given.config if "=" not in a or Path(a).suffix in (".yaml", ".yml")]
         overrides = [a for a in given.config if a not in names]
         if not names:
-            raise ValueError("no CONFIG among the arguments")
+            raise UserError("no CONFIG among the arguments")
         for flag, value in {"--mfu": given.mfu, "--efficiency": given.efficiency}.items():
             if not 0 < value <= 1:
-                raise ValueError(f"{flag} {value}: a share between 0 and 1")
+                raise UserError(f"{flag} {value}: a share between 0 and 1")
         if given.gpus_per_node < 1 or (given.nodes is not None and given.nodes < 1):
-            raise ValueError("--nodes and --gpus-per-node: at least one")
+            raise UserError("--nodes and --gpus-per-node: at least one")
         assumed = Assumptions(given.mfu, given.efficiency, given.latency, given.patch_share, given.price)
         found = []
         for name in names:

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from curves import AXES, WINDOW, Run, smoothed
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 
 
 def draw(axes: Axes, run: Run, modality: str, axis: str, colour: str, label: str) -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         names = [name.rpartition("/")[2] for run in runs for name in run.names]
         modalities = [m for m in dict.fromkeys(names) if m != "total"]
         if not modalities:
-            raise ValueError(f"{', '.join(map(str, arguments.runs))}: no losses logged yet")
+            raise UserError(f"{', '.join(map(str, arguments.runs))}: no losses logged yet")
         figure, grid = plt.subplots(1, len(modalities), figsize=(4.6 * len(modalities), 3.8), squeeze=False)
         colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
         for axes, modality in zip(grid[0], modalities, strict=True):

@@ -6,6 +6,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from mom_tokenizers.errors import UserError
+
 FOLDER = Path(__file__).parent / "paper"
 TABLES = {2: "Chameleon + Speech", 3: "ablation, Chameleon + Speech, 443M", 4: "Transfusion", 7: "Chameleon"}
 
@@ -39,7 +41,7 @@ class Published:
 def read(table: int) -> list[Published]:
     """The rows of a table, in the paper's order. Raises ValueError for a table that is not there."""
     if table not in TABLES:
-        raise ValueError(f"the paper's tables with gains are {', '.join(map(str, TABLES))}, not {table}")
+        raise UserError(f"the paper's tables with gains are {', '.join(map(str, TABLES))}, not {table}")
     with open(FOLDER / f"table{table}.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     if table == 3:
@@ -68,10 +70,10 @@ def select(text: str) -> list[Published]:
     """The rows of TABLE:ROW, such as 7:1.5B or 3:in_proj+dt_proj. Raises ValueError that lists what there is."""
     table, separator, row = text.partition(":")
     if not separator or not table.isdigit():
-        raise ValueError(f"--paper {text}: expected TABLE:ROW, such as 7:1.5B")
+        raise UserError(f"--paper {text}: expected TABLE:ROW, such as 7:1.5B")
     rows = read(int(table))
     found = [p for p in rows if p.row.lower() == row.lower()]
     if not found:
         known = ", ".join(dict.fromkeys(p.row for p in rows))
-        raise ValueError(f"--paper {text}: Table {table} has no row {row!r}; it has {known}")
+        raise UserError(f"--paper {text}: Table {table} has no row {row!r}; it has {known}")
     return found

@@ -25,7 +25,7 @@ from curves import AXES, WINDOW, Run, compare, smoothed, tokens_of
 from match_loss import HEADER, cells, notes
 from svg_chart import Series, chart
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import exit_clearly
 from mom_train.status import read_status
 
 _POINTS = 400  # of a curve

@@ -26,7 +26,7 @@ import scores
 from pairs import FEWEST, Pair, chosen_pairs, originals
 from scores import Score
 
-from mom_data.errors import exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 
 if TYPE_CHECKING:
     from mom_tokenizers.bundle import Tokenizers
@@ -53,7 +53,7 @@ def sample(
     mine = json.loads(json.dumps(identity))
     there = json.loads(settings.read_text()) if settings.exists() else mine
     if differing := sorted(key for key in there.keys() | mine.keys() if there.get(key) != mine.get(key)):
-        raise ValueError(f"{folder} holds samples made with another {', '.join(differing)}: give another --out")
+        raise UserError(f"{folder} holds samples made with another {', '.join(differing)}: give another --out")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as name:
         making = Path(name)
         (making / settings.name).write_text(json.dumps(mine, indent=1) + "\n")
@@ -64,7 +64,7 @@ def sample(
                 continue
             span = write_span(making, pair.name, modality, draw(pair), tokenizers)
             if span.decoded is None:
-                raise ValueError(f"{modality}: a sample cannot be decoded: {span.markdown}")
+                raise UserError(f"{modality}: a sample cannot be decoded: {span.markdown}")
             for file in sorted(making.iterdir(), key=lambda file: file.suffix == final.suffix):
                 file.replace(folder / file.name)  # what is looked for goes last
 
@@ -184,7 +184,7 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
 
     given = {role: path for role in ("vision", "clip", "asr") if (path := getattr(arguments, role)) is not None}
     if not given:
-        raise ValueError("give a model: --vision or --clip to look at pictures, --asr to listen to speech")
+        raise UserError("give a model: --vision or --clip to look at pictures, --asr to listen to speech")
     scores.needed("jiwer", "scores")
     seeing = {path: scores.Vision(path, arguments.device, arguments.batch) for r, path in given.items() if r != "asr"}
     vision, clip = seeing.get(arguments.vision), seeing.get(arguments.clip)
@@ -195,7 +195,7 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
     model, config = load_model(arguments.run, checkpoint.step, arguments.device, arguments.ema)
     path, vocab = arguments.tokenizers or config.tokenizers, config.layout
     if path is None:
-        raise ValueError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
+        raise UserError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
     tokenizers, dataset = Tokenizers.load(path, arguments.device), TokenDataset(arguments.shards)
     described = tokenizers.describe()
     check_agreement([dataset], dict(vocab.sizes), described)
@@ -217,7 +217,7 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
     notes: list[str] = []
     for modality in ["image"] * bool(seeing) + ["speech"] * (hear is not None):
         if modality not in vocab.modalities:
-            raise ValueError(f"this run has no modality '{modality}', only {', '.join(vocab.modalities)}")
+            raise UserError(f"this run has no modality '{modality}', only {', '.join(vocab.modalities)}")
         opened = TokenSegment(vocab.modalities.index(modality), np.zeros(0, np.uint32))
 
         def draw(pair: Pair, modality: str = modality, opened: TokenSegment = opened) -> Any:
@@ -252,7 +252,7 @@ def parsed(part: str | None) -> tuple[int, int] | None:
         return None
     numbers = part.split("/")
     if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or not int(numbers[0]) < int(numbers[1]):
-        raise ValueError(f"--part {part}: K/N, with K from 0 to N - 1")
+        raise UserError(f"--part {part}: K/N, with K from 0 to N - 1")
     return int(numbers[0]), int(numbers[1])
 
 
@@ -296,12 +296,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with exit_clearly("score_samples"):
         if arguments.samples < FEWEST or arguments.batch < 1:
-            raise ValueError(f"--samples: at least {FEWEST}; --batch: at least 1")
+            raise UserError(f"--samples: at least {FEWEST}; --batch: at least 1")
         from mom_tokenizers.bundle import resolved_device
 
         arguments.device = resolved_device(arguments.device or "auto")
         if not 0 < arguments.seconds <= LONGEST:
-            raise ValueError(f"--seconds: above 0 and at most {LONGEST:g}")
+            raise UserError(f"--seconds: above 0 and at most {LONGEST:g}")
         part = parsed(arguments.part)
         figures = score(arguments, part)
         if part is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def frechet_distance(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
     means, roots = [], []
     for features_ND in (x_ND, y_ND):
         if len(features_ND) < 2:
-            raise ValueError(f"a covariance of {len(features_ND)} sample: at least 2 are needed")
+            raise UserError(f"a covariance of {len(features_ND)} sample: at least 2 are needed")
         features = np.asarray(features_ND, np.float64)
         means.append(features.mean(axis=0))
         # R of the QR form: RᵀR = XᵀX with no more than D rows
@@ -77,7 +78,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndar
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         words = normalised(reference)
         if not words:
-            raise ValueError(f"a recording's text has no words: {reference!r}")
+            raise UserError(f"a recording's text has no words: {reference!r}")
         found = jiwer.process_words(words, normalised(hypothesis))
         errors = found.substitutions + found.deletions + found.insertions
         counts.append((errors, found.hits + found.substitutions + found.deletions))
@@ -101,7 +102,7 @@ def needed(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ValueError(f"needs {module}: pip install '.[{extra}]' ({error})") from None
+        raise UserError(f"needs {module}: pip install '.[{extra}]' ({error})") from None
 
 
 class Vision:
@@ -137,7 +138,7 @@ class Vision:
         import torch
 
         if not hasattr(self._model, "get_text_features"):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: a {type(self._model).__name__}, which reads no texts; give a CLIP's folder"
             )
         tokenizer = _part(self.folder, "AutoTokenizer")
@@ -163,7 +164,7 @@ class Recogniser:
         architectures = _part(folder, "AutoConfig").architectures or ()
         ctc = any(name.endswith("ForCTC") for name in architectures)
         if ctc and language is not None:
-            raise ValueError(f"{folder}: a recogniser with a CTC head, which takes no --language")
+            raise UserError(f"{folder}: a recogniser with a CTC head, which takes no --language")
         self._listen = transformers.pipeline(
             "automatic-speech-recognition",
             model=_weights(folder, "AutoModelForCTC" if ctc else "AutoModelForSpeechSeq2Seq"),
@@ -178,7 +179,7 @@ class Recogniser:
         try:
             self(np.zeros(self._rate, np.float32), self._rate)
         except Exception as error:  # a language it lacks, and whatever else generation finds wrong
-            raise ValueError(f"{folder}: this recogniser does not work: {error}") from error
+            raise UserError(f"{folder}: this recogniser does not work: {error}") from error
 
     def __call__(self, waveform: np.ndarray, rate: int) -> str:
         """What it hears in a float waveform (n,) of `rate` Hz, at most half a minute of it."""
@@ -207,11 +208,11 @@ def _part(folder: Path, name: str) -> Any:
     """A configuration, tokenizer or processor of a model's folder."""
     transformers = needed("transformers", "tokenizers")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json there; give the folder of a Transformers model on this machine")
+        raise UserError(f"{folder}: no config.json there; give the folder of a Transformers model on this machine")
     try:
         return getattr(transformers, name).from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the libraries below raise
-        raise ValueError(f"{folder}: no {name} to be had: {error}") from error
+        raise UserError(f"{folder}: no {name} to be had: {error}") from error
 
 
 def _weights(folder: Path, name: str) -> Any:

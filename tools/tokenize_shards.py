@@ -32,10 +32,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mom_data.document import Limits, Part, expand_inputs
-from mom_data.errors import exit_clearly
 from mom_data.shards import write_manifest
 from mom_data.tokenize import TOO_LARGE, Job, Settings, index, jobs_of, known_index, names_of, tokenize_part, tokenizing
 from mom_tokenizers.bundle import READY, Tokenizers
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.image import MAX_PIXELS
 
 _REPORTED = 256  # samples between two touches of the shared counters
@@ -75,7 +75,7 @@ def _tokenize(job: Job) -> dict[str, Any]:
     try:
         return tokenize_part(job, lambda: tokenizing(job.settings.tokenizers, _device), _report)
     except (ValueError, OSError, MemoryError) as error:
-        raise ValueError(f"{job.name} (process {os.getpid()}): {error or 'out of memory'}") from error
+        raise UserError(f"{job.name} (process {os.getpid()}): {error or 'out of memory'}") from error
     except Exception as error:
         raise RuntimeError(f"{job.name} (process {os.getpid()}): {type(error).__name__}: {error}") from error
 
@@ -106,7 +106,7 @@ def each(
             running = [futures[future] for future in waiting if future.running()]
             tick(len(made))
     except BrokenProcessPool:
-        raise ValueError(
+        raise UserError(
             f"a worker was killed, perhaps for want of memory, at one of {', '.join(sorted(running)[:8])}. Finished "
             "parts are kept: run again, with fewer --workers if it was memory."
         ) from None
@@ -115,7 +115,7 @@ def each(
         raise
     if failed:
         more = f"; and {len(failed) - 8} more" if len(failed) > 8 else ""
-        raise ValueError("; ".join(sorted(failed)[:8]) + more)
+        raise UserError("; ".join(sorted(failed)[:8]) + more)
     return made
 
 
@@ -172,10 +172,10 @@ def commit(jobs: Sequence[Job], records: Mapping[str, Mapping[str, Any]], max_ba
     (output / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped))
     documents = sum(s["documents"] for s in shards)
     if not documents:
-        raise ValueError(f"no document could be read from the inputs; see {output}/skipped.jsonl")
+        raise UserError(f"no document could be read from the inputs; see {output}/skipped.jsonl")
     bad = sum(not entry["reason"].startswith(TOO_LARGE) for entry in skipped)
     if bad > max_bad_fraction * (documents + len(skipped)):
-        raise ValueError(
+        raise UserError(
             f"{bad} of {documents + len(skipped)} documents could not be read, more than "
             f"--max-bad-fraction {max_bad_fraction}; {output}/skipped.jsonl lists them. What is done "
             "is kept: run again with a larger share to commit it."
@@ -194,7 +194,7 @@ def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output
         from submitit.core.utils import UncompletedJobError
         from submitit.helpers import Checkpointable, CommandFunction
     except ImportError:
-        raise ValueError("--submit needs submitit: pip install 'mixture-of-mamba[slurm]'") from None
+        raise UserError("--submit needs submitit: pip install 'mixture-of-mamba[slurm]'") from None
 
     class Step(CommandFunction, Checkpointable):
         """A command that is started again after a time-out or preemption; it goes on where it was."""
@@ -221,7 +221,7 @@ def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output
         try:
             executor = AutoExecutor(output / ".submit" / stamp / step / "%j", options.submit)
         except RuntimeError as error:
-            raise ValueError(f"--submit {options.submit}: {error}") from error
+            raise UserError(f"--submit {options.submit}: {error}") from error
         extra = {**after, "kill-on-invalid-dep": "yes"} if after else {}
         executor.update_parameters(
             name=f"tokens-{step}", timeout_min=options.time, cpus_per_task=options.cpus_per_task,
@@ -239,9 +239,9 @@ def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output
             try:
                 print("  " + (job.result().strip().splitlines() or ["done"])[-1], flush=True)
             except UncompletedJobError:
-                raise ValueError(f"{step}: a task ended without a result; its log: {job.paths.stderr}") from None
+                raise UserError(f"{step}: a task ended without a result; its log: {job.paths.stderr}") from None
             except Exception as error:
-                raise ValueError(f"{step}: {str(error).strip().splitlines()[-1]} (log: {job.paths.stderr})") from error
+                raise UserError(f"{step}: {str(error).strip().splitlines()[-1]} (log: {job.paths.stderr})") from error
 
 
 def stripe(text: str) -> tuple[int, int]:
@@ -300,9 +300,9 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
 def settings_of(arguments: argparse.Namespace) -> Settings:
     described = Tokenizers.load(arguments.config).describe()
     if both := [m for m in arguments.drop_modalities if m in described]:
-        raise ValueError(f"--drop-modalities {both[0]}: {arguments.config} has a tokenizer for it; take it out there")
+        raise UserError(f"--drop-modalities {both[0]}: {arguments.config} has a tokenizer for it; take it out there")
     if arguments.max_pixels > MAX_PIXELS:
-        raise ValueError(f"--max-pixels {arguments.max_pixels:.0f}: no picture above {MAX_PIXELS} is ever unpacked")
+        raise UserError(f"--max-pixels {arguments.max_pixels:.0f}: no picture above {MAX_PIXELS} is ever unpacked")
     limits = Limits(int(arguments.max_pixels), arguments.max_seconds,
                     arguments.max_characters and int(arguments.max_characters))  # fmt: skip
     return Settings(
@@ -318,7 +318,7 @@ def devices_of(wanted: str, settings: Settings) -> list[str]:
     if all(t["kind"] in ("bpe", READY) for t in settings.described.values()) or wanted == "cpu":
         return ["cpu"]
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here")
+        raise UserError("--device cuda: torch sees no CUDA device here")
     return [f"cuda:{k}" for k in range(torch.cuda.device_count())] or ["cpu"]
 
 

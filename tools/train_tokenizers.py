@@ -27,8 +27,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from tqdm import tqdm
 
 from mom_data.document import BadSample, Document, expand_inputs, read_documents
-from mom_data.errors import exit_clearly
 from mom_tokenizers.bundle import resolved_device
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.image import decode_image, preprocess
 from mom_tokenizers.image_training import ImageConfig, Strict, train_image, usage
 from mom_tokenizers.speech import SpeechTokenizer, Waveform, decode_audio, read_centroids
@@ -71,9 +71,9 @@ def load_config(path: Path) -> Config:
         return Config.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(file)'}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{path}:\n" + "\n".join(lines)) from None
+        raise UserError(f"{path}:\n" + "\n".join(lines)) from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+        raise UserError(f"{path}: not YAML: {error}") from error
 
 
 @dataclass
@@ -123,14 +123,14 @@ def draw_sample(files: list[Path], config: Config, modalities: set[str], seed: i
                     elif segment.modality == "speech":
                         waveform, rate = decode_audio(segment.data)
                         if len(waveform) < 0.02 * rate:
-                            raise ValueError("shorter than a unit")
+                            raise UserError("shorter than a unit")
                         sample.waveforms.append((waveform, rate))
                         taken["speech"] += len(waveform) / rate
                 except ValueError:
                     sample.unreadable += 1
     for modality, amount in taken.items():
         if not amount:
-            raise ValueError(
+            raise UserError(
                 f"the inputs hold no {modality} that can be read; take '{modality}' out of the config, or add inputs"
             )
     return sample
@@ -164,7 +164,7 @@ def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: in
         given = None if config.centroids is None else read_centroids(Path(config.centroids))
         tokenizer = SpeechTokenizer(given, config.extractor, model=config.model, layer=config.layer)
         if tokenizer.size != config.size:
-            raise ValueError(f"speech.size is {config.size}, but the units given are {tokenizer.size}")
+            raise UserError(f"speech.size is {config.size}, but the units given are {tokenizer.size}")
     else:
         tokenizer = SpeechTokenizer.train(
             tqdm(sample.waveforms, desc="speech", unit="clip"),

@@ -23,7 +23,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mom_data.errors import EXIT_USER_ERROR, exit_clearly
 from mom_data.verify import (
     INDEX_BYTES,
     Manifest,
@@ -35,6 +34,7 @@ from mom_data.verify import (
     sha256_of,
     verify_shard,
 )
+from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly
 
 _BYTES_PER_PROCESS = 128 << 20  # less is read before another process has started
 
@@ -75,7 +75,7 @@ def main() -> None:
     with exit_clearly("verify_shards"):
         folder: Path = arguments.dataset
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
+            raise UserError(f"{folder}: no such folder")
         manifest, problems = read_manifest(folder)
         reports: list[ShardReport] = []
         rebuilt: list[str] = []

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mom_tokenizers.errors import UserError
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="torchrun_launch", description="Start the ranks of a training run.")
@@ -54,7 +56,7 @@ def main() -> None:
         command.add_argument("run", type=Path, metavar="RUN", help="the run's directory (run_dir)")
     arguments = parser.parse_args()
 
-    from mom_data.errors import exit_clearly
+    from mom_tokenizers.errors import exit_clearly
 
     with exit_clearly("torchrun_launch"):
         sys.exit(_COMMANDS[arguments.command](arguments))
@@ -90,7 +92,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     if arguments.sweep is not None:  # what stands in the config's place is an override, too
         configs, overrides = submit.sweep(arguments.sweep), [o for o in (arguments.config, *overrides) if o is not None]
     elif arguments.config is None:
-        raise ValueError("submit: name a CONFIG, or several with --sweep")
+        raise UserError("submit: name a CONFIG, or several with --sweep")
     given = {key: value for key, value in vars(arguments).items() if key in submit.Request.__dataclass_fields__}
     given["sbatch"] = dict(_option(text) for text in arguments.sbatch)
     given["nproc_per_node"] = arguments.nproc_per_node or arguments.gpus_per_node or 1

@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mom_data.errors import EXIT_USER_ERROR
+from mom_tokenizers.errors import EXIT_USER_ERROR
 from mom_train.status import AGENT_PID, EXIT_INCIDENT
 
 ENDED_FOR_GOOD = (EXIT_USER_ERROR, EXIT_INCIDENT)  # started again, the run would end the same way

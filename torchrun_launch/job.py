@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mom_tokenizers.errors import UserError
 from mom_train.status import EXIT_PREEMPTED, read_status
 from torchrun_launch.agent import ENDED_FOR_GOOD
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
@@ -42,7 +43,7 @@ class NodeTask:
 
     def __call__(self) -> None:
         if not Path(__file__).resolve().is_relative_to(Path(self.code).resolve()):
-            raise ValueError(f"{__file__} would train in place of the code in {self.code}: is PYTHONSAFEPATH set?")
+            raise UserError(f"{__file__} would train in place of the code in {self.code}: is PYTHONSAFEPATH set?")
         sys.exit(self.run())
 
     @property

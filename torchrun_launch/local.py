@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from mom_tokenizers.errors import UserError
 from mom_train.config_file import load_config
 from mom_train.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
@@ -41,7 +42,7 @@ def launch(
         # by address: in containers and on laptops a machine's own name often does not resolve
         meeting = ["--standalone", "--local-addr=127.0.0.1"]
     elif endpoint is None:
-        raise ValueError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
+        raise UserError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
     else:
         meeting = rendezvous(nodes, endpoint, run_id, rendezvous_timeout, hosts_it=node_rank == 0)
     torchrun = [*meeting, f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]

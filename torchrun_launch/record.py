@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mom_tokenizers.errors import UserError
+
 _CLIENT_SECONDS = 30  # Slurm's commands hang long where its controller is away
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"}
 
@@ -32,7 +34,7 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     try:
         return json.loads((run_dir / "launch.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"{run_dir}: nothing was launched here (no launch.json); name a run's directory") from None
+        raise UserError(f"{run_dir}: nothing was launched here (no launch.json); name a run's directory") from None
 
 
 def this_process() -> dict[str, Any]:
@@ -67,12 +69,12 @@ def check_free(run_dir: Path) -> None:
         if shutil.which("squeue") is None:
             return
         if (state := job_state(record["job"])["state"]) in ACTIVE:
-            raise ValueError(
+            raise UserError(
                 f"{run_dir}: job {record['job']} is {state} on it. "
                 f"End it first (python -m torchrun_launch cancel {run_dir}), or use another run_dir."
             )
     elif process_lives(record):
-        raise ValueError(
+        raise UserError(
             f"{run_dir}: process {record['pid']} is training it. "
             f"End it first (python -m torchrun_launch cancel {run_dir}), or use another run_dir."
         )
@@ -83,11 +85,11 @@ def slurm(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CLIENT_SECONDS)
     except FileNotFoundError:
-        raise ValueError(f"{command[0]}: not found. Is this a node of the cluster?") from None
+        raise UserError(f"{command[0]}: not found. Is this a node of the cluster?") from None
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]} did not answer within {_CLIENT_SECONDS} s: is Slurm's controller up?") from None
+        raise UserError(f"{command[0]} did not answer within {_CLIENT_SECONDS} s: is Slurm's controller up?") from None
     if done.returncode:
-        raise ValueError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        raise UserError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
 from torchrun_launch.job import NodeTask
@@ -88,7 +89,7 @@ def submit(
     runs = [absolute(load_config(config, own)) for config, own in named]
     run_dirs = [run.run_dir for run in runs]
     if len(set(run_dirs)) < len(run_dirs):
-        raise ValueError(
+        raise UserError(
             f"run_dir: {len(run_dirs)} runs need as many, their configs name {len(set(run_dirs))}; "
             "in 'run_dir=runs/seed-1/{config}' a config's own name stands for {config}"
         )
@@ -101,7 +102,7 @@ def submit(
         run_dirs[0].name if len(runs) == 1 else folder.parents[1].name, folder / "code", run_dirs
     )
     if "%" in str(folder):
-        raise ValueError(f"run_dir {run_dirs[0]}: Slurm would replace the % in its name")
+        raise UserError(f"run_dir {run_dirs[0]}: Slurm would replace the % in its name")
     submitit = _submitit()
     python = "python3" if request.container_image is not None else None
     if dry_run:
@@ -138,7 +139,7 @@ def submit(
             jobs = [executor.submit(task) for task in tasks]
     except (RuntimeError, submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         shutil.rmtree(folder)
-        raise ValueError(f"the job was not submitted: {error}") from None
+        raise UserError(f"the job was not submitted: {error}") from None
     for run, job in zip(runs, jobs, strict=True):
         record = {
             "kind": "slurm",
@@ -163,7 +164,7 @@ def sweep(pattern: str) -> list[str]:
     """Configs that the pattern matches, in order. Raises ValueError where there are none."""
     found = sorted(glob.glob(pattern))
     if not found:
-        raise ValueError(f"--sweep {pattern}: no such file. Quote the pattern, and give it from here ({os.getcwd()})")
+        raise UserError(f"--sweep {pattern}: no such file. Quote the pattern, and give it from here ({os.getcwd()})")
     return found
 
 
@@ -213,5 +214,5 @@ def _submitit() -> Any:
         import submitit
         import submitit.slurm.slurm
     except ImportError:
-        raise ValueError("submit needs submitit: pip install 'mixture-of-mamba[slurm]'") from None
+        raise UserError("submit needs submitit: pip install 'mixture-of-mamba[slurm]'") from None
     return submitit

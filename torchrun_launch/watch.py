@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mom_tokenizers.errors import UserError
 from mom_train.status import read_status
 from torchrun_launch.record import ACTIVE, job_state, process_lives, read_record, slurm
 
@@ -99,7 +100,7 @@ def log_files(run_dir: Path) -> list[Path]:
         # the batch script's own output is task 0's file
         return sorted(Path(record["output"]).glob(f"{record['job']}_*_log.out"))
     if record["logs"] is None:
-        raise ValueError(f"{run_dir}: its output went to the terminal that it was started from")
+        raise UserError(f"{run_dir}: its output went to the terminal that it was started from")
     return [path for path in [Path(record["logs"])] if path.exists()]
 
 
@@ -140,7 +141,7 @@ def cancel(run_dir: Path, timeout: float = 300) -> str:
     KillWait leaves it. Returns what was done. Raises ValueError where it does not end within `timeout` seconds."""
     record = read_record(run_dir)
     if record["kind"] == "local" and process_lives(record) is None:
-        raise ValueError(f"{run_dir}: it was started on {record['host']}; cancel it there")
+        raise UserError(f"{run_dir}: it was started on {record['host']}; cancel it there")
     if not _active(run_dir):
         return f"{run_dir}: nothing runs"
     if record["kind"] == "slurm":
@@ -152,6 +153,6 @@ def cancel(run_dir: Path, timeout: float = 300) -> str:
     deadline = time.monotonic() + timeout
     while _active(run_dir):
         if time.monotonic() > deadline:
-            raise ValueError(f"{run_dir}: {what} was told to end and still runs after {timeout:.0f} s")
+            raise UserError(f"{run_dir}: {what} was told to end and still runs after {timeout:.0f} s")
         time.sleep(0.5)
     return f"{run_dir}: {what} has ended"

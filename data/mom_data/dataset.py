@@ -21,6 +21,7 @@ import safetensors.numpy
 
 from mom_data.shards import LATENT_BIT, SCHEMA, TokenSegment, crc32
 from mom_data.storage import CACHE_BYTES, RemoteFolder, Stored, folder_at
+from mom_tokenizers.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -94,31 +95,31 @@ class TokenDataset:
         try:
             text = self._folder.read("manifest.json")
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(
+            raise UserError(
                 f"{self.location}: no manifest.json, so no finished dataset. tools/tokenize_shards.py writes one; if "
                 "it was interrupted, start it again with the same arguments and it goes on."
             ) from None
         except OSError as error:
-            raise ValueError(f"{manifest} cannot be read: {error}") from None
+            raise UserError(f"{manifest} cannot be read: {error}") from None
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
         try:
             self.manifest = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{manifest} is damaged: {error}. Copy it again.") from None
+            raise UserError(f"{manifest} is damaged: {error}. Copy it again.") from None
         if self.manifest.get("schema") != SCHEMA:
-            raise ValueError(f"{manifest}: schema {self.manifest.get('schema')!r}; this version reads {SCHEMA!r}")
+            raise UserError(f"{manifest}: schema {self.manifest.get('schema')!r}; this version reads {SCHEMA!r}")
         self.modalities: list[str] = self.manifest["modalities"]
         self.tokenizers: dict[str, dict[str, Any]] = self.manifest["tokenizers"]
         self.token_dtype = np.dtype(f"<u{self.manifest['token_bytes']}")
         self._latent_width: int = self.manifest["latent_width"]
         self.shards = [s for s in self.manifest["shards"] if fnmatch(s["name"], shards)]
         if not any(s["documents"] for s in self.shards):
-            raise ValueError(f"{self.location}: no document in the shards that match {shards!r}")
+            raise UserError(f"{self.location}: no document in the shards that match {shards!r}")
         for shard in self.shards:
             if not _NAME.fullmatch(shard["name"]):
-                raise ValueError(f"{manifest}: a shard's name must be a plain NAME.tar, not {shard['name']!r}")
+                raise UserError(f"{manifest}: a shard's name must be a plain NAME.tar, not {shard['name']!r}")
             if not (_SHA256.fullmatch(shard["sha256"]) and _SHA256.fullmatch(shard["index_sha256"])):
-                raise ValueError(f"{manifest}: {shard['name']} has no proper sha256")
+                raise UserError(f"{manifest}: {shard['name']} has no proper sha256")
         self._tars = [Stored(s["name"], s["sha256"], s["bytes"]) for s in self.shards]
         self._index_files = self._complete()
         self._forget_process()
@@ -129,14 +130,14 @@ class TokenDataset:
         try:
             sizes = self._folder.sizes([name for pair in names for name in pair])
         except OSError as error:
-            raise ValueError(f"{self.location}: its shards' sizes cannot be had: {error}") from None
+            raise UserError(f"{self.location}: its shards' sizes cannot be had: {error}") from None
         problems = []
         for tar, pair in zip(self._tars, names, strict=True):
             problems += [f"{name} is missing" for name in pair if name not in sizes]
             if sizes.get(tar.name, tar.bytes) not in (tar.bytes, None):
                 problems.append(f"{tar.name} has {sizes[tar.name]} bytes, the manifest says {tar.bytes}")
         if problems:
-            raise ValueError(
+            raise UserError(
                 f"{self.location}: " + "; ".join(problems) + ". Copy them again, or run tools/tokenize_shards.py again."
             )
         indices = [
@@ -145,7 +146,7 @@ class TokenDataset:
         ]
         largest = max([*self._tars, *indices], key=lambda file: file.bytes or 0)
         if isinstance(self._folder, RemoteFolder) and (largest.bytes or 0) > self._folder.cache.limit:
-            raise ValueError(
+            raise UserError(
                 f"{self.where(largest.name)} has {largest.bytes} bytes, more than the cache may hold "
                 f"({self._folder.cache.limit}): raise data.cache_gib"
             )
@@ -176,7 +177,7 @@ class TokenDataset:
         try:
             data = self._folder.checked(file)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.where(file.name)}: {error}") from None
+            raise UserError(f"{self.where(file.name)}: {error}") from None
         arrays = safetensors.numpy.load(data)
         index = ShardIndex(
             arrays["token_offset"],
@@ -300,18 +301,18 @@ def check_agreement(
                 continue
             size = vocabulary.get(modality)
             if size is None:
-                raise ValueError(
+                raise UserError(
                     f"{dataset.location} holds modality '{modality}', which the config's vocabulary "
                     f"({', '.join(vocabulary)}) lacks"
                 )
             if made_by["size"] > size:
-                raise ValueError(
+                raise UserError(
                     f"{dataset.location}: its {modality} tokenizer has {made_by['size']} ids, but the config has "
                     f"vocabulary.{modality}={size}"
                 )
             fingerprint, where = known.setdefault(modality, (made_by["fingerprint"], dataset.location))
             if fingerprint != made_by["fingerprint"]:
-                raise ValueError(
+                raise UserError(
                     f"{modality} tokenizers differ: {dataset.location} was made with {made_by['fingerprint']}, "
                     f"{where} has {fingerprint}. Tokenize again with one of them, or point the config at the right one."
                 )

@@ -31,6 +31,7 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.ready import as_npy
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -132,7 +133,7 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
             empty.append(pattern)
         found.update(dict.fromkeys(sorted(files)))
     if empty:
-        raise ValueError(
+        raise UserError(
             "no input matches "
             + ", ".join(repr(p) for p in empty)
             + " (a .tar, .tar.gz or .jsonl file, a glob, or a folder)"
@@ -171,7 +172,7 @@ def read_documents(path: str | Path, part: Part | None = None) -> Iterator[Docum
     for number, document in enumerate(read(path, part), 1):  # noqa: B007  # counted below
         yield document
     if part is not None and number != part.documents:
-        raise ValueError(
+        raise UserError(
             f"{path}: {number} samples from byte {part.start} on, {part.documents} when it was indexed: it has changed"
         )
 
@@ -183,7 +184,7 @@ def _read_tar(path: Path, part: Part | None) -> Iterator[Document | BadSample]:
             assert extracted is not None
             data = extracted.read()
             if len(data) != member.size:
-                raise ValueError(f"{path}: truncated inside member {member.name}")
+                raise UserError(f"{path}: truncated inside member {member.name}")
             yield key, extension, data
 
     for key, group in itertools.groupby(members(), key=operator.itemgetter(0)):
@@ -224,7 +225,7 @@ def _tar_members(path: Path, part: Part | None) -> Iterator[tuple[tarfile.TarFil
                     if part and part.end is not None and member.offset >= part.end:
                         return
                     if size is not None and member.offset_data + member.size > size and member.sparse is None:
-                        raise ValueError(f"{path}: truncated inside member {member.name}")
+                        raise UserError(f"{path}: truncated inside member {member.name}")
                     key, extension = base_plus_ext(member.name)
                     if member.isfile() and member.sparse is None and key is not None:
                         yield tar, member, key, extension.lower()
@@ -232,10 +233,10 @@ def _tar_members(path: Path, part: Part | None) -> Iterator[tuple[tarfile.TarFil
                 file.seek(tar.offset)
                 trailer = file.read(1024)
                 if not trailer:
-                    raise ValueError(f"{path}: truncated: the zeros that end a tar are missing. Fetch the file again.")
+                    raise UserError(f"{path}: truncated: the zeros that end a tar are missing. Fetch the file again.")
                 while block := trailer or file.read(1 << 20):
                     if block.strip(b"\0"):
-                        raise ValueError(
+                        raise UserError(
                             f"{path}: damaged near byte {tar.offset}: not a tar header there, and data follows. "
                             "Fetch the file again, or repack what is readable."
                         )
@@ -243,7 +244,7 @@ def _tar_members(path: Path, part: Part | None) -> Iterator[tuple[tarfile.TarFil
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
-        raise ValueError(f"{path}: not a readable tar: {error}") from error
+        raise UserError(f"{path}: not a readable tar: {error}") from error
 
 
 def _read_json_lines(path: Path, part: Part | None) -> Iterator[Document | BadSample]:
@@ -270,7 +271,7 @@ def _lines(path: Path, part: Part | None) -> Iterator[tuple[str, int, bytes]]:
                 yield f"{path.name}:{number}", at, line
                 at += len(line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: not readable as gzip: {error}") from error
+        raise UserError(f"{path}: not readable as gzip: {error}") from error
 
 
 def _segments(key: str, parts: dict[str, bytes]) -> tuple[Segment, ...]:

@@ -35,6 +35,7 @@ from mom_data.shards import SCHEMA
 from mom_data.storage import LocalFolder, Stored
 from mom_data.tokenize import Job, Settings, index, jobs_of, names_of, tokenize_part, tokenizing
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.image import MAX_PIXELS
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class OnlineDataset(TokenDataset):
             if job.part.wanted and fnmatch(f"{job.name}-00000.tar", shards)
         }
         if not jobs:
-            raise ValueError(f"{self.location}: no document in the shards that match {shards!r}")
+            raise UserError(f"{self.location}: no document in the shards that match {shards!r}")
         self.modalities = list(described)
         self.tokenizers = described
         self.token_dtype = np.dtype(settings.token_dtype).newbyteorder("<")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mom_tokenizers.errors import UserError
+
 _BRACKETS = 2  # opening and closing token around a span that is not text; also BOS and EOS of a document
 _ENOUGH = 0.005  # share of padding below which a window is left as it is
 
@@ -56,7 +58,7 @@ def cut(
     parts = [(1, True)]  # BOS
     for n, modality, is_latent in zip(lengths, modalities, latent, strict=True):
         if is_latent and n + _BRACKETS > row:
-            raise ValueError(f"a picture of {n} patches does not fit a row of {row} positions")
+            raise UserError(f"a picture of {n} patches does not fit a row of {row} positions")
         size = n + _BRACKETS * (modality != 0)
         parts.append((size, modality == 0 or (not is_latent and (cut_spans or size > row))))
     parts.append((1, True))  # EOS

@@ -27,6 +27,7 @@ import numpy as np
 from mom_data.dataset import TokenDataset
 from mom_data.packing import Piece, Segments, assembled_lengths, best_fit, concatenate, cut
 from mom_data.shards import LATENT_BIT
+from mom_tokenizers.errors import UserError
 
 # Part of the order's identity: raise it whenever any change here or in packing.py alters which sequence is the i-th.
 PLAN_VERSION = 2
@@ -69,7 +70,7 @@ class Plan:
     def __post_init__(self) -> None:
         sources = {source_identity(s.dataset): s for s in self.sources}
         if len(sources) < len(self.sources):
-            raise ValueError(
+            raise UserError(
                 f"{_twice(self.sources)} is named more than once as a source; name it once, with one weight"
             )
         if (before := self.before) is not None:
@@ -91,7 +92,7 @@ class Plan:
         for k, source in enumerate(self.sources):
             if source.weight and len(self.units(k)) < self.lanes:
                 documents = sum(s["documents"] for s in source.dataset.shards)
-                raise ValueError(
+                raise UserError(
                     f"{source.dataset.location}: {documents} documents cannot be dealt to {self.lanes} lanes; "
                     "lower data.lanes"
                 )

@@ -30,6 +30,7 @@ from urllib.parse import quote
 import filelock
 
 from mom_data.shards import sha256_of
+from mom_tokenizers.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class LocalFolder:
         none."""
         data = self.read(file.name)
         if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise ValueError("its checksum is not the manifest's: it is damaged. Copy it again.")
+            raise UserError("its checksum is not the manifest's: it is damaged. Copy it again.")
         return data
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
@@ -152,7 +153,7 @@ class RemoteFolder:
             if hashlib.sha256(data).hexdigest() == file.sha256:
                 return data
             self.cache.drop(file)
-        raise ValueError(f"{self.cache.folder} changes what is written to it: use another cache folder")
+        raise UserError(f"{self.cache.folder} changes what is written to it: use another cache folder")
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
         """Bytes of each file that is there: from a listing, or asked one by one where a server has none (http).
@@ -228,7 +229,7 @@ class Cache:
         self.limit = limit
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder is None and self.folder.stat().st_uid != os.getuid():
-            raise ValueError(f"{self.folder} belongs to another user: set data.cache to a folder of your own")
+            raise UserError(f"{self.folder} belongs to another user: set data.cache to a folder of your own")
         self._warned = False
 
     def open(self, file: Stored, fetch: Callable[[Stored, Path], None], since: float) -> int:
@@ -383,9 +384,9 @@ def _filesystem(location: str, timeout: float) -> Any:
             }
         filesystem = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
-        raise ValueError(f"{location}: {error}. pip install 'mixture-of-mamba[remote]'") from None
+        raise UserError(f"{location}: {error}. pip install 'mixture-of-mamba[remote]'") from None
     except ValueError as error:
-        raise ValueError(f"{location}: {error}. Known are folders, http(s):// and s3:// among others") from None
+        raise UserError(f"{location}: {error}. Known are folders, http(s):// and s3:// among others") from None
     if protocol == "s3":
         filesystem.retries = 1
     return filesystem

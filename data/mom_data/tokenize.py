@@ -25,6 +25,7 @@ from filelock import FileLock
 from mom_data.document import BadSample, Document, Limits, Part, index_parts, read_documents
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import UserError
 
 _GROUP = 64  # documents encoded together
 RECORDS = ".parts"  # folder, beside the shards, of the records of finished parts
@@ -119,7 +120,7 @@ def names_of(sources: Sequence[Path]) -> list[str]:
 def _unique(names: Sequence[str]) -> None:
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
-        raise ValueError(f"several inputs would write shards named {twice[0]}: give the files different names")
+        raise UserError(f"several inputs would write shards named {twice[0]}: give the files different names")
 
 
 def known_index(source: Path, name: str, settings: Settings, output: Path) -> list[Part] | None:

@@ -22,6 +22,7 @@ import safetensors.numpy
 from pydantic import BaseModel, Field, ValidationError
 
 from mom_data.shards import LATENT_BIT, SCHEMA, TAR_HEADER, crc32, index_block, join_index, sha256_of
+from mom_tokenizers.errors import UserError
 
 INDEX_BYTES = 40
 """What an index should take per document at most; short shards pay more, for its header is paid once."""
@@ -251,9 +252,9 @@ def rebuild_index(folder: Path, record: ShardRecord) -> None:
     """
     tar = folder / record.name
     if not tar.is_file():
-        raise ValueError(f"{tar} is missing, so its index cannot be made again; {_COPY.format('the shard')}")
+        raise UserError(f"{tar} is missing, so its index cannot be made again; {_COPY.format('the shard')}")
     if sha256_of(tar) != record.sha256:
-        raise ValueError(
+        raise UserError(
             f"{tar} is damaged itself (its sha256 is not the manifest's), so no index is made from it; "
             f"{_COPY.format('the shard')}"
         )
@@ -261,11 +262,11 @@ def rebuild_index(folder: Path, record: ShardRecord) -> None:
     with _opened(tar) as content:
         for item in walk_tar(content):
             if isinstance(item, Damage):
-                raise ValueError(f"{tar} at byte {item.position:,}: {item.what}")
+                raise UserError(f"{tar} at byte {item.position:,}: {item.what}")
             blocks.append(index_block(content[item.start : item.end], item.start))
     index = join_index(blocks)
     if hashlib.sha256(index).hexdigest() != record.index_sha256:
-        raise ValueError(
+        raise UserError(
             f"{tar} is whole, but the index made from it is not the one of the manifest: another version wrote it, or "
             "manifest.json is damaged. Run tools/tokenize_shards.py again."
         )

@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mom_tokenizers.errors import UserError
+
 BACKENDS = ("torch", "c", "triton", "mamba_ssm")
 forced: str | None = os.environ.get("MOM_KERNELS") or None
 """MOM_KERNELS: one backend for every kernel, and an error where it cannot run."""
@@ -48,7 +50,7 @@ def choose(kernel: str, x: Tensor, size: int) -> str:
         wanted = forced or {"cuda": "triton", "cpu": "c"}.get(x.device.type, "torch")
         obstacle = why_not(wanted, kernel, x, size)
         if obstacle and forced:
-            raise ValueError(f"MOM_KERNELS={forced} cannot run the {kernel} kernel here: {obstacle}; unset it")
+            raise UserError(f"MOM_KERNELS={forced} cannot run the {kernel} kernel here: {obstacle}; unset it")
         _chosen[key] = "torch" if obstacle else wanted
         why = "MOM_KERNELS" if forced else f"{wanted} not used: {obstacle}" if obstacle else "the fastest here"
         log.info("%s on %s, %s: %s kernels (%s)", kernel, x.device, str(x.dtype)[6:], _chosen[key], why)
@@ -67,7 +69,7 @@ def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
         from mom_train.kernels import mamba_ssm_adapter
 
         return mamba_ssm_adapter.why_not(kernel, x, size)
-    raise ValueError(f"no kernels named {backend!r}; there are {', '.join(BACKENDS)}")
+    raise UserError(f"no kernels named {backend!r}; there are {', '.join(BACKENDS)}")
 
 
 def _why_not_c(kernel: str, x: Tensor, size: int) -> str | None:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mom_tokenizers.errors import UserError
 from mom_train.layout import RowLayout
 
 _FORGET = 1e6  # above float16's range; 1e3 leaks where |A| is small
@@ -31,15 +32,15 @@ _EPSILON = 2.0**-60  # a power of two: scaling by it is exact, and exp(2^-60 A) 
 def _stock() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """(selective_scan_fn, causal_conv1d_fn). Raises ValueError where they cannot run."""
     if not torch.cuda.is_available():
-        raise ValueError("they need an NVIDIA GPU")
+        raise UserError("they need an NVIDIA GPU")
     for extension in ("selective_scan_cuda", "causal_conv1d_cuda"):
         if importlib.util.find_spec(extension) is None:
-            raise ValueError(f"the extension {extension} is not built here: the `cuda` extra")
+            raise UserError(f"the extension {extension} is not built here: the `cuda` extra")
     try:
         from causal_conv1d import causal_conv1d_fn
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except (ImportError, OSError) as error:
-        raise ValueError(f"importing mamba_ssm failed: {error}") from error
+        raise UserError(f"importing mamba_ssm failed: {error}") from error
     return selective_scan_fn, causal_conv1d_fn
 
 
@@ -62,7 +63,7 @@ def why_not(kernel: str, x: Tensor, size: int) -> str | None:
 
 def _require(kernel: str, x: Tensor, size: int) -> None:
     if obstacle := why_not(kernel, x, size):
-        raise ValueError(f"the mamba_ssm backend cannot run the {kernel} kernel here: {obstacle}")
+        raise UserError(f"the mamba_ssm backend cannot run the {kernel} kernel here: {obstacle}")
 
 
 def selective_scan(

@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 
 from mom_tokenizers import ready
+from mom_tokenizers.errors import UserError
 
 # kind -> module and class, imported when used: torch and diffusers take seconds
 KINDS = {
@@ -57,9 +58,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
+        raise UserError(f"{file}: not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object")
+        raise UserError(f"{file}: expected a JSON object")
     return value
 
 
@@ -100,11 +101,11 @@ class Tokenizers:
         try:
             declared = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"{path}: no such file") from None
+            raise UserError(f"{path}: no such file") from None
         except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not YAML: {error}") from error
+            raise UserError(f"{path}: not YAML: {error}") from error
         if not isinstance(declared, dict) or "text" not in declared:
-            raise ValueError(f"{path}: expected 'text: {{kind: bpe, path: ...}}', and one such line a further modality")
+            raise UserError(f"{path}: expected 'text: {{kind: bpe, path: ...}}', and one such line a further modality")
         entries = []
         loaded: dict[str, Tokenizer] = {}
         for modality in sorted(declared, key=lambda name: name != "text"):  # stable: the others keep their order
@@ -114,13 +115,13 @@ class Tokenizers:
                 entries.append((str(modality), READY, path))
                 continue
             if not isinstance(entry, dict) or set(entry) != {"kind", "path"}:
-                raise ValueError(f"{path}: '{modality}' must have exactly the keys kind and path, got {entry!r}")
+                raise UserError(f"{path}: '{modality}' must have exactly the keys kind and path, got {entry!r}")
             if entry["kind"] not in KINDS:
                 known = ", ".join([*KINDS, READY])
-                raise ValueError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {known}")
+                raise UserError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {known}")
             where = _located(path.parent, str(entry["path"]), entry["kind"])
             if not where.exists():
-                raise ValueError(f"{path}: '{modality}' is to be at {where}, which does not exist")
+                raise UserError(f"{path}: '{modality}' is to be at {where}, which does not exist")
             entries.append((str(modality), entry["kind"], where))
         return cls(tuple(entries), device, loaded)
 
@@ -196,16 +197,16 @@ class Tokenizers:
         for name, kind, path in self.entries:
             if name == modality:
                 return kind, path
-        raise ValueError(f"no tokenizer for modality {modality!r}; there is one for {', '.join(self.modalities)}")
+        raise UserError(f"no tokenizer for modality {modality!r}; there is one for {', '.join(self.modalities)}")
 
     def _decoded(self, modality: str, data: str | bytes) -> Any:
         kind, _ = self._entry(modality)
         if isinstance(data, str) != (kind == "bpe"):
-            raise ValueError(f"{modality}: got {type(data).__name__}; text is a str, all else encoded bytes")
+            raise UserError(f"{modality}: got {type(data).__name__}; text is a str, all else encoded bytes")
         if isinstance(data, str) or kind == READY:
             return data
         if data.startswith(ready.MAGIC):
-            raise ValueError(
+            raise UserError(
                 f"these are ready-made ids, but {modality} has a tokenizer of kind {kind}: declare it as kind {READY}"
             )
         if kind in PICTURES:
@@ -219,13 +220,13 @@ class Tokenizers:
 
 def _ready(path: Path, modality: str, entry: Mapping[str, Any]) -> ready.ReadyIds:
     if modality == "text":
-        raise ValueError(f"{path}: 'text' needs a tokenizer of kind bpe: only further modalities can bring their ids")
+        raise UserError(f"{path}: 'text' needs a tokenizer of kind bpe: only further modalities can bring their ids")
     if set(entry) != ready.KEYS:
-        raise ValueError(f"{path}: '{modality}' must have exactly the keys kind, size and made_by, got {entry!r}")
+        raise UserError(f"{path}: '{modality}' must have exactly the keys kind, size and made_by, got {entry!r}")
     try:
         return ready.ReadyIds(entry["size"], entry["made_by"])
     except ValueError as error:
-        raise ValueError(f"{path}: '{modality}': {error}") from None
+        raise UserError(f"{path}: '{modality}': {error}") from None
 
 
 def _joins_a_batch(kind: str, value: Any) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class ImageTokenizer:
         self.downsample = 2 ** (len(getattr(model.config, self.levels_key)) - 1)
         self._batch = max(1, min(32, BATCH_PIXELS // resolution**2))
         if resolution < self.downsample or resolution % self.downsample:
-            raise ValueError(f"image: resolution {resolution} is no multiple of the model's factor {self.downsample}")
+            raise UserError(f"image: resolution {resolution} is no multiple of the model's factor {self.downsample}")
 
     @classmethod
     def _load(cls, path: Path, device: str) -> Any:
@@ -109,7 +110,7 @@ class ImageTokenizer:
     def _sidecar(cls, path: Path, key: str) -> int:
         value = read_json(cls.files(path)[SIDECAR]).get(key)
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path / SIDECAR}: '{key}' must be a number of pixels, e.g. {cls.sidecar_example}")
+            raise UserError(f"{path / SIDECAR}: '{key}' must be a number of pixels, e.g. {cls.sidecar_example}")
         return value
 
     @classmethod
@@ -121,10 +122,10 @@ class ImageTokenizer:
             (SIDECAR, f"write one beside config.json, e.g. {cls.sidecar_example}"),
         ):
             if not (path / name).is_file():
-                raise ValueError(f"{path}: no {name} there; {remedy}")
+                raise UserError(f"{path}: no {name} there; {remedy}")
         weights = sorted(path.glob("*.safetensors"))
         if not weights:
-            raise ValueError(f"{path}: no .safetensors weights there (pickled checkpoints are not loaded)")
+            raise UserError(f"{path}: no .safetensors weights there (pickled checkpoints are not loaded)")
         return {file.name: file for file in (path / "config.json", path / SIDECAR, *weights)}
 
     def _settings(self) -> dict[str, int]:
@@ -212,9 +213,9 @@ class VQImageTokenizer(ImageTokenizer):
 
         codes = np.asarray(ids, np.int64)
         if codes.shape != (self.codes_per_image,):
-            raise ValueError(f"image: {codes.size} codes given, a picture has {self.codes_per_image}")
+            raise UserError(f"image: {codes.size} codes given, a picture has {self.codes_per_image}")
         if codes.min() < 0 or codes.max() >= self.size:
-            raise ValueError(f"image: code {codes.min()} or {codes.max()} lies outside the codebook of {self.size}")
+            raise UserError(f"image: code {codes.min()} or {codes.max()} lies outside the codebook of {self.size}")
         side = self.resolution // self.downsample
         with torch.inference_mode():
             return picture(self.reconstruct(torch.from_numpy(codes).view(1, side, side).to(self._model.device))[0])

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mom_tokenizers.bundle import read_json
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.image import SIDECAR, ImageTokenizer, picture
 
 
@@ -45,7 +46,7 @@ class KLImageTokenizer(ImageTokenizer):
         self.log_variance = log_variance
         self._side = resolution // self.downsample
         if self._side % patch:
-            raise ValueError(f"image: {self._side} x {self._side} latents do not divide into patches of {patch}")
+            raise UserError(f"image: {self._side} x {self._side} latents do not divide into patches of {patch}")
         self._mean_C11, self._std_C11 = _standard(model.config)
         self.latent_scale, self.latent_shift = _scale_and_shift(model.config)
 
@@ -69,7 +70,7 @@ class KLImageTokenizer(ImageTokenizer):
     def _log_variance(cls, path: Path) -> bool:
         value = read_json(cls.files(path)[SIDECAR]).get("log_variance", False)
         if not isinstance(value, bool):
-            raise ValueError(f"{path / SIDECAR}: 'log_variance' must be true or false, not {value!r}")
+            raise UserError(f"{path / SIDECAR}: 'log_variance' must be true or false, not {value!r}")
         return value
 
     @classmethod
@@ -111,7 +112,7 @@ class KLImageTokenizer(ImageTokenizer):
         mean = (posterior.mean.float().cpu().numpy() - self._mean_C11) / self._std_C11
         limit = np.abs(mean).max()
         if not limit <= np.finfo(np.float16).max:
-            raise ValueError(f"image: the VAE gives a latent of magnitude {limit}, which float16 does not hold")
+            raise UserError(f"image: the VAE gives a latent of magnitude {limit}, which float16 does not hold")
         parts = [mean]
         if self.log_variance:
             parts.append(posterior.logvar.float().cpu().numpy() - 2 * np.log(self._std_C11))
@@ -127,12 +128,12 @@ class KLImageTokenizer(ImageTokenizer):
         if self.log_variance and patches.ndim == 2 and patches.shape[1] == 2 * self.patch_width:
             patches = patches[:, : self.patch_width]
         if patches.shape != (self.patches_per_image, self.patch_width):
-            raise ValueError(
+            raise UserError(
                 f"image: patches of shape {patches.shape} given, a picture has "
                 f"({self.patches_per_image}, {self.patch_width})"
             )
         if not np.isfinite(patches).all():
-            raise ValueError("image: the patches hold values that are not finite")
+            raise UserError("image: the patches hold values that are not finite")
         latents = torch.from_numpy(unpatchify(patches[None], self.patch) * self._std_C11 + self._mean_C11)
         with torch.inference_mode():
             return picture(self._model.decode(latents.to(self._model.device, self._model.dtype)).sample[0])
@@ -160,7 +161,7 @@ def _standard(config: Any) -> tuple[np.ndarray, np.ndarray]:
     for key, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
         value = np.asarray(config.get(key) or [default] * channels, np.float32)
         if value.shape != (channels,) or not np.isfinite(value).all() or (default and value.min() <= 0):
-            raise ValueError(f"image: the VAE's {key} must be {channels} numbers, one a channel, deviations above 0")
+            raise UserError(f"image: the VAE's {key} must be {channels} numbers, one a channel, deviations above 0")
         values.append(value[:, None, None])
     return values[0], values[1]
 

@@ -12,6 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag
 from tqdm import tqdm
 
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.image import VQImageTokenizer
 from mom_tokenizers.image_kl import KLImageTokenizer, patchify
 
@@ -91,7 +92,7 @@ def train_image(
     import torch
 
     if len(images) < 20:
-        raise ValueError(f"{len(images)} pictures are too few to train and hold out; give at least 20")
+        raise UserError(f"{len(images)} pictures are too few to train and hold out; give at least 20")
     torch.manual_seed(seed)
     pixels = torch.from_numpy(np.stack(images)).contiguous(memory_format=torch.channels_last)
     pixels = pixels[torch.from_numpy(np.random.default_rng(seed).permutation(len(pixels)))]
@@ -258,7 +259,7 @@ def _initialize_codebook(model: Any, pixels: torch.Tensor, size: int) -> None:
         batches = _scaled(pixels).split(64)
         latents = torch.cat([model.encode(b).latents.permute(0, 2, 3, 1).flatten(0, 2) for b in batches]).cpu().numpy()
         if len(latents) < size:
-            raise ValueError(f"image: {len(latents)} patches are too few for {size} codes; give more pictures")
+            raise UserError(f"image: {len(latents)} patches are too few for {size} codes; give more pictures")
         kmeans = MiniBatchKMeans(size, batch_size=4096, max_iter=20, n_init=1, random_state=0).fit(latents)
         embedding: Any = model.quantize.embedding
         embedding.weight.copy_(torch.from_numpy(kmeans.cluster_centers_))

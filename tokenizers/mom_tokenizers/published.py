@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mom_tokenizers.errors import UserError
+
 
 def load_published(folder: Path, library: str, name: str, **options: Any) -> Any:
     """Class `name` of "transformers" or "diffusers" with the weights of `folder`, only to be evaluated.
@@ -18,8 +20,8 @@ def load_published(folder: Path, library: str, name: str, **options: Any) -> Any
         )
     except Exception as error:  # whatever the libraries below raise
         weights = "safetensors (or tensors in a .bin)" if options.get("weights_only") else "safetensors"
-        raise ValueError(f"{folder}: not a {library} {name} folder with {weights}: {error}") from error
+        raise UserError(f"{folder}: not a {library} {name} folder with {weights}: {error}") from error
     # both libraries leave such weights random, with a warning at most; the mask's embedding is for training
     if lacking := sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")):
-        raise ValueError(f"{folder}: the weights lack {len(lacking)} tensors of {name}, e.g. {lacking[0]}")
+        raise UserError(f"{folder}: the weights lack {len(lacking)} tensors of {name}, e.g. {lacking[0]}")
     return model.eval().requires_grad_(False)

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.lib import format as npy
 
+from mom_tokenizers.errors import UserError
+
 MAGIC = npy.MAGIC_PREFIX
 KEYS = {"kind", "size", "made_by"}
 _LARGEST = 1 << 31
@@ -25,7 +27,7 @@ _LARGEST = 1 << 31
 def as_npy(ids: Sequence[int]) -> bytes:
     """A list of ids as the bytes of a .npy. Raises ValueError for anything but whole numbers of 32 bits."""
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 32 for i in ids):
-        raise ValueError("'ids' must be a list of whole numbers from 0 on")
+        raise UserError("'ids' must be a list of whole numbers from 0 on")
     file = io.BytesIO()
     npy.write_array(file, np.array(ids, np.uint32), allow_pickle=False)
     return file.getvalue()
@@ -37,18 +39,18 @@ def read_npy(data: bytes) -> np.ndarray:
     Raises ValueError for anything else.
     """
     if not data.startswith(MAGIC):
-        raise ValueError("not a .npy file, which is how ready-made ids come")
+        raise UserError("not a .npy file, which is how ready-made ids come")
     file = io.BytesIO(data)
     try:
         version = npy.read_magic(file)
         header = npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
     except Exception as error:  # of a header's text, whatever Python's parser has to say of it
-        raise ValueError(f"not a .npy file that can be read: {error}") from error
+        raise UserError(f"not a .npy file that can be read: {error}") from error
     shape, _, dtype = header
     if dtype.kind not in "iu" or len(shape) != 1:
-        raise ValueError(f"expected a row of integers, got {dtype} of shape {shape}")
+        raise UserError(f"expected a row of integers, got {dtype} of shape {shape}")
     if len(data) - file.tell() != shape[0] * dtype.itemsize:
-        raise ValueError(f"its header promises {shape[0]} ids of {dtype}, and {len(data) - file.tell()} bytes follow")
+        raise UserError(f"its header promises {shape[0]} ids of {dtype}, and {len(data) - file.tell()} bytes follow")
     return np.frombuffer(data, dtype, offset=file.tell())
 
 
@@ -60,9 +62,9 @@ class ReadyIds:
     def __init__(self, size: int, made_by: str):
         """`size`: ids run from 0 to below it. `made_by` says what made them; another one is another tokenizer."""
         if type(size) is not int or not 0 < size <= _LARGEST:
-            raise ValueError(f"size must be a whole number from 1 to {_LARGEST}, got {size!r}")
+            raise UserError(f"size must be a whole number from 1 to {_LARGEST}, got {size!r}")
         if not isinstance(made_by, str) or not made_by.strip():
-            raise ValueError(f"made_by must say in words what made the ids, got {made_by!r}")
+            raise UserError(f"made_by must say in words what made the ids, got {made_by!r}")
         self.size, self.made_by = size, made_by
 
     def encode(self, value: bytes) -> np.ndarray:
@@ -70,14 +72,14 @@ class ReadyIds:
         ids = read_npy(value)
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
         if low < 0 or high >= self.size:
-            raise ValueError(f"ids run from {low} to {high}, but 0 to {self.size - 1} is all there is (size)")
+            raise UserError(f"ids run from {low} to {high}, but 0 to {self.size - 1} is all there is (size)")
         return ids.astype(np.uint32)
 
     def encode_batch(self, values: Sequence[bytes]) -> list[np.ndarray]:
         return [self.encode(value) for value in values]
 
     def decode(self, ids: Sequence[int] | np.ndarray, /) -> NoReturn:
-        raise ValueError(f"made by {self.made_by}, which is not here to decode them")
+        raise UserError(f"made by {self.made_by}, which is not here to decode them")
 
     def fingerprint(self) -> str:
         """16 hex digits of a sha256 over what was declared."""
@@ -85,7 +87,7 @@ class ReadyIds:
         return hashlib.sha256(declared.encode()).hexdigest()[:16]
 
     def save(self, directory: str | Path) -> NoReturn:
-        raise ValueError("ready-made ids have no files: they are declared in tokenizers.yaml")
+        raise UserError("ready-made ids have no files: they are declared in tokenizers.yaml")
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "fingerprint": self.fingerprint(), "size": self.size, "made_by": self.made_by}

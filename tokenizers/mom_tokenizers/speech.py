@@ -19,6 +19,7 @@ import soundfile
 import soxr
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.speech_features import (
     FRAMES_PER_UNIT,
     MEL_BANDS,
@@ -54,12 +55,12 @@ def decode_audio(data: bytes) -> Waveform:
             blocks = [b.mean(axis=1) for b in file.blocks(blocksize=1 << 20, dtype="float32", always_2d=True)]
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", error)  # without the buffer's address, different each time
-        raise ValueError(f"not a readable recording: {reason}") from error
+        raise UserError(f"not a readable recording: {reason}") from error
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if len(waveform) == 0 or len(waveform) < promised:
-        raise ValueError(f"recording ends early: {len(waveform)} of {promised} samples")
+        raise UserError(f"recording ends early: {len(waveform)} of {promised} samples")
     if not np.isfinite(waveform).all():
-        raise ValueError("recording holds samples that are no finite numbers")
+        raise UserError("recording holds samples that are no finite numbers")
     return waveform, rate
 
 
@@ -81,23 +82,23 @@ def read_centroids(file: str | Path) -> np.ndarray:
         try:
             tensors = load_file(file)
         except Exception as error:
-            raise ValueError(f"{file}: not a safetensors file: {error}") from error
+            raise UserError(f"{file}: not a safetensors file: {error}") from error
         found = tensors.get("centroids", next(iter(tensors.values())) if len(tensors) == 1 else None)
         if found is None:
-            raise ValueError(f"{file}: no tensor 'centroids' among {sorted(tensors)}")
+            raise UserError(f"{file}: no tensor 'centroids' among {sorted(tensors)}")
     elif file.suffix == ".npy":
         try:
             found = np.load(file, allow_pickle=False)
         except ValueError as error:
-            raise ValueError(f"{file}: not an array of numbers: {error}") from error
+            raise UserError(f"{file}: not an array of numbers: {error}") from error
     else:
-        raise ValueError(
+        raise UserError(
             f"{file}: centroids are read from .safetensors or .npy only, for pickles run code when they are read. "
             'Where you trust the file, convert a k-means of scikit-learn once: python -c "import joblib, numpy; '
             f"numpy.save('centroids.npy', joblib.load('{file.name}').cluster_centers_)\""
         )
     if found.ndim != 2 or found.dtype.kind != "f" or not np.isfinite(found).all():
-        raise ValueError(f"{file}: expected finite floats (units, features), got {found.dtype} {found.shape}")
+        raise UserError(f"{file}: expected finite floats (units, features), got {found.dtype} {found.shape}")
     return found.astype(np.float32)
 
 
@@ -139,14 +140,14 @@ class SpeechTokenizer:
         self._tensors: dict[str, np.ndarray] = {}
         if isinstance(self._features, MimiCodes):
             if centroids is not None:
-                raise ValueError("speech: extractor 'mimi' has a codebook of its own; centroids are of no use")
+                raise UserError("speech: extractor 'mimi' has a codebook of its own; centroids are of no use")
             self.size = self._features.size
             self._config |= {"units_per_second": self.units_per_second, "size": self.size}
             return
         if centroids is None:
-            raise ValueError(f"speech: extractor '{extractor}' needs centroids")
+            raise UserError(f"speech: extractor '{extractor}' needs centroids")
         if np.shape(centroids)[1:] != (self._features.width,):
-            raise ValueError(
+            raise UserError(
                 f"speech: centroids {np.shape(centroids)} are of other features, but the model's are "
                 f"{self._features.width} wide"
             )
@@ -172,7 +173,7 @@ class SpeechTokenizer:
         from sklearn.cluster import MiniBatchKMeans
 
         if extractor == "mimi":
-            raise ValueError("speech: extractor 'mimi' has a codebook of its own; there is nothing to train")
+            raise UserError("speech: extractor 'mimi' has a codebook of its own; there is nothing to train")
         hears = make_extractor(extractor, None if model is None else Path(model), layer, device=device)
         found, means = [], []
         for waveform, rate in waveforms:
@@ -183,7 +184,7 @@ class SpeechTokenizer:
                 means.append(mean_bands(log_mel(samples)))
         total = sum(map(len, found))
         if total < size:
-            raise ValueError(f"speech: {total} frames of 40 ms are too few for {size} units; give more recordings")
+            raise UserError(f"speech: {total} frames of 40 ms are too few for {size} units; give more recordings")
         kmeans = MiniBatchKMeans(size, batch_size=10_000, max_iter=50, n_init=1, random_state=seed)
         return cls(
             kmeans.fit(np.concatenate(found)).cluster_centers_,
@@ -201,7 +202,7 @@ class SpeechTokenizer:
         files = cls.files(path)
         config = read_json(files[CONFIG])
         if unknown := set(config) - set(KEYS):
-            raise ValueError(f"{files[CONFIG]}: unknown {sorted(unknown)}; known: {', '.join(KEYS)}")
+            raise UserError(f"{files[CONFIG]}: unknown {sorted(unknown)}; known: {', '.join(KEYS)}")
         tensors: dict[str, np.ndarray] = {}
         if CENTROIDS in files:
             from safetensors.numpy import load_file
@@ -210,7 +211,7 @@ class SpeechTokenizer:
                 tensors = load_file(files[CENTROIDS])
                 tensors["centroids"]
             except Exception as error:
-                raise ValueError(f"{files[CENTROIDS]}: no tensor 'centroids' to be read: {error}") from error
+                raise UserError(f"{files[CENTROIDS]}: no tensor 'centroids' to be read: {error}") from error
         name = config.get("extractor", "")
         loaded = cls(
             tensors.get("centroids"),
@@ -225,7 +226,7 @@ class SpeechTokenizer:
         )
         for key, value in (("units_per_second", loaded.units_per_second), ("size", loaded.size)):
             if config.get(key, value) != value:
-                raise ValueError(f"{files[CONFIG]}: {key} {config[key]}, but the model's is {value:g}")
+                raise UserError(f"{files[CONFIG]}: {key} {config[key]}, but the model's is {value:g}")
         return loaded
 
     @staticmethod
@@ -233,10 +234,10 @@ class SpeechTokenizer:
         """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
         path = Path(path)
         if not (path / CONFIG).is_file():
-            raise ValueError(f"{path}: no {CONFIG} there; expected a folder written by train_tokenizers.py")
+            raise UserError(f"{path}: no {CONFIG} there; expected a folder written by train_tokenizers.py")
         name = str(read_json(path / CONFIG).get("extractor"))
         if name != "mimi" and not (path / CENTROIDS).is_file():
-            raise ValueError(f"{path}: no {CENTROIDS} there; expected a folder written by train_tokenizers.py")
+            raise UserError(f"{path}: no {CENTROIDS} there; expected a folder written by train_tokenizers.py")
         found = [path / CONFIG, *([] if name == "mimi" else [path / CENTROIDS]), *_model_files(path / name)]
         return {str(file.relative_to(path)): file for file in found}
 
@@ -330,14 +331,14 @@ class SpeechTokenizer:
         Raises ValueError for units out of range, for none, and for other extractors, whose features are no sound.
         """
         if self._config["extractor"] != "log_mel":
-            raise ValueError(
+            raise UserError(
                 f"speech: no vocoder is configured for units of '{self._config['extractor']}'; only log_mel has sound"
             )
         units = np.asarray(ids, np.int64)
         if units.ndim != 1 or not len(units):
-            raise ValueError(f"speech: expected units (n,), n > 0, got shape {units.shape}")
+            raise UserError(f"speech: expected units (n,), n > 0, got shape {units.shape}")
         if units.min() < 0 or units.max() >= self.size:
-            raise ValueError(f"speech: unit {units.min()} or {units.max()} lies outside the {self.size} there are")
+            raise UserError(f"speech: unit {units.min()} or {units.max()} lies outside the {self.size} there are")
         bands = self._tensors["centroids"][units].reshape(len(units) * FRAMES_PER_UNIT, MEL_BANDS)
         mean = self._tensors.get("mean", np.zeros(MEL_BANDS, np.float32))
         return sound_of_log_mel(bands + mean), SAMPLE_RATE
@@ -347,10 +348,10 @@ def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.nd
     """float32 (units * hop,) at `to_rate`: the tail padded with zeros, or cut where it is below half a unit."""
     waveform = np.asarray(waveform, np.float32)
     if waveform.ndim != 1 or rate < 1:
-        raise ValueError(f"speech: expected a mono waveform and a rate, got shape {waveform.shape} at {rate} Hz")
+        raise UserError(f"speech: expected a mono waveform and a rate, got shape {waveform.shape} at {rate} Hz")
     units = count_units(len(waveform), rate, to_rate / hop)
     if units == 0:
-        raise ValueError(
+        raise UserError(
             f"speech: {len(waveform)} samples at {rate} Hz are below {500 * hop / to_rate:g} ms, too short for a unit"
         )
     resampled = waveform if rate == to_rate else soxr.resample(waveform, rate, to_rate)

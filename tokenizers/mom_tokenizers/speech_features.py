@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from mom_tokenizers.bundle import read_json
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
@@ -206,10 +207,10 @@ class HiddenStates(PublishedModel):
         super().__init__(path, model_type, window_seconds, device)
         config = self.model.config
         if not 0 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"speech: layer {layer} of a {model_type} with {config.num_hidden_layers} layers")
+            raise UserError(f"speech: layer {layer} of a {model_type} with {config.num_hidden_layers} layers")
         hop = math.prod(config.conv_stride)
         if hop not in (HOP, HOP // 2):
-            raise ValueError(
+            raise UserError(
                 f"{path}: its features are {SAMPLE_RATE / hop:g} a second; {UNITS_PER_SECOND} are needed, or twice that"
             )
         receptive_field = 1 + sum(
@@ -237,7 +238,7 @@ class MimiCodes(PublishedModel):
         self.sample_rate, self.hop = self.model.config.sampling_rate, self.model.config.frame_size
         self.size = int(self.model.config.codebook_size)
         if 2 * self.sample_rate % self.hop:
-            raise ValueError(f"{path}: {self.sample_rate / self.hop:g} codes a second are no multiple of a half")
+            raise UserError(f"{path}: {self.sample_rate / self.hop:g} codes a second are no multiple of a half")
 
     def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
         return self.model.encode(samples_BS[:, None], num_quantizers=1).audio_codes[:, 0]
@@ -255,10 +256,10 @@ def _mean_and_deviation(samples: np.ndarray, block: int = 1 << 20) -> tuple[floa
 def load_model(path: Path, model_type: str) -> Any:
     """A model of transformers from a folder; weights are safetensors or, without code, a .bin."""
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json there, so not a folder of a {model_type} model")
+        raise UserError(f"{path}: no config.json there, so not a folder of a {model_type} model")
     found = read_json(path / "config.json").get("model_type")
     if found != model_type:
-        raise ValueError(f"{path}: extractor '{model_type}', but its config.json says model_type {found!r}")
+        raise UserError(f"{path}: extractor '{model_type}', but its config.json says model_type {found!r}")
     name, attention = MODELS[model_type]
     # a folder that holds both is read from its safetensors; of a .bin, only tensors are unpickled
     return load_published(path, "transformers", name, weights_only=True, attn_implementation=attention).float()
@@ -271,11 +272,11 @@ def extractor(
     if name == "log_mel":
         return LogMel()
     if name not in MODELS:
-        raise ValueError(f"speech: unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
+        raise UserError(f"speech: unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
     if not window_seconds >= 4 * CONTEXT_SECONDS:
-        raise ValueError(f"speech: window_seconds {window_seconds:g}: at least {4 * CONTEXT_SECONDS:g}")
+        raise UserError(f"speech: window_seconds {window_seconds:g}: at least {4 * CONTEXT_SECONDS:g}")
     if model is None or (layer is None) != (name == "mimi"):
-        raise ValueError(f"speech: extractor '{name}' needs a model folder and {'no' if name == 'mimi' else 'a'} layer")
+        raise UserError(f"speech: extractor '{name}' needs a model folder and {'no' if name == 'mimi' else 'a'} layer")
     if layer is None:
         return MimiCodes(model, name, window_seconds, device)
     return HiddenStates(model, name, layer, window_seconds, device)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mom_tokenizers.bundle import fingerprint_files
+from mom_tokenizers.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,7 +53,7 @@ class TextTokenizer:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if size < 256:
-            raise ValueError(f"text: size {size} is below 256; every byte needs an id")
+            raise UserError(f"text: size {size} is below 256; every byte needs an id")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -74,15 +75,15 @@ class TextTokenizer:
             try:
                 return cls(Tokenizer.from_file(str(file)), files)
             except Exception as error:  # the Rust side raises plain Exception
-                raise ValueError(f"{file}: not a Hugging Face tokenizer.json: {error}") from error
+                raise UserError(f"{file}: not a Hugging Face tokenizer.json: {error}") from error
         from transformers import AutoTokenizer
 
         try:
             fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # ImportError, KeyError and more
-            raise ValueError(f"{path}: Transformers finds no tokenizer in {', '.join(files)}: {error}") from error
+            raise UserError(f"{path}: Transformers finds no tokenizer in {', '.join(files)}: {error}") from error
         if not getattr(fast, "is_fast", False):
-            raise ValueError(f"{path}: {type(fast).__name__} has no fast form; save it elsewhere as tokenizer.json")
+            raise UserError(f"{path}: {type(fast).__name__} has no fast form; save it elsewhere as tokenizer.json")
         return cls(fast.backend_tokenizer, files)
 
     @staticmethod
@@ -95,7 +96,7 @@ class TextTokenizer:
             return {FILE_NAME: path / FILE_NAME}
         found = {name: path / name for name in (*_VOCABULARIES, *_BESIDE) if (path / name).is_file()}
         if not any(name in found for name in _VOCABULARIES):
-            raise ValueError(f"{path}: no {FILE_NAME} there, nor {', '.join(_VOCABULARIES)}")
+            raise UserError(f"{path}: no {FILE_NAME} there, nor {', '.join(_VOCABULARIES)}")
         return found
 
     @classmethod
@@ -129,7 +130,7 @@ class TextTokenizer:
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ValueError(f"text is not valid Unicode: {error}") from error
+                raise UserError(f"text is not valid Unicode: {error}") from error
         encodings = self._tokenizer.encode_batch(list(values), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
@@ -170,4 +171,4 @@ def hub_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # of the network, of the hub, or of a name that cannot be one
-        raise ValueError(f"{name}: not to be had from the Hugging Face hub, nor from its cache: {error}") from error
+        raise UserError(f"{name}: not to be had from the Hugging Face hub, nor from its cache: {error}") from error

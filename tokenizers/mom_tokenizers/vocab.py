@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from mom_tokenizers.errors import UserError
+
 SPECIALS = ("bos", "eos", "pad", "boi", "eoi", "bosp", "eosp", "null")
 _BRACKETS = {"image": ("boi", "eoi"), "speech": ("bosp", "eosp")}
 MULTIPLE = 64
@@ -53,10 +55,10 @@ class VocabLayout:
     ):
         names = list(sizes)
         if not names or names[0] != "text":
-            raise ValueError(f"vocabulary: the first modality must be 'text', got {names or 'none'}")
+            raise UserError(f"vocabulary: the first modality must be 'text', got {names or 'none'}")
         for name, size in sizes.items():
             if not _is_int(size) or size < 1:
-                raise ValueError(f"vocabulary: modality '{name}' has size {size}; it must be a number, at least 1")
+                raise UserError(f"vocabulary: modality '{name}' has size {size}; it must be a number, at least 1")
         mapped, placed = mapped or {}, placed or {}
         object.__setattr__(self, "sizes", tuple(sizes.items()))
         object.__setattr__(self, "mapped", tuple((name, tuple(table)) for name, table in mapped.items()))
@@ -64,22 +66,22 @@ class VocabLayout:
         owner: dict[int, str] = {}
         for name, table in self.mapped:
             if name not in names[1:]:
-                raise ValueError(f"vocabulary: '{name}' is mapped, but the modalities beside text are {names[1:]}")
+                raise UserError(f"vocabulary: '{name}' is mapped, but the modalities beside text are {names[1:]}")
             if len(table) != sizes[name]:
-                raise ValueError(f"vocabulary: '{name}' has size {sizes[name]}, but its table has {len(table)} ids")
+                raise UserError(f"vocabulary: '{name}' has size {sizes[name]}, but its table has {len(table)} ids")
             for code, id_ in enumerate(table):
                 self._take(owner, id_, f"code {code} of '{name}'")
         for special, id_ in self.placed:
             if special not in self._special_names:
-                raise ValueError(f"vocabulary: no special is named '{special}'; there are {self._special_names}")
+                raise UserError(f"vocabulary: no special is named '{special}'; there are {self._special_names}")
             self._take(owner, id_, f"special '{special}'")
 
     def _take(self, owner: dict[int, str], id_: int, what: str) -> None:
         text = self.sizes[0][1]
         if not _is_int(id_) or not 0 <= id_ < text:
-            raise ValueError(f"vocabulary: {what} has id {id_!r}, outside the text's {text} ids")
+            raise UserError(f"vocabulary: {what} has id {id_!r}, outside the text's {text} ids")
         if id_ in owner:
-            raise ValueError(f"vocabulary: {what} has id {id_}, which is also that of {owner[id_]}")
+            raise UserError(f"vocabulary: {what} has id {id_}, which is also that of {owner[id_]}")
         owner[id_] = what
 
     @classmethod
@@ -187,13 +189,13 @@ class VocabLayout:
         values = _read_object(path)
         for key in ("sizes", "mapped", "placed"):
             if not isinstance(values.get(key, {}), dict):
-                raise ValueError(f"{path}: '{key}' must be a mapping")
+                raise UserError(f"{path}: '{key}' must be a mapping")
         if "sizes" not in values:
-            raise ValueError(f"{path}: expected a vocabulary layout with 'sizes', such as {{\"text\": 32000}}")
+            raise UserError(f"{path}: expected a vocabulary layout with 'sizes', such as {{\"text\": 32000}}")
         try:
             return cls(values["sizes"], values.get("mapped"), values.get("placed"))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
 
 
 def chameleon_layout(
@@ -211,13 +213,13 @@ def chameleon_layout(
         if match := _CODE_NAME.fullmatch(token):
             codes[int("".join(str(ord(letter) - ord("A")) for letter in match[1]))] = id_
     if not codes:
-        raise ValueError("the vocabulary has no image codes: no token is named like IMGIMGABCZ")
+        raise UserError("the vocabulary has no image codes: no token is named like IMGIMGABCZ")
     if gaps := [code for code in range(max(codes) + 1) if code not in codes]:
-        raise ValueError(f"the vocabulary's image codes run to {max(codes)}, but code {gaps[0]} has no token")
+        raise UserError(f"the vocabulary's image codes run to {max(codes)}, but code {gaps[0]} has no token")
     names = {**CHAMELEON_SPECIALS, **(specials or {})}
     for special, token in names.items():
         if token not in vocabulary:
-            raise ValueError(f"special '{special}' is to be the token {token!r}, which the vocabulary lacks")
+            raise UserError(f"special '{special}' is to be the token {token!r}, which the vocabulary lacks")
     sizes = {"text": max(vocabulary.values()) + 1, "image": len(codes), **(further or {})}
     reserved = sorted(t for t in vocabulary if re.fullmatch(r"<reserved\d+>", t) and t not in _CHAMELEON_TAKEN)
     reserved = [token for token in reserved if token not in names.values()]
@@ -239,7 +241,7 @@ def read_vocabulary(path: str | Path) -> dict[str, int]:
         added = values.get("added_tokens") or []
         tokens = {**(tokens or {}), **{token["content"]: token["id"] for token in added}}
     if not tokens or not all(_is_int(id_) for id_ in tokens.values()):
-        raise ValueError(f"{path}: no vocabulary there; expected a tokenizer.json, or a vocab.json of token: id")
+        raise UserError(f"{path}: no vocabulary there; expected a tokenizer.json, or a vocab.json of token: id")
     return dict(tokens)
 
 
@@ -251,9 +253,9 @@ def _read_object(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+        raise UserError(f"{path}: expected a JSON object")
     return values

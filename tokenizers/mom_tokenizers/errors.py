@@ -1,4 +1,7 @@
-"""How a program ends when its user, not its author, made the mistake."""
+"""The one channel for mistakes that a user can mend, and how a program ends when it meets one.
+
+This module stands in the lowest package, so that every package can raise `UserError`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+
+    It is a ValueError, so that code which tries a thing and falls back need not know of users.
+    """
 
 
 @contextmanager
