@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
+from mom_tokenizers.errors import exit_clearly
 from mom_train.config_file import load_config
 from mom_train.status import AGENT_PID
 
@@ -33,16 +33,10 @@ def main() -> None:
         datefmt="%H:%M:%S",
     )
     with exit_clearly("mom_train"):
-        try:
-            config = load_config(arguments.config, arguments.overrides)
-            from mom_train.trainer import train  # torch comes in here: a config error answers at once
+        config = load_config(arguments.config, arguments.overrides)
+        from mom_train.trainer import train  # torch comes in here: a config error answers at once
 
-            code = train(config)
-        except ValueError:
-            if rank == 0 or os.environ.get("MOM_DEBUG"):
-                raise
-            sys.exit(EXIT_USER_ERROR)  # rank 0 says it
-        sys.exit(code)
+        sys.exit(train(config))
 
 
 if __name__ == "__main__":

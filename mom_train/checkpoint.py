@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mom_data.plan import Cursor
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import AgreedError
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import CheckpointConfig
 from mom_train.ema import Ema
@@ -145,7 +145,7 @@ class Checkpointer:
             log.warning("DAMAGED CHECKPOINT %s: %s", checkpoint, "; ".join(lines))
             damaged += lines
         if damaged:
-            raise UserError(
+            raise AgreedError(
                 f"no checkpoint in {self.checkpoints.root} verifies: {'; '.join(damaged)}. Restore these files, or "
                 "remove that folder's checkpoints and LATEST to train from the start."
             )
@@ -203,7 +203,7 @@ class Checkpointer:
         if figure is None or not values:
             return False
         if figure not in values:
-            raise UserError(f"checkpoint.best={figure}: the validation has no such figure, only {', '.join(values)}")
+            raise AgreedError(f"checkpoint.best={figure}: the validation has no such figure, only {', '.join(values)}")
         value = values[figure]
         if not value < self.best.get("value", math.inf):  # also where it is not a number
             return False
@@ -286,7 +286,7 @@ class Checkpointer:
         self._failures += 1
         log.error("CHECKPOINT FAILED at step %d, LATEST stays as it was: %s", self._step, self._error)
         if self._failures >= self.config.max_failures:
-            raise UserError(
+            raise AgreedError(
                 f"{self._failures} checkpoints in a row could not be written (checkpoint.max_failures="
                 f"{self.config.max_failures}), the last because of {self._error}. The newest committed one is of step "
                 f"{self.committed_step}; the run carries on from there when started again."

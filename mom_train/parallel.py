@@ -15,7 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import AgreedError, UserError
 from mom_train.model import LanguageModel
 
 T = TypeVar("T")
@@ -39,7 +39,11 @@ class Ranks:
 @contextmanager
 def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     """Join the group that torchrun describes, or be a group of one. NCCL for CUDA tensors, gloo for the rest. A
-    collective may take `timeout` seconds."""
+    collective may take `timeout` seconds.
+
+    A block that fails on one rank of several leaves the group as it is: to take it down can wait for the other ranks.
+    The process is then to end (`exit_clearly` does that), which is how the others learn of it.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -51,11 +55,14 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world_size = dist.get_world_size()
     try:
-        world_size = dist.get_world_size()
         yield Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def model_mesh(ranks: Ranks, shard_ranks: int | None) -> DeviceMesh:
@@ -97,20 +104,28 @@ def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False, cpu_of
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; where it fails for a reason that its user can mend on any, fail on all alike.
+    """Do `work`, which must hold no collective, on every rank; where it fails on any, fail on all.
 
-    Raises ValueError with the first such rank's message. No rank is left waiting in a collective.
+    A UserError of any rank is raised on all as an AgreedError with the first such rank's message. Where anything else
+    went wrong, the ranks on which it did raise that, and the others a RuntimeError that names the first of them. No
+    rank is left waiting in a collective.
     """
     result: T | None = None
-    message: str | None = None
+    error: Exception | None = None
     try:
         result = work()
-    except (ValueError, OSError) as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    failed = [(rank, m) for rank, m in enumerate(messages) if m is not None]
+    except Exception as caught:
+        error = caught
+    mine = None if error is None else (isinstance(error, UserError), str(error), type(error).__name__)
+    everyone: list[tuple[bool, str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    failed = [(rank, failure) for rank, failure in enumerate(everyone) if failure is not None]
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    for rank, (mendable, message, kind) in failed:
+        if not mendable:
+            raise RuntimeError(f"rank {rank} failed: {kind}: {message}")
     if failed:
-        rank, text = failed[0]
-        raise UserError(text if len(failed) == len(messages) else f"[rank {rank}] {text}")
+        rank, (_, message, _) = failed[0]
+        raise AgreedError(message if len(failed) == len(everyone) else f"[rank {rank}] {message}") from error
     return result  # type: ignore[return-value]

@@ -132,7 +132,8 @@ class Passes:
         """A step on full rows of every modality that leaves weights and moments as they were. Returns the peak memory
         in GiB, 0 where the device does not say.
 
-        Raises ValueError where memory does not suffice.
+        Raises UserError where memory does not suffice. The passes hold collectives, so a rank without enough memory
+        cannot tell the others before it raises: it ends, and its end is what ends them (`parallel.process_group`).
         """
         try:
             batch = self._full_batch()

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 State = Literal["running", "preempted", "stopped", "finished", "failed"]
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start it again and it goes on
-EXIT_INCIDENT = 3
 AGENT_PID = "MOM_AGENT_PID"
 """Environment variable in which torchrun_launch's torchrun tells its ranks who it is."""
 

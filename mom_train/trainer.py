@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from mom_data.batch import PackedBatch
 from mom_data.loader import batches
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, UserError
 from mom_train import data
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
@@ -37,7 +37,7 @@ from mom_train.parallel import Ranks, agreed, model_mesh, process_group, set_tim
 from mom_train.passes import Passes
 from mom_train.sampling import Sampler
 from mom_train.sequence_parallel import Context
-from mom_train.status import EXIT_INCIDENT, EXIT_PREEMPTED, State, Stop, write_status
+from mom_train.status import State, Stop, write_status
 from mom_train.validation import validate
 from mom_train.watch import Watch
 from mom_train.writers import check_wandb
@@ -157,7 +157,7 @@ class Trainer:
             self.watch.begin(self.config.parallel.first_step_timeout)
             dry_run = self.config.parallel.dry_run
             if dry_run or (dry_run is None and self.ranks.device.type == "cuda"):
-                log.info("a full batch takes %.1f GiB at most", agreed(lambda: self.passes.dry_run(self.optimizer)))
+                log.info("a full batch takes %.1f GiB at most", self.passes.dry_run(self.optimizer))
             while (outcome := self._train(stop)) is None:
                 if (checkpoint := self.bad_steps.roll_back(self.checkpointer, self.state.sequence)) is None:
                     return "failed", "steps stay bad: see incident.json"
@@ -217,7 +217,7 @@ class Trainer:
             self.save()
             self.checkpointer.wait()
         if self.checkpointer.committed_step != self.state.step:
-            raise UserError(f"the state after step {self.state.step} could not be saved: see above")
+            raise AgreedError(f"the state after step {self.state.step} could not be saved: see above")
 
     def stream(self) -> Iterator[PackedBatch]:
         config, ranks = self.config, self.ranks
@@ -270,7 +270,7 @@ class Trainer:
         self.read += int(local[-2])
         allowed = self.config.data.max_bad_fraction * max(self.read, 1000)
         if self.damaged > allowed:
-            raise UserError(
+            raise AgreedError(
                 f"{self.damaged} of {self.read} documents did not match their checksums, more than "
                 f"data.max_bad_fraction={self.config.data.max_bad_fraction} allows. Copy the shards again; the last "
                 "checkpoint is intact."

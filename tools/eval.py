@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train import data
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
@@ -81,13 +80,8 @@ def main() -> None:
     with exit_clearly("eval"):
         if min(arguments.sequences or 1, arguments.batch or 1) < 1:
             raise UserError("--sequences, --batch: at least 1")
-        try:
-            with process_group() as ranks:
-                figures = evaluate(arguments, ranks)
-        except ValueError:
-            if int(os.environ.get("RANK", 0)) == 0:
-                raise
-            sys.exit(EXIT_USER_ERROR)  # rank 0 says it
+        with process_group() as ranks:
+            figures = evaluate(arguments, ranks)
         if ranks.main:
             write(figures, arguments.json)
 

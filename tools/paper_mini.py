@@ -49,8 +49,7 @@ from mini_report import write_report
 from mixture import sources
 
 from mom_data.document import expand_inputs
-from mom_tokenizers.errors import UserError, exit_clearly
-from mom_train.status import EXIT_PREEMPTED
+from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
 
 TOOLS = Path(__file__).parent
 SHARES = {"text": 0.45, "image": 0.40, "speech": 0.15}  # of the tokens, scaled to the modalities of a setting

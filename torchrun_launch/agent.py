@@ -15,10 +15,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mom_tokenizers.errors import EXIT_USER_ERROR
-from mom_train.status import AGENT_PID, EXIT_INCIDENT
+from mom_tokenizers.errors import NOT_RESTARTED
+from mom_train.status import AGENT_PID
 
-ENDED_FOR_GOOD = (EXIT_USER_ERROR, EXIT_INCIDENT)  # started again, the run would end the same way
 _ORPHANED_SECONDS = 40  # torchrun gives ranks 30 of them
 
 
@@ -61,7 +60,7 @@ def main() -> None:
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
-            if any(failure.exitcode in ENDED_FOR_GOOD for failure in result.failures.values()):
+            if any(failure.exitcode in NOT_RESTARTED for failure in result.failures.values()):
                 self._remaining_restarts = 0
             return result
 
@@ -70,7 +69,7 @@ def main() -> None:
         run.run(run.parse_args(["--signals-to-handle=SIGHUP", *sys.argv[1:]]))
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        for code in ENDED_FOR_GOOD:
+        for code in NOT_RESTARTED:
             if code in codes:
                 sys.exit(code)
         rank, failure = error.get_first_failure()

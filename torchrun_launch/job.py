@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mom_tokenizers.errors import UserError
-from mom_train.status import EXIT_PREEMPTED, read_status
-from torchrun_launch.agent import ENDED_FOR_GOOD
+from mom_tokenizers.errors import EXIT_PREEMPTED, NOT_RESTARTED, UserError
+from mom_train.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
 from torchrun_launch.record import job_state, slurm, write_json
 
@@ -84,7 +83,7 @@ class NodeTask:
         if node != min(reported):
             return 0 if code == 0 else exit_code(code, status)
         # the node that decides may have seen no more of another's error than closed connections
-        code = next((other for other in reported.values() if other in ENDED_FOR_GOOD), code)
+        code = next((other for other in reported.values() if other in NOT_RESTARTED), code)
         lost = [names[n] for n in range(nodes) if n not in reported] if code else []
         return self.decide(code, agent.asked, status, lost)
 
@@ -111,7 +110,7 @@ class NodeTask:
         decision: dict[str, Any] = {"step": step, "code": code, "lost": lost, "failed": bool(ending) and not preempted}
         if ending == 0 and not preempted:
             verdict = "done"
-        elif code in ENDED_FOR_GOOD:
+        elif code in NOT_RESTARTED:
             verdict = "not again: the error would repeat"
         elif self.attempt >= self.max_requeues:
             verdict = f"not again: --max-requeues {self.max_requeues} is used up"

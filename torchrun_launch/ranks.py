@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from mom_train.status import EXIT_PREEMPTED
-from torchrun_launch.agent import ENDED_FOR_GOOD, children
+from mom_tokenizers.errors import EXIT_FAILED, EXIT_PREEMPTED, NOT_RESTARTED
+from torchrun_launch.agent import children
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
@@ -67,7 +67,7 @@ def exit_code(agent_code: int, status: Mapping[str, Any] | None) -> int:
         return EXIT_PREEMPTED
     if state in ("finished", "stopped") or (agent_code == 0 and state is None):
         return 0
-    return agent_code if agent_code in ENDED_FOR_GOOD else 1
+    return agent_code if agent_code in NOT_RESTARTED else EXIT_FAILED
 
 
 class Agent:
