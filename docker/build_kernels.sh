@@ -42,7 +42,7 @@ fetch mamba_ssm 2.3.2.post1 104cc47e9101e5401a675fa2b784f2952b9b037f3b1dd83b5ac5
 
 # FORCE_BUILD: no look for wheels on GitHub. KEEP_CUDA_BUILD: later versions leave the selective scan out without it.
 export CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE MAX_JOBS=${MAX_JOBS:-4}
-uv pip install -c constraints.txt setuptools wheel packaging ninja einops
+uv pip install -c requirements.lock setuptools wheel packaging ninja einops
 for package in causal_conv1d-1.7.0 mamba_ssm-2.3.2.post1; do
   # no deps: mamba-ssm asks for forty packages that the selective scan does not use
   uv pip install --no-deps --no-build-isolation "$work/$package"

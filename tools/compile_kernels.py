@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
-        raise UserError("no triton here: pip install -c constraints.txt triton")
+        raise UserError("no triton here: pip install -c requirements.lock triton")
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no machine code
     results = []
     for arch in options.arch:
