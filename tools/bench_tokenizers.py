@@ -27,8 +27,10 @@ from mom_data.document import BadSample, Document, expand_inputs, read_documents
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import PICTURES, READY, Tokenizers
 from mom_tokenizers.errors import UserError, exit_clearly
-from mom_tokenizers.image import decode_image, preprocess
-from mom_tokenizers.speech import SpeechTokenizer, decode_audio
+from mom_tokenizers.image import preprocess
+from mom_tokenizers.pictures import decode_image
+from mom_tokenizers.recordings import decode_audio
+from mom_tokenizers.speech import SpeechTokenizer
 
 AT_ONCE = 32  # values a batch, as Tokenizers.encode_many makes them
 

@@ -78,7 +78,8 @@ def look(
     from PIL import Image
     from tqdm import tqdm
 
-    from mom_tokenizers.image import decode_image, picture, preprocess
+    from mom_tokenizers.image import picture, preprocess
+    from mom_tokenizers.pictures import decode_image
 
     tokenizer: Any = tokenizers.tokenizer("image")
 
@@ -146,7 +147,7 @@ def listen(
     import soundfile
     from tqdm import tqdm
 
-    from mom_tokenizers.speech import decode_audio
+    from mom_tokenizers.recordings import decode_audio
 
     tokenizer = tokenizers.tokenizer("speech")
 

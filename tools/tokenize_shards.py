@@ -36,7 +36,7 @@ from mom_data.shards import write_manifest
 from mom_data.tokenize import TOO_LARGE, Job, Settings, index, jobs_of, known_index, names_of, tokenize_part, tokenizing
 from mom_tokenizers.bundle import READY, Tokenizers
 from mom_tokenizers.errors import UserError, exit_clearly
-from mom_tokenizers.image import MAX_PIXELS
+from mom_tokenizers.pictures import MAX_PIXELS
 
 _REPORTED = 256  # samples between two touches of the shared counters
 _progress: Any = None  # shared counters of documents and tokens, set in each worker

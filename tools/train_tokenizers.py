@@ -29,9 +29,11 @@ from tqdm import tqdm
 from mom_data.document import BadSample, Document, expand_inputs, read_documents
 from mom_tokenizers.bundle import resolved_device
 from mom_tokenizers.errors import UserError, exit_clearly
-from mom_tokenizers.image import decode_image, preprocess
+from mom_tokenizers.image import preprocess
 from mom_tokenizers.image_training import ImageConfig, Strict, train_image, usage
-from mom_tokenizers.speech import SpeechTokenizer, Waveform, decode_audio, read_centroids
+from mom_tokenizers.pictures import decode_image
+from mom_tokenizers.recordings import Waveform, decode_audio
+from mom_tokenizers.speech import SpeechTokenizer, read_centroids
 from mom_tokenizers.text import TextTokenizer
 
 STAGES = ("text", "image", "speech")

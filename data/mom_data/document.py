@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import operator
 import os
 import tarfile
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,10 +30,10 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext
 
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.pictures import IMAGE_EXTENSIONS, TooManyPixels, picture_size
 from mom_tokenizers.ready import as_npy
+from mom_tokenizers.recordings import SPEECH_EXTENSIONS, recording_seconds
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-SPEECH_EXTENSIONS = ("wav", "flac", "ogg", "opus", "mp3")
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 # Of captioned pairs, this share has its text first (text -> image); the rest is read image -> text.
 TEXT_FIRST_SHARE = 0.8
@@ -89,27 +87,17 @@ class Limits:
         if isinstance(segment.data, str):
             n = len(segment.data)
             return f"{n} characters" if self.characters is not None and n > self.characters else None
-        if segment.modality == "image" and self.pixels is not None:
-            from PIL import Image
-
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                    with Image.open(io.BytesIO(segment.data)) as picture:
-                        width, height = picture.size
-            except Image.DecompressionBombError as error:
-                return str(error)
-            except Exception:
-                return None
-            return f"picture of {width} x {height}" if width * height > self.pixels else None
-        if segment.modality == "speech" and self.seconds is not None:
-            import soundfile
-
-            try:
-                seconds = float(soundfile.info(io.BytesIO(segment.data)).duration)
-            except Exception:
-                return None
-            return f"recording of {seconds:.1f} s" if seconds > self.seconds else None
+        try:
+            if segment.modality == "image" and self.pixels is not None:
+                width, height = picture_size(segment.data)
+                return f"picture of {width} x {height}" if width * height > self.pixels else None
+            if segment.modality == "speech" and self.seconds is not None:
+                seconds = recording_seconds(segment.data)
+                return f"recording of {seconds:.1f} s" if seconds > self.seconds else None
+        except TooManyPixels as error:
+            return str(error)
+        except ValueError:
+            pass
         return None
 
 

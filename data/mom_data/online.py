@@ -36,7 +36,7 @@ from mom_data.storage import LocalFolder, Stored
 from mom_data.tokenize import Job, Settings, index, jobs_of, names_of, tokenize_part, tokenizing
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
-from mom_tokenizers.image import MAX_PIXELS
+from mom_tokenizers.pictures import MAX_PIXELS
 
 log = logging.getLogger(__name__)
 

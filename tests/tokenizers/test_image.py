@@ -6,7 +6,8 @@ import torch
 from diffusers import VQModel
 from PIL import Image
 
-from mom_tokenizers.image import VQImageTokenizer, decode_image, preprocess
+from mom_tokenizers.image import VQImageTokenizer, preprocess
+from mom_tokenizers.pictures import decode_image
 
 
 def tiny_model(**changes):

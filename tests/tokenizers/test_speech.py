@@ -25,7 +25,8 @@ from transformers import (
     WavLMModel,
 )
 
-from mom_tokenizers.speech import SpeechTokenizer, count_units, decode_audio, read_centroids
+from mom_tokenizers.recordings import decode_audio
+from mom_tokenizers.speech import SpeechTokenizer, count_units, read_centroids
 from mom_tokenizers.speech_features import HiddenStates, log_mel, mean_bands, windows
 
 

@@ -210,10 +210,10 @@ class Tokenizers:
                 f"these are ready-made ids, but {modality} has a tokenizer of kind {kind}: declare it as kind {READY}"
             )
         if kind in PICTURES:
-            from mom_tokenizers.image import decode_image
+            from mom_tokenizers.pictures import decode_image
 
             return decode_image(data)
-        from mom_tokenizers.speech import decode_audio
+        from mom_tokenizers.recordings import decode_audio
 
         return decode_audio(data)
 

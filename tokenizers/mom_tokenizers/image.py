@@ -6,7 +6,6 @@ image_kl.py the latents of an `AutoencoderKL`.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
@@ -25,25 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SIDECAR = "image_tokenizer.json"
-MAX_PIXELS = 64_000_000
 BATCH_PIXELS = 32 * 256 * 256  # 8 pictures of 512 x 512
-
-
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded bytes -> picture, upright. Raises ValueError for bytes that are no picture, or too large a one."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            # The header says the size: nothing is decompressed before it is found small enough.
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"picture of {image.width} x {image.height} is above {max_pixels} pixels")
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:  # its own message names the buffer's address, different each time
-        raise ValueError("not a readable picture: no known format") from None
-    except Exception as error:  # Pillow's plug-ins raise struct.error, SyntaxError, KeyError and more
-        raise ValueError(f"not a readable picture: {error}") from error
 
 
 def preprocess(image: Image.Image, resolution: int) -> np.ndarray:

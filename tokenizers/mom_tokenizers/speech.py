@@ -6,7 +6,6 @@ model, that model's folder under the extractor's name.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -15,11 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.recordings import Waveform
 from mom_tokenizers.speech_features import (
     FRAMES_PER_UNIT,
     MEL_BANDS,
@@ -39,29 +38,6 @@ from mom_tokenizers.speech_features import (
 CONFIG, CENTROIDS = "speech_tokenizer.json", "centroids.safetensors"
 KEYS = ("extractor", "layer", "window_seconds", "deduplicate", "units_per_second", "size")
 ASSIGNED_AT_ONCE = 4_096
-
-Waveform = tuple[np.ndarray, int]
-
-
-def decode_audio(data: bytes) -> Waveform:
-    """WAV, FLAC, Ogg Vorbis/Opus or MP3 bytes -> (float32 mono waveform in [-1, 1], sample rate in Hz).
-
-    Raises ValueError for bytes that are no recording, end too early, or hold no sample.
-    """
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            promised, rate = file.frames, file.samplerate
-            # a block at a time, so that a long recording is never held with all its channels
-            blocks = [b.mean(axis=1) for b in file.blocks(blocksize=1 << 20, dtype="float32", always_2d=True)]
-    except soundfile.SoundFileError as error:
-        reason = getattr(error, "error_string", error)  # without the buffer's address, different each time
-        raise UserError(f"not a readable recording: {reason}") from error
-    waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    if len(waveform) == 0 or len(waveform) < promised:
-        raise UserError(f"recording ends early: {len(waveform)} of {promised} samples")
-    if not np.isfinite(waveform).all():
-        raise UserError("recording holds samples that are no finite numbers")
-    return waveform, rate
 
 
 def count_units(samples: int, rate: int, per_second: float = UNITS_PER_SECOND) -> int:
