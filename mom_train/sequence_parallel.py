@@ -108,6 +108,8 @@ class Context:
     def inputs_before(self, x_TD: Tensor, layout: RowLayout, count: int) -> Tensor:
         """The last `count` inputs before this rank's slice (B, count, D), zero before the first; carries gradients."""
         assert layout.length >= count
+        if count == 0:  # a convolution of one tap: nothing is before it, and there is nothing to exchange
+            return x_TD.new_zeros(layout.batch, 0, x_TD.shape[1])
         last_BKD = x_TD[layout.order.view(layout.batch, -1)[:, -count:].long()]
         of_all = _gather(last_BKD, self.group)
         first = torch.full((), self.rank == 0, device=x_TD.device)

@@ -44,7 +44,7 @@ def causal_conv(
             backend or "auto",
         )
     K = weight_DK.shape[1]
-    last = layout.order.view(layout.batch, -1)[:, -(K - 1) :]
+    last = layout.order.view(layout.batch, -1)[:, max(0, layout.length - (K - 1)) :]  # none where K is 1
     final_BKD = x_TD.detach()[last.long()]
     if layout.length < K - 1:
         before = x_TD.new_zeros(layout.batch, K - 1, x_TD.shape[1]) if initial_BKD is None else initial_BKD

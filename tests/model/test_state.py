@@ -12,6 +12,7 @@ M, V, L = 3, 96, 30
 ARCHITECTURES = {
     "mom": ModelConfig(dim=32, layers=2, decoupled=PROJECTIONS),
     "mamba": ModelConfig(dim=32, layers=2, decoupled=()),
+    "least": ModelConfig(dim=8, layers=1, decoupled=PROJECTIONS, conv=1, state=1, expand=1, dt_rank=1),
     "transformer": ModelConfig(architecture="transformer", dim=32, layers=2, heads=2, decoupled=()),
     "mot": ModelConfig(
         architecture="transformer", dim=32, layers=2, heads=2, decoupled=("attention", "feed_forward", "norm")
@@ -30,7 +31,9 @@ def test_prefill_and_steps_equal_the_full_forward(name, chunks):
     tokens = torch.randint(0, V, (2, L), generator=g)
     modality = torch.randint(0, M, (2, L), generator=g).to(torch.uint8)
     document = torch.zeros(2, L, dtype=torch.int32)
-    if name in ("mom", "mamba"):  # attention's past belongs to one document; a state that is reset needs no such care
+    if (
+        ARCHITECTURES[name].architecture == "mamba"
+    ):  # attention's past belongs to one document; a state that is reset needs no such care
         document[0, 11:] = 1
     whole = RowLayout.sort(modality, document, M)
     with torch.no_grad():
