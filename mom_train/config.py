@@ -105,7 +105,8 @@ class DiffusionConfig(Section):
     noise_limit: PositiveInt | None = None
     """Largest timestep (exclusive) for a picture that precedes text in its document; null, as the paper is silent."""
     condition_dropout: float = Field(0.0, ge=0, le=1)
-    """Share of pictures whose preceding text is replaced by <null>, for classifier-free guidance."""
+    """Share of pictures whose preceding text and codes are replaced by <null>, for classifier-free guidance. Special
+    tokens and earlier pictures stay."""
     latent_scale: float | None = Field(None, gt=0)
     """Latents are multiplied by this (a VAE's scaling_factor); null takes the shards', which is 1 where they record
     none."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import DiffusionConfig
 
 TIME_WIDTH = 256
@@ -96,3 +97,19 @@ class PatchHead(nn.Module):
 
     def forward(self, x_Pd: Tensor) -> Tensor:
         return self.patch_out(x_Pd).float()
+
+
+def without_condition(tokens: Tensor, vocab: VocabLayout) -> Tensor:
+    """The ids that stand before a picture, as the unconditional side of classifier-free guidance reads them.
+
+    tokens: int64 vocabulary ids of any shape; returns the same shape. Every id of content, text and codes of any
+    modality alike, becomes <null>. The special ids stay: the opening of the document and the brackets of spans say
+    where a picture stands and not what it shows, and the weights that read a position are chosen by its modality,
+    which does not change. The latents of earlier pictures are no ids and stay as well, so that guidance is towards
+    the words and the speech, with the same earlier pictures on both sides.
+
+    Training (`objective.drop_conditions`) and sampling (`generation.Sampler`) both call this function, because a model
+    can be asked at sampling only for the unconditional input that it was trained on.
+    """
+    specials = torch.tensor(sorted(vocab.specials.values()), device=tokens.device)
+    return torch.where(torch.isin(tokens, specials), tokens, vocab.specials["null"])

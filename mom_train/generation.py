@@ -21,7 +21,7 @@ from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.checkpoint_store import Checkpoints
 from mom_train.config import DiffusionConfig, RunConfig
-from mom_train.diffusion import NoisedPatches, cosine_alpha_bar
+from mom_train.diffusion import NoisedPatches, cosine_alpha_bar, without_condition
 from mom_train.layout import RowLayout
 from mom_train.model import LanguageModel, State
 
@@ -82,7 +82,7 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
         self.state: State = model.empty_state(1)
         self.unconditional: State = model.empty_state(1)
-        """After the same positions with <null> for text: the other side of classifier-free guidance."""
+        """After the same positions without their condition: the other side of classifier-free guidance."""
         self.position = 0
         self.logits_V = torch.empty(0)
 
@@ -95,19 +95,13 @@ class Sampler:
         tokens = torch.tensor(ids, device=self.device)
         logits_TV, _ = self.model(tokens, layout, state=self.state)
         if self._guided:
-            nulls = torch.full_like(tokens, self.vocab.specials["null"])
-            kept = torch.tensor([i in self._structure for i in ids], device=self.device)
-            self.model(torch.where(kept, tokens, nulls), layout, state=self.unconditional)
+            self.model(without_condition(tokens, self.vocab), layout, state=self.unconditional)
         self.position += len(ids)
         self.logits_V = logits_TV[-1].float().cpu()
 
     @property
     def _guided(self) -> bool:
         return self.sampling.guidance != 1.0 and self.model.patch_head is not None
-
-    @property
-    def _structure(self) -> set[int]:
-        return set(self.vocab.specials.values())
 
     def _layout(self, length: int, modality: int, picture: bool = False) -> RowLayout:
         """A chunk of one row and one modality, continuing the document."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from mom_data.batch import IGNORE, PackedBatch
 from mom_data.dataset import TokenDataset
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import DiffusionConfig, ObjectiveConfig
-from mom_train.diffusion import NoisedPatches, draw, noise
+from mom_train.diffusion import NoisedPatches, draw, noise, without_condition
 from mom_train.layout import RowLayout
 from mom_train.model import Losses
 from mom_train.sequence_parallel import Context
@@ -121,9 +122,9 @@ def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> No
     return NoisedPatches(x, target, batch.order.long()[batch.latent_position], batch.image_of_patch, timestep_I)
 
 
-def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, null: int) -> PackedBatch:
-    """For a share of pictures, replace what stands before them in their document by <null>, without loss there: the
-    unconditional half of classifier-free guidance."""
+def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, vocab: VocabLayout) -> PackedBatch:
+    """For a share of pictures, take the condition out of what stands before them in their document, without loss
+    there: the unconditional half of classifier-free guidance. `without_condition` says what remains."""
     if not config.condition_dropout:
         return batch
     tokens, labels = batch.tokens.clone(), batch.labels.clone()
@@ -134,9 +135,8 @@ def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, null
             continue
         row, at = divmod(int(batch.latent_position[batch.image_of_patch == i][0]), L)
         document = batch.document[row]
-        start = int((document == document[at]).nonzero()[0])
-        before = slice(start, at - 1)  # the opening bracket stays
-        tokens[row, before] = torch.where(batch.modality[row, before] == 0, null, tokens[row, before])
+        before = slice(int((document == document[at]).nonzero()[0]), at - 1)  # up to the opening bracket
+        tokens[row, before] = without_condition(tokens[row, before], vocab)
         labels[row, before] = IGNORE
     return replace(batch, tokens=tokens, labels=labels)
 

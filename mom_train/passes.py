@@ -51,7 +51,7 @@ class Passes:
         diffusion = self.config.objective.diffusion
         if diffusion is None:
             return batch
-        return drop_conditions(batch, self.config.seed, diffusion, self.vocab.specials["null"])
+        return drop_conditions(batch, self.config.seed, diffusion, self.vocab)
 
     def targets(self, batch: PackedBatch) -> Tensor:
         """Targets of the cross-entropy by modality (M,) int64."""
