@@ -23,10 +23,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from pack_stats import configured, first_rows, measure, tokens_of
+from pack_stats import configured
 from tqdm import tqdm
 
 from mom_data.dataset import TokenDataset
+from mom_data.forecast import first_rows, measure, tokens_of
 from mom_data.plan import Piece, Plan, Source, hashed
 from mom_data.shards import LATENT_BIT, TokenSegment
 from mom_data.verify import document_keys

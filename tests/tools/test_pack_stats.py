@@ -12,13 +12,14 @@ from corpus import TOKENIZERS, VOCAB, random_document, write_dataset
 from run_config import tiny_config
 
 from mom_data.dataset import TokenDataset
+from mom_data.forecast import measure, predict
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
 from mom_data.shards import TokenSegment
 
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "tools"))
-from pack_stats import configured, measure, predict  # noqa: E402
+from pack_stats import configured  # noqa: E402
 
 
 def tool(*arguments):
