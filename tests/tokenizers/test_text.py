@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mom_tokenizers.text as text_module
 from mom_tokenizers.text import TextTokenizer
 
 CORPUS = [
@@ -131,6 +133,125 @@ def test_any_text_comes_back_exactly_from_foreign_tokenizers_special_names_too(f
     sizes = _sizes(str(foreign[name]))
     assert sizes[ids].sum() == len(text.encode()) + front
     assert not sizes[list(control)].any()
+
+
+NAMES = ["<s>", "</s>", "<pad>", "<racm3:break>", "<eoss>", "<reserved00007>", "IMGIMGDZ", "IMGIMGBCZ"]
+
+
+def chameleon_like(style):
+    """A tokenizer whose first ids are those of NAMES, as differently as files declare them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*NAMES, *alphabet]
+    vocabulary = {word: id_ for id_, word in enumerate(words)}
+    if style == "merges":  # a vocabulary that was trained on texts with such names in them
+        steps = [("<", "s"), ("<s", ">"), ("<", "/"), ("</", "s"), ("</s", ">")]
+        for step in steps:
+            vocabulary.setdefault("".join(step), len(vocabulary))
+        tokenizer = Tokenizer(models.BPE(vocabulary, steps))
+    elif style == "unigram":
+        tokenizer = Tokenizer(models.Unigram([("<unk>", -9.0), *((word, -1.0) for word in words)], unk_id=0))
+    elif style == "word level":
+        tokenizer = Tokenizer(models.WordLevel({**vocabulary, "?": len(vocabulary)}, unk_token="?"))
+    else:
+        tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=style == "ignore_merges"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if style == "word level":
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.ByteLevel()
+    if style in ("special", "not special"):
+        tokens = [AddedToken(name, special=style == "special", normalized=False) for name in NAMES]
+        (tokenizer.add_special_tokens if style == "special" else tokenizer.add_tokens)(tokens)
+    tokenizer.add_tokens([AddedToken("covid", special=False)])  # a word that somebody added is a word
+    return TextTokenizer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "style", ["special", "not special", "vocabulary", "ignore_merges", "merges", "unigram", "word level"]
+)
+def test_no_text_becomes_the_id_of_a_control_token_however_the_file_declares_it(style):
+    tokenizer = chameleon_like(style)
+    control = {id_ for name, id_ in tokenizer._tokenizer.get_vocab().items() if name in NAMES}
+    assert len(control) == len(NAMES)
+    for name in NAMES:
+        for text in (name, f"a {name} b", f"\n{name}", f"{name}{name}", f"({name})", f"{name} covid"):
+            ids = tokenizer.encode(text)
+            assert control.isdisjoint(ids.tolist()), text
+            if style != "word level":
+                assert tokenizer.decode(ids) == text
+    added = tokenizer._tokenizer.token_to_id("covid")
+    assert tokenizer.encode("a covid b").tolist().count(added) == 1
+
+
+def split_by(pattern):
+    """The small tokenizer, cutting texts by another model's pattern; spaces in pairs are a token, as GPT-NeoX's are."""
+    from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer.from_str(TOKENIZER._tokenizer.to_str())
+    if pattern is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken("  ", normalized=False)])
+    return TextTokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("pattern", [None, *text_module._PATTERNS])
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(
+        st.one_of(st.sampled_from("ab é\n\u0301'sS.,。1 \t\r\u1df5"), st.characters(exclude_categories=["Cs"]))
+    )
+)
+def test_a_long_text_in_chunks_has_the_ids_that_it_has_whole(pattern, text):
+    tokenizer = _split_by(pattern)
+    assert tokenizer._divisible
+    for size in (1, 5):
+        with unittest.mock.patch.object(text_module, "CHUNK", size):
+            assert tokenizer.encode(text).tolist() == tokenizer._encode(text).tolist()
+            assert "".join(text_module._chunks(text)) == text
+    with unittest.mock.patch.object(text_module, "CHUNK", 1):
+        assert len(list(text_module._chunks("one two, three"))) == 3
+
+
+@pytest.mark.parametrize("change", ["prefix", "strips", "spans", "pattern", "dropout"])
+def test_a_tokenizer_whose_chunks_could_differ_encodes_a_long_text_whole(change):
+    from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+
+    tokenizer = Tokenizer.from_str(TOKENIZER._tokenizer.to_str())
+    if change == "prefix":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif change == "pattern":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(".{10}"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    elif change == "dropout":
+        tokenizer.model.dropout = 0.5
+    else:
+        tokenizer.add_tokens([AddedToken("New York" if change == "spans" else "x", rstrip=change == "strips")])
+    assert not TextTokenizer(tokenizer)._divisible
+
+
+def test_a_long_text_takes_less_than_20_bytes_of_memory_for_each_character(tmp_path):
+    TOKENIZER.save(tmp_path)
+    code = (
+        "import resource, sys; from mom_tokenizers.text import TextTokenizer\n"
+        "tokenizer = TextTokenizer.load(sys.argv[1])\n"
+        "text = 'So 12 quick, brown foxes! ' * 80_000\n"
+        "tokenizer.encode(text[:200_000])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "tokenizer.encode(text)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(text))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 19  # and 1 for the text itself
+
+
+@lru_cache
+def _split_by(pattern):
+    return split_by(pattern)
 
 
 @lru_cache
