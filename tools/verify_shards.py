@@ -23,17 +23,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mom_data.verify import (
-    INDEX_BYTES,
-    Manifest,
-    Problem,
-    ShardRecord,
-    ShardReport,
-    read_manifest,
-    rebuild_index,
-    sha256_of,
-    verify_shard,
-)
+from mom_data.manifest import Manifest, Problem, ShardRecord
+from mom_data.shards import sha256_of
+from mom_data.verify import INDEX_BYTES, ShardReport, read_manifest, rebuild_index, verify_shard
 from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly
 
 _BYTES_PER_PROCESS = 128 << 20  # less is read before another process has started

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from mom_data.shards import LATENT_BIT, SCHEMA, TokenSegment, crc32
+from mom_data.manifest import MANIFEST, index_problems, read_manifest
+from mom_data.shards import LATENT_BIT, TokenSegment, crc32
 from mom_data.storage import CACHE_BYTES, RemoteFolder, Stored, folder_at
 from mom_tokenizers.errors import UserError
 
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 _OPEN_FILES = 64
 _INDEX_BYTES = 192 << 20  # of indices in memory, per dataset and process
 _NOTE_EVERY = 5.0  # seconds between notes in the cache that an open shard is still in use
-_NAME = re.compile(r"[^/\\\0]+\.tar")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _NO_LATENTS = np.zeros((0, 0), np.float16)
 
@@ -74,8 +72,8 @@ class TokenDataset:
     Remote shards are fetched whole into `cache`, a folder on this node that never grows beyond `cache_bytes`; how
     failures are met there is in `mom_data.storage.RemoteFolder`. May be pickled and forked; one thread at a time.
 
-    Raises ValueError listing everything that is wrong: no manifest, an unknown schema, shards that are missing or
-    have another size than the manifest says.
+    Raises UserError listing everything that is wrong: no manifest, one that was changed or contradicts itself (see
+    `mom_data.manifest`), shards that are missing or have another size than the manifest says.
     """
 
     def __init__(
@@ -91,23 +89,19 @@ class TokenDataset:
     ):
         self._folder = folder_at(location, cache, cache_bytes, attempts=attempts, timeout=timeout, pause=pause)
         self.location = self._folder.location
-        manifest = self.where("manifest.json")
         try:
-            text = self._folder.read("manifest.json")
+            content, manifest, problems = read_manifest(self._folder)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.location}: no manifest.json, so no finished dataset. tools/tokenize_shards.py writes one; if "
                 "it was interrupted, start it again with the same arguments and it goes on."
             ) from None
         except OSError as error:
-            raise UserError(f"{manifest} cannot be read: {error}") from None
-        self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
-        try:
-            self.manifest = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{manifest} is damaged: {error}. Copy it again.") from None
-        if self.manifest.get("schema") != SCHEMA:
-            raise UserError(f"{manifest}: schema {self.manifest.get('schema')!r}; this version reads {SCHEMA!r}")
+            raise UserError(f"{self.where(MANIFEST)} cannot be read: {error}") from None
+        if problems or manifest is None:
+            raise UserError(f"{self.location}/" + " ".join(map(str, problems)))
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        self.manifest: dict[str, Any] = json.loads(content)
         self.modalities: list[str] = self.manifest["modalities"]
         self.tokenizers: dict[str, dict[str, Any]] = self.manifest["tokenizers"]
         self.token_dtype = np.dtype(f"<u{self.manifest['token_bytes']}")
@@ -115,11 +109,6 @@ class TokenDataset:
         self.shards = [s for s in self.manifest["shards"] if fnmatch(s["name"], shards)]
         if not any(s["documents"] for s in self.shards):
             raise UserError(f"{self.location}: no document in the shards that match {shards!r}")
-        for shard in self.shards:
-            if not _NAME.fullmatch(shard["name"]):
-                raise UserError(f"{manifest}: a shard's name must be a plain NAME.tar, not {shard['name']!r}")
-            if not (_SHA256.fullmatch(shard["sha256"]) and _SHA256.fullmatch(shard["index_sha256"])):
-                raise UserError(f"{manifest}: {shard['name']} has no proper sha256")
         self._tars = [Stored(s["name"], s["sha256"], s["bytes"]) for s in self.shards]
         self._index_files = self._complete()
         self._forget_process()
@@ -169,7 +158,8 @@ class TokenDataset:
         return f"{self.location}/{shard if isinstance(shard, str) else self.shards[shard]['name']}"
 
     def index(self, shard: int) -> ShardIndex:
-        """Where the shard's documents lie. Raises ValueError where that cannot be had, or is damaged."""
+        """Where the shard's documents lie. Raises UserError where that cannot be had, is damaged, or does not hold the
+        documents and tokens that the manifest says."""
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard][0]
@@ -179,6 +169,11 @@ class TokenDataset:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.where(file.name)}: {error}") from None
         arrays = safetensors.numpy.load(data)
+        if problems := index_problems(arrays, *self._counts(shard), self.modalities):
+            raise UserError(
+                f"{self.where(file.name)} contradicts manifest.json: {'; '.join(problems)}. See what "
+                "tools/verify_shards.py finds, and tokenize again where it cannot be mended."
+            )
         index = ShardIndex(
             arrays["token_offset"],
             arrays["crc32"],
@@ -191,6 +186,11 @@ class TokenDataset:
         while len(self._indices) > 1 and sum(size for _, size in self._indices.values()) > _INDEX_BYTES:
             self._indices.popitem(last=False)
         return index
+
+    def _counts(self, shard: int) -> tuple[int, Mapping[str, int]]:
+        """Documents, and tokens by modality, that a shard's index must hold."""
+        record = self.shards[shard]
+        return record["documents"], record["tokens"]
 
     def prefetch(self, shard: int) -> None:
         """Start bringing a shard near, for documents to be picked from soon. Neither waits nor fails."""

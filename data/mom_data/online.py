@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,12 @@ class OnlineDataset(TokenDataset):
         """Key and reason of the shard's documents that are masked. Waits until it is tokenized."""
         folder: Any = self._folder
         return folder.record(self.shards[shard]["name"])["skipped"]
+
+    def _counts(self, shard: int) -> tuple[int, Mapping[str, int]]:
+        # the plan counts on the headers' number of documents; how many tokens they have is known from now on
+        folder: Any = self._folder
+        record = self.shards[shard]
+        return record["documents"], folder.record(record["name"])["shards"][0]["tokens"]
 
     def values(
         self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]

@@ -19,65 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from pydantic import BaseModel, Field, ValidationError
 
+from mom_data.manifest import MANIFEST, Manifest, Problem, ShardRecord, index_counts, index_problems
+from mom_data.manifest import read_manifest as manifest_of
 from mom_data.shards import LATENT_BIT, SCHEMA, TAR_HEADER, crc32, index_block, join_index, sha256_of
+from mom_data.storage import LocalFolder
 from mom_tokenizers.errors import UserError
 
 INDEX_BYTES = 40
 """What an index should take per document at most; short shards pay more, for its header is paid once."""
 _COPY = "copy {} again from where it is whole, or delete it and run tools/tokenize_shards.py again"
-
-
-class ShardRecord(BaseModel):
-    """A shard's entry in the manifest."""
-
-    name: str = Field(pattern=r"^[^/\\]+\.tar$")
-    bytes: int
-    sha256: str
-    index_sha256: str
-    documents: int
-    tokens: dict[str, int]
-    latent_width: int
-
-
-class TokenizerRecord(BaseModel):
-    kind: str
-    fingerprint: str
-    size: int
-
-
-class Manifest(BaseModel):
-    """manifest.json, as far as it describes the shards."""
-
-    schema_name: str = Field(alias="schema")
-    modalities: list[str]
-    tokenizers: dict[str, TokenizerRecord]
-    token_bytes: int
-    latent_width: int
-    documents: int
-    tokens: dict[str, int]
-    shards: list[ShardRecord]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong, in `file`; `position` is a byte of that file."""
-
-    file: str
-    what: str
-    remedy: str
-    position: int | None = None
-    document: int | None = None
-    key: str | None = None
-
-    def __str__(self) -> str:
-        where = self.file
-        if self.position is not None:
-            where += f" at byte {self.position:,}"
-        if self.document is not None:
-            where += f", document {self.document}" + (f" ({self.key!r})" if self.key is not None else "")
-        return f"{where}: {self.what}. What to do: {self.remedy}."
 
 
 class Member(NamedTuple):
@@ -204,44 +155,12 @@ def _opened(path: Path) -> Iterator[bytes | mmap.mmap]:
 
 
 def read_manifest(folder: Path) -> tuple[Manifest | None, list[Problem]]:
-    """The manifest, where it can be read, and what is wrong with it in itself."""
-    path, checksum = folder / "manifest.json", folder / "manifest.sha256"
-    file, again = path.name, "copy it again, or run tools/tokenize_shards.py again (finished shards are kept)"
-    if not path.is_file():
-        return None, [Problem(file, "it is missing, so there is no finished dataset", again)]
-    content = path.read_bytes()
-    problems = []
-    if checksum.is_file():
-        said, found = checksum.read_bytes(), hashlib.sha256(content).hexdigest()
-        if said != f"{found}  {file}\n".encode():
-            problems.append(Problem(file, f"its sha256 is {found}, {checksum.name} says {said[:64]!r}", again))
+    """The manifest of a folder, where it can be read, and what is wrong with it in itself."""
     try:
-        raw = json.loads(content)
-        manifest = Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        return None, [*problems, Problem(file, f"{where}: {first['msg']}", again)]
-    except ValueError as error:
-        return None, [*problems, Problem(file, f"not JSON: {error}", again)]
-    shards = manifest.shards
-    names = [s.name for s in shards]
-    checks: list[tuple[str, object, object]] = [
-        ("schema", manifest.schema_name, SCHEMA),
-        ("modalities", manifest.modalities, list(manifest.tokenizers)),
-        ("documents", manifest.documents, sum(s.documents for s in shards)),
-        ("latent_width", manifest.latent_width, max((s.latent_width for s in shards), default=0)),
-        ("names of shards", len(names), len(set(names))),
-        *(
-            (f"{m} tokens", manifest.tokens.get(m), sum(s.tokens.get(m, 0) for s in shards))
-            for m in manifest.tokenizers
-        ),
-    ]
-    problems += [
-        Problem(file, f"{name}: {said!r}, but its own entries give {true!r}", again)
-        for name, said, true in checks
-        if said != true
-    ]
+        _, manifest, problems = manifest_of(LocalFolder(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = "copy it again, or run tools/tokenize_shards.py again (finished shards are kept)"
+        return None, [Problem(MANIFEST, "it is missing, so there is no finished dataset", remedy)]
     return manifest, problems
 
 
@@ -297,18 +216,12 @@ def verify_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Shard
             index = safetensors.numpy.load(join_index(blocks))
         else:
             _verify_documents(content, index, keys, manifest, report)
-    starts, lengths = index["segment_start"], index["segment_length"].astype(np.int64)
-    modality = index["segment_modality"] & ~np.uint8(LATENT_BIT)
-    report.documents = len(starts) - 1
-    counts = np.bincount(modality, lengths, minlength=len(manifest.modalities)).astype(int).tolist()
+    counts = index_counts(index, len(manifest.modalities))
+    report.documents = len(index["crc32"])
     report.tokens = dict(zip(manifest.modalities, counts, strict=False))
-    counted = [("documents", report.documents, record.documents)]
-    counted += [(f"{m} tokens", n, record.tokens.get(m, 0)) for m, n in report.tokens.items()]
-    counted += [(f"tokens of modality number {m}", n, 0) for m, n in enumerate(counts) if m >= len(manifest.modalities)]
-    for name, found, said in counted:
-        if found != said:
-            what = f"{found:,} {name} found, the manifest says {said:,}"
-            report.problems.append(Problem(path.name, what, _COPY.format("the shard and manifest.json")))
+    remedy = _COPY.format("the shard and manifest.json")
+    wrong = index_problems(index, record.documents, record.tokens, manifest.modalities)
+    report.problems += [Problem(path.name, what, remedy) for what in wrong]
     return report
 
 

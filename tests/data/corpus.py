@@ -1,5 +1,8 @@
 """Small token datasets for the tests."""
 
+import hashlib
+import json
+
 import numpy as np
 
 from mom_data.shards import ShardWriter, TokenSegment, write_manifest
@@ -36,3 +39,10 @@ def write_dataset(folder, documents=60, shards=3, seed=0, latent_width=0, tokeni
         records.append(writer.record())
     write_manifest(folder, records, tokenizers, np.uint16, {})
     return truth
+
+
+def rewrite_manifest(folder, manifest):
+    """Put another manifest in a dataset's folder, with a checksum that fits it."""
+    content = json.dumps(manifest).encode()
+    (folder / "manifest.json").write_bytes(content)
+    (folder / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")

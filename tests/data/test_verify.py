@@ -18,13 +18,8 @@ from hypothesis import strategies as st
 
 from mom_data import shards
 from mom_data.dataset import TokenDataset
-from mom_data.verify import (
-    Manifest,
-    document_keys,
-    read_manifest,
-    rebuild_index,
-    verify_shard,
-)
+from mom_data.manifest import Manifest
+from mom_data.verify import document_keys, read_manifest, rebuild_index, verify_shard
 
 CHECKOUT = Path(__file__).parents[2]
 

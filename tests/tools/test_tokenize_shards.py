@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import webdataset
 import yaml
+from corpus import rewrite_manifest
 from PIL import Image
 
 from mom_data.dataset import TokenDataset
@@ -371,7 +372,7 @@ def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, t
     shutil.copytree(continuous / "tokens", other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["tokenizers"]["image"]["latent_scale"] = 0.5
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(other, manifest)
     with pytest.raises(ValueError, match=r"latents differ: .*scale 0.7 and shift 0.1, .*other has scale 0.5"):
         resolved(other, f"data.train=[{{path: {continuous / 'tokens'}}}, {{path: {other}}}]")
 
