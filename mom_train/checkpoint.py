@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -20,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mom_data.plan import Cursor
-from mom_tokenizers.errors import AgreedError
+from mom_tokenizers.errors import AgreedError, UserError
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import CheckpointConfig
 from mom_train.ema import Ema
@@ -87,6 +88,48 @@ def tensors(model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | N
     return values if ema is None else values | {"ema": ema.average}
 
 
+class HostCopies:
+    """Copies tensors to host memory in a background thread, into memory that is kept from save to save and, with CUDA,
+    pinned.
+
+    This is what torch's DefaultStager does, too, but that of torch 2.11 closes its StateDictStager after every copy, so
+    that it serves only once.
+    """
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available()
+        self._thread = ThreadPoolExecutor(1, "checkpoint-copy")
+        self._stream = torch.cuda.Stream() if self._cuda else None
+        self._stager = self._new_stager()
+
+    def _new_stager(self) -> StateDictStager:
+        return StateDictStager(pin_memory=self._cuda)
+
+    def begin(self, values: dict[str, Any]) -> Future[dict[str, Any]]:
+        """The copy of a nested dict of tensors as they are once what has been launched on the device is done. The
+        tensors must not change before the future is done."""
+        launched = torch.cuda.current_stream().record_event() if self._stream is not None else None
+        return self._thread.submit(self._copy, values, launched)
+
+    def _copy(self, values: dict[str, Any], launched: torch.cuda.Event | None) -> dict[str, Any]:
+        try:
+            if self._stream is None or launched is None:
+                on_host: dict[str, Any] = self._stager.stage(values)
+                return on_host
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(launched)
+                copied: dict[str, Any] = self._stager.stage(values, non_blocking=True)
+            self._stream.synchronize()
+            return copied
+        except Exception:
+            self._stager = self._new_stager()  # so that one failure is not the next one's cause
+            raise
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._stager.close()
+
+
 class Checkpointer:
     """A run's checkpoints while it trains: one save at a time, in the background. A context manager.
 
@@ -106,9 +149,8 @@ class Checkpointer:
         self._saving: dict[str, Any] = {}  # the best one as the save that is being written knows it
         self._saved: dict[str, Any] = {}  # and as the last one that was committed does
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE, group_desc=CHECKPOINT_GROUP)
-        cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(cuda, False, True, cuda))
-        self._copied: Any = None  # the future of a copy that the optimiser must wait for
+        self._copies = HostCopies()
+        self._copied: Future[dict[str, Any]] | None = None  # a copy that the optimiser must wait for
         self._thread: threading.Thread | None = None
         self._step, self._error, self._failures = 0, "", 0
         self._last = time.monotonic()
@@ -119,7 +161,7 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:  # also where the run fails: what can be committed is
             self._thread.join()
-        self._stager.close()
+        self._copies.close()
 
     # ---- at the start -------------------------------------------------------------------------------------
 
@@ -255,16 +297,16 @@ class Checkpointer:
         self._last, self._step, self._error = time.monotonic(), train_state.step, ""
         self._saving = train_state.best = self.best
         text = json.dumps(train_state.state_dict(), indent=1) + "\n"
-        self._copied = self._stager.stage(tensors(model, optimizer, ema))
+        self._copied = self._copies.begin(tensors(model, optimizer, ema))
         self._thread = threading.Thread(target=self._write, args=(self._copied, text), daemon=True, name="checkpoint")
         self._thread.start()
         self.stall = time.perf_counter() - begun
 
     def staged(self) -> None:
-        """Wait until the optimiser may change the weights."""
+        """Wait until the optimiser may change the weights. A copy that failed is a save that failed: see `settle`."""
         if self._copied is not None:
             begun = time.perf_counter()
-            self._copied.result()
+            self._copied.exception()
             self._copied = None
             self.stall += time.perf_counter() - begun
 
@@ -297,16 +339,30 @@ class Checkpointer:
         self.staged()
         self.settle()
 
-    def _write(self, copied: Any, train_state: str) -> None:
+    def _write(self, copied: Future[dict[str, Any]], train_state: str) -> None:
         try:
+            # agreed before the write's first collective, in which the others would wait for a rank without a copy
+            failures: list[str | None] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(failures, _described(copied.exception()), group=self._group)
+            for rank, failure in enumerate(failures):
+                if failure is not None:
+                    self._error = f"[rank {rank}] its tensors could not be copied to host memory: {failure}"
+                    return
             self.checkpoints.write(self._step, copied.result(), train_state, self._group)
         except Exception as error:
-            self._error = str(error)
+            self._error = _described(error) or ""
             return
         if dist.get_rank() == 0:
             try:
                 if self._saving.get("step") == self._step:
                     self.checkpoints.point_at_best(self.checkpoints[self._step])
                 self.checkpoints.prune(self._step, self.config.keep, self.config.keep_every)
-            except OSError as error:
+            except Exception as error:  # of an object store's client, too: the save itself is committed
                 log.warning("BEST could not be written, or older checkpoints removed: %s", error)
+
+
+def _described(error: BaseException | None) -> str | None:
+    """An exception in words; one that is not meant for users with its type, which may be all that it says."""
+    if error is None or isinstance(error, UserError):
+        return None if error is None else str(error)
+    return f"{type(error).__name__}: {error}"

@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,19 @@ import torch.distributed as dist
 from mom_train.parallel import Ranks
 
 
-def write_environment(run_dir: Path, ranks: Ranks, step: int) -> None:
-    """Gather what all ranks run on, and let rank 0 write it. Collective.
+def environment(ranks: Ranks) -> list[Any]:
+    """What each rank runs on: (machine, name of its GPU or None). Collective."""
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, _this_machine(ranks))
+    return everyone
+
+
+def write_environment(run_dir: Path, everyone: Sequence[Any], ranks: Ranks, step: int) -> None:
+    """Write RUN/environment.json from `everyone`, what all ranks run on. For rank 0.
 
     `hosts` has one entry a machine: name, ranks, cpu, cores (that the process may use), memory_gib, gpus. `starts` has
     one line for each time that the run was started: time (UTC), step, world_size, hosts.
     """
-    here = _this_machine(ranks)
-    everyone: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(everyone, here)
-    if not ranks.main:
-        return
     hosts: dict[str, dict[str, Any]] = {}
     for rank, (machine, gpu) in enumerate(everyone):
         host = hosts.setdefault(machine["name"], {**machine, "ranks": [], "gpus": []})

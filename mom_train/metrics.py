@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from mom_tokenizers.errors import user_path
 from mom_train.config import RunConfig
 
 if TYPE_CHECKING:  # readers of metrics.jsonl need no torch
@@ -20,11 +23,63 @@ if TYPE_CHECKING:  # readers of metrics.jsonl need no torch
     from mom_train.writers import TensorBoard, Wandb
 
 
+log = logging.getLogger(__name__)
+
+
+class Lines:
+    """A file that lines are appended to. What cannot be written is kept and tried again with the next line."""
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._waiting = bytearray()
+
+    def append(self, line: str) -> None:
+        self._waiting += f"{line}\n".encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting. Raises OSError where the disk does not take all of it; the rest goes on waiting."""
+        while self._waiting:
+            del self._waiting[: os.write(self._file, self._waiting)]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class FailedWrites:
+    """Writes of figures that fail, as on a full disk: training goes on, each kind of them is warned about once, and all
+    are counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._failing: set[str] = set()
+
+    @contextmanager
+    def tolerated(self, what: Path) -> Iterator[None]:
+        """A block that writes `what`, and tries again next time where it raises an OSError."""
+        try:
+            yield
+        except OSError as error:
+            self.count += 1
+            if str(what) not in self._failing:
+                log.warning("%s CANNOT BE WRITTEN; training goes on, and it is tried again: %s", what, error)
+            self._failing.add(str(what))
+        else:
+            if str(what) in self._failing:
+                log.warning("%s can be written again", what)
+            self._failing.discard(str(what))
+
+    def at_the_end(self) -> None:
+        for what in sorted(self._failing):
+            log.error("%s lacks what was logged since it could not be written any more", what)
+
+
 class Record:
     """One JSON object per logged step in metrics.jsonl, the same names and values in TensorBoard and where else the
     config says, and a progress line (steps, losses, tokens/s, time left). A context manager.
 
-    A run that resumes after step n drops whatever was logged beyond it, so that no step stands there twice.
+    A run that resumes after step n drops whatever was logged beyond it, so that no step stands there twice. What cannot
+    be written while it trains does not end it (`FailedWrites`); to begin with, the files must be writable: UserError.
     """
 
     def __init__(self, config: RunConfig, resumed_at: int, last: int):
@@ -35,8 +90,13 @@ class Record:
         lines = known if resumed_at else []  # a run that begins anew logs step 0 again
         kept = [line for line in map(json.loads, lines) if line["step"] <= resumed_at]
         self._last: dict[str, float] = kept[-1] if kept else {}
-        self._replace(kept)
-        self._writers: list[TensorBoard | Wandb] = [TensorBoard(config, resumed_at, kept)]
+        self._failed = FailedWrites()
+        with user_path(self._path):
+            if not self._path.exists() or self._path.read_text() != _as_text(kept):  # a full disk is left alone
+                self._replace(kept)
+            self._lines = Lines(self._path)
+        with user_path(config.run_dir / "tensorboard"):
+            self._writers: list[TensorBoard | Wandb] = [TensorBoard(config, resumed_at, kept)]
         if config.wandb is not None:
             self._writers.append(Wandb(config))
         # one line that changes on a terminal, a line now and then in a log file
@@ -45,31 +105,38 @@ class Record:
 
     def _replace(self, lines: Sequence[Mapping[str, float]]) -> None:
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        partial.write_text(_as_text(lines))
         partial.rename(self._path)
-        self._file = open(self._path, "a")  # noqa: SIM115  # open as long as the run
 
     def __enter__(self) -> Record:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        self._file.close()
+        with self._failed.tolerated(self._path):
+            self._lines.flush()
+        self._lines.close()
         for writer in self._writers:
-            writer.close()
+            with self._failed.tolerated(writer.place):
+                writer.close()
+        self._failed.at_the_end()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log a step. What is not finite is left out: JSON has no such numbers. Values of a step that was logged
         already, before a resume, are added to its line."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        if self._last.get("step") == step:
-            self._file.close()
-            self._replace([*read_metrics(self._path.parent)[:-1], {**self._last, **values}])
-        else:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+        if self._failed.count:
+            values["record/failed_writes"] = self._failed.count
+        with self._failed.tolerated(self._path):
+            if self._last.get("step") == step:
+                self._replace([*read_metrics(self._path.parent)[:-1], {**self._last, **values}])
+                self._lines.close()
+                self._lines = Lines(self._path)
+            else:
+                self._lines.append(json.dumps({"step": step, **values}))
         for writer in self._writers:
-            writer.write(step, values)
+            with self._failed.tolerated(writer.place):
+                writer.write(step, values)
 
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
         if losses:
@@ -77,7 +144,8 @@ class Record:
 
     def samples(self, step: int, documents: Sequence[Sequence[Span]]) -> None:
         for writer in self._writers:
-            writer.samples(step, documents)
+            with self._failed.tolerated(writer.place):
+                writer.samples(step, documents)
 
 
 class Clock:
@@ -112,6 +180,10 @@ class Clock:
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The logged steps of a run, oldest first. A line that a crash cut short is left out."""
     return [json.loads(line) for line in _whole_lines(run_dir / "metrics.jsonl")]
+
+
+def _as_text(lines: Sequence[Mapping[str, float]]) -> str:
+    return "".join(f"{json.dumps(line)}\n" for line in lines)
 
 
 def _whole_lines(path: Path) -> list[str]:

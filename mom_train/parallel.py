@@ -20,6 +20,7 @@ from mom_train.model import LanguageModel
 
 T = TypeVar("T")
 CHECKPOINT_GROUP = "checkpoint"
+_FIRST_FAILURE = "mom_first_failure"  # key in the ranks' store
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,26 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     world_size = dist.get_world_size()
     try:
         yield Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
-    except BaseException:
+    except BaseException as error:
         if world_size == 1:
             dist.destroy_process_group()
+        else:
+            first_failure(error)
         raise
     dist.destroy_process_group()
+
+
+def first_failure(error: BaseException) -> str:
+    """`error`, or what failed on another rank before: then this rank's `error` is most likely no more than a connection
+    that closed. The store that the ranks met at keeps the first one."""
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, AgreedError):
+        return said
+    try:
+        rank, store = dist.get_rank(), c10d._get_default_store()
+        return store.compare_set(_FIRST_FAILURE, "", f"[rank {rank}] {said}" if rank else said).decode()
+    except Exception:  # the store may be gone with its rank
+        return said
 
 
 def model_mesh(ranks: Ranks, shard_ranks: int | None) -> DeviceMesh:

@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 State = Literal["running", "preempted", "stopped", "finished", "failed"]
+_STATUS_BYTES = 2048  # of status.json
 AGENT_PID = "MOM_AGENT_PID"
 """Environment variable in which torchrun_launch's torchrun tells its ranks who it is."""
 
@@ -21,15 +23,33 @@ def write_status(run_dir: Path, state: State, step: int, steps: int, reason: str
     preempted   asked to end; the checkpoint is committed, start it again
     stopped     at training.stop_at
     finished    at training.steps
-    failed      `reason` says why
+    failed      `reason` says why, and the exit code whether starting it again may help (mom_tokenizers/errors.py)
+
+    On a disk without space, where no second file can be written, the one that is there is written over in place; all
+    have the same size, so that this needs no space. A longer `reason` is cut.
     """
     values = {"state": state, "step": step, "steps": steps, "reason": reason, "time": time.time()}
-    partial = run_dir / ".status.partial"
-    with open(partial, "w") as file:
-        file.write(json.dumps(values) + "\n")
+    while len(text := json.dumps(values)) >= _STATUS_BYTES:
+        reason = reason[: -max(1, (len(text) - _STATUS_BYTES) // 6)]  # a character has up to 6 bytes, \u1234
+        values["reason"] = f"{reason}..."
+    content = f"{text:{_STATUS_BYTES - 1}}\n"
+    partial, path = run_dir / ".status.partial", run_dir / "status.json"
+    try:
+        _write_through(partial, "w", content)
+        partial.rename(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        if not path.exists():
+            raise
+        _write_through(path, "r+", content)
+
+
+def _write_through(path: Path, mode: str, content: str) -> None:
+    with open(path, mode) as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(run_dir / "status.json")
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from mom_data.batch import PackedBatch
 from mom_data.loader import batches
-from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, UserError
+from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, UserError, user_path
 from mom_train import data
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
@@ -27,14 +27,15 @@ from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
 from mom_train.convert import load_weights, open_weights
 from mom_train.ema import Ema
-from mom_train.environment import write_environment
+from mom_train.environment import environment, write_environment
 from mom_train.flops import training_flops_per_token
 from mom_train.metrics import Clock, Record
 from mom_train.model import LanguageModel, initialize
 from mom_train.objective import Counts
 from mom_train.optimizer import build_optimizer, learning_rate
-from mom_train.parallel import Ranks, agreed, model_mesh, process_group, set_timeout, shard
+from mom_train.parallel import Ranks, agreed, first_failure, model_mesh, process_group, set_timeout, shard
 from mom_train.passes import Passes
+from mom_train.run_lock import RunLock
 from mom_train.sampling import Sampler
 from mom_train.sequence_parallel import Context
 from mom_train.status import State, Stop, write_status
@@ -168,7 +169,7 @@ class Trainer:
         """The loop. Returns how it ended, or None where steps stay bad."""
         config, state = self.config, self.state
         last = min(config.training.stop_at or config.training.steps, config.training.steps)
-        record = Record(config, state.step, last) if self.ranks.main else None
+        record = agreed(lambda: Record(config, self.state.step, last) if self.ranks.main else None)
         with record or nullcontext():
             self._validate_before(record, stop, last)
             stream, clock = self.stream(), Clock(sum(self._tokens.values()))
@@ -387,39 +388,62 @@ def _largest(value: int) -> int:
     return int(agreed_on)
 
 
+def _begin(trainer: Trainer, machines: Sequence[Any]) -> None:
+    """Say what begins, and write what RUN keeps of it. Raises UserError where that cannot be written."""
+    config, ranks, step = trainer.config, trainer.ranks, trainer.state.step
+    with user_path(config.run_dir):
+        write_environment(config.run_dir, machines, ranks, step)
+        (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        trainer.vocab.save(config.run_dir / "vocab.json")
+        write_status(config.run_dir, "running", step, config.training.steps)
+    log.info(
+        "%s: %.2f M parameters, %d ranks on %s, from step %d of %d",
+        config.run_dir,
+        sum(p.numel() for p in trainer.model.parameters()) / 1e6,
+        ranks.world_size,
+        ranks.device.type,
+        step,
+        config.training.steps,
+    )
+    for key, limit in (("steps", config.training.steps), ("stop_at", config.training.stop_at)):
+        if limit is not None and step >= limit:
+            log.info("nothing is left to train: training.%s=%d is reached. Raise it to train on.", key, limit)
+            break
+
+
+def _end(config: RunConfig, outcome: State, step: int, reason: str) -> None:
+    """Say how the run ended, in the log in any case."""
+    steps = config.training.steps
+    log.info("%s: %s at step %d of %d%s", config.run_dir, outcome, step, steps, f": {reason}" if reason else "")
+    try:
+        write_status(config.run_dir, outcome, step, steps, reason)
+    except OSError as error:
+        path = config.run_dir / "status.json"
+        log.error("%s CANNOT BE WRITTEN and may still say that the run goes on: %s", path, error)
+
+
 def train(config: RunConfig) -> int:
     """Run `config` to its end, from its latest checkpoint where it has one. Returns the exit code: 0; 75 where it was
     asked to end before, but 0 from torchrun, which would start it again at once; 3 where steps stayed bad."""
     stop = Stop(config.training.time_limit)
-    with process_group(config.parallel.first_step_timeout) as ranks:
+    with (
+        process_group(config.parallel.first_step_timeout) as ranks,
+        agreed(lambda: RunLock(config.run_dir) if ranks.main else nullcontext()),
+    ):
         trainer = Trainer(config, ranks)
-        state, steps = trainer.state, config.training.steps
-        write_environment(config.run_dir, ranks, state.step)
-        if ranks.main:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(trainer.config.to_yaml())
-            trainer.vocab.save(config.run_dir / "vocab.json")
-            write_status(config.run_dir, "running", state.step, steps)
-            total = sum(p.numel() for p in trainer.model.parameters())
-            log.info(
-                "%s: %.2f M parameters, %d ranks on %s, from step %d of %d",
-                config.run_dir,
-                total / 1e6,
-                ranks.world_size,
-                ranks.device.type,
-                state.step,
-                steps,
-            )
+        state = trainer.state
+        machines = environment(ranks)
+        agreed(lambda: _begin(trainer, machines) if ranks.main else None)
         outcome: State = "failed"
         reason = ""
         try:
             outcome, reason = trainer.run(stop)
-        except ValueError as error:
-            reason = str(error)
+        except Exception as error:
+            reason = first_failure(error)
             raise
         finally:
             if ranks.main and (reason or outcome != "failed"):
-                write_status(config.run_dir, outcome, state.step, steps, reason)
+                _end(config, outcome, state.step, reason)
     if outcome == "preempted":
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED
     return EXIT_INCIDENT if outcome == "failed" else 0

@@ -6,8 +6,9 @@ import html
 import importlib.util
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +17,12 @@ from mom_train.config import RunConfig
 from mom_train.sampling import Span
 from mom_train.validation import QUARTERS
 
+if TYPE_CHECKING:  # it takes a second to import
+    from torch.utils.tensorboard import SummaryWriter
+
 FLOPS_AXIS = "flops_axis/"
 """Before the name of a loss: the same values, but their "step" is training GFLOPs."""
+_PROBE_BYTES = 1 << 16  # that a disk must take before events are written to it again
 _POINTS = 1000  # of a curve over FLOPs that are written again on a resume: TensorBoard shows no more of any curve
 
 
@@ -25,16 +30,19 @@ class TensorBoard:
     """RUN/tensorboard: scalars, charts by question (tab "Custom scalars"), config and samples (text, images, audio),
     and hyperparameters beside the last figures (tab "HParams").
 
-    Figures that earlier attempts logged after step `resumed_at` are taken back. `lines` are those that stay.
+    Figures that earlier attempts logged after step `resumed_at` are taken back. `lines` are those that stay. Where
+    writing raises an OSError, as on a full disk, the scalars are kept and written again with the next ones.
     """
 
     def __init__(self, config: RunConfig, resumed_at: int, lines: Sequence[Mapping[str, float]]):
         from torch.utils.tensorboard import SummaryWriter  # here: a second of imports that the other ranks are spared
         from torch.utils.tensorboard.summary import hparams
 
+        self.place = config.run_dir / "tensorboard"
+        self._waiting: list[tuple[int, Mapping[str, float]]] = []
         # 0 at first: TensorBoard purges from its second "session start" on, and without a step none is written
         purge = resumed_at + 1 if resumed_at else 0
-        self._writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=purge)
+        self._writer: SummaryWriter | None = SummaryWriter(str(self.place), purge_step=purge)
         self._writer.add_custom_scalars(layout(config))
         self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
         for summary in hparams(hyperparameters(config), dict.fromkeys(_judged_by(config))):
@@ -42,39 +50,70 @@ class TensorBoard:
         if purge:
             self._write_flops_axis_again(purge, lines)
 
+    @contextmanager
+    def _writing(self) -> Iterator[SummaryWriter]:
+        """The writer, flushed at the end. A writer that has failed once always fails: it is replaced by one with a file
+        of its own as soon as the disk takes something again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self._writer is None:
+                probe = self.place / ".probe"
+                probe.write_bytes(bytes(_PROBE_BYTES))
+                probe.unlink()
+                self._writer = SummaryWriter(str(self.place))
+            yield self._writer
+            self._writer.flush()
+        except OSError:
+            if (failed := self._writer) is not None:
+                self._writer = None
+                with suppress(OSError):
+                    failed.close()
+            raise
+
     def _write_flops_axis_again(self, purge: int, lines: Sequence[Mapping[str, float]]) -> None:
         """Purging goes by the step, whatever it counts: curves over FLOPs vanish from FLOPs = `purge` on."""
         stride = -(-len(lines) // _POINTS) if lines else 1
         for i, line in enumerate(lines):
             if i % stride == 0 or any(name.startswith("val/") for name in line):
-                self._write_flops_axis(line, beyond=purge)
+                assert self._writer is not None
+                self._write_flops_axis(self._writer, line, beyond=purge)
 
-    def _write_flops_axis(self, values: Mapping[str, float], beyond: int = 0) -> None:
+    @staticmethod
+    def _write_flops_axis(writer: SummaryWriter, values: Mapping[str, float], beyond: int = 0) -> None:
         if "flops/total" not in values or (gflops := round(values["flops/total"] / 1e9)) < beyond:
             return
         for name, value in values.items():
             if name.startswith(("loss/", "val/")):
-                self._writer.add_scalar(FLOPS_AXIS + name, value, gflops)
+                writer.add_scalar(FLOPS_AXIS + name, value, gflops)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._write_flops_axis(values)
-        self._writer.flush()
+        self._waiting.append((step, values))
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        with self._writing() as writer:
+            for step, values in self._waiting:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+                self._write_flops_axis(writer, values)
+        self._waiting.clear()
 
     def samples(self, step: int, documents: Sequence[Sequence[Span]]) -> None:
-        for n, spans in enumerate(documents):
-            self._writer.add_text(f"samples/{n}", "\n\n".join(_readable(span) for span in spans), step)
-            for span in spans:
-                if span.modality == "image" and span.decoded is not None:
-                    picture = np.asarray(span.decoded.convert("RGB"))
-                    self._writer.add_image(f"samples/{span.name}", picture, step, dataformats="HWC")
-                elif span.modality != "text" and span.decoded is not None:
-                    waveform, rate = span.decoded
-                    self._writer.add_audio(f"samples/{span.name}", waveform[None], step, rate)
-        self._writer.flush()
+        with self._writing() as writer:
+            for n, spans in enumerate(documents):
+                writer.add_text(f"samples/{n}", "\n\n".join(_readable(span) for span in spans), step)
+                for span in spans:
+                    if span.modality == "image" and span.decoded is not None:
+                        picture = np.asarray(span.decoded.convert("RGB"))
+                        writer.add_image(f"samples/{span.name}", picture, step, dataformats="HWC")
+                    elif span.modality != "text" and span.decoded is not None:
+                        waveform, rate = span.decoded
+                        writer.add_audio(f"samples/{span.name}", waveform[None], step, rate)
 
     def close(self) -> None:
+        self._write_waiting()
+        assert self._writer is not None
         self._writer.close()
 
 
@@ -174,6 +213,7 @@ class Wandb:
 
         assert config.wandb is not None
         chosen, run_dir = config.wandb, config.run_dir
+        self.place = run_dir / "wandb"
         path = run_dir / "wandb_id"
         if not path.exists():
             path.write_text(secrets.token_hex(4) + "\n")

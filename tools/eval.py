@@ -106,8 +106,13 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     rows = config.training.micro_batch * ranks.world_size
     for name, plan in plans.items():
         with tqdm(total=-(-sequences // rows), desc=name, unit="pass", disable=None if ranks.main else True) as bar:
-            scores = score(passes, plan, sequences, bytes_of_id, lambda bar=bar: bool(bar.update()))  # type: ignore[misc]
-        assert scores is not None
+
+            def interrupted(bar: tqdm[Any] = bar) -> bool:
+                bar.update()
+                return False
+
+            scores = score(passes, plan, sequences, bytes_of_id, interrupted)
+        assert scores is not None, "nothing interrupts it"
         targets = dict(zip(config.layout.modalities, scores.counts.targets_M.tolist(), strict=True))
         sets[name] = {
             **scores.figures("", passes),

@@ -1,5 +1,6 @@
 """Real ranks for tests, in processes forked from one that has imported torch and the trainer, which takes seconds."""
 
+import fcntl
 import multiprocessing
 import os
 import socket
@@ -64,6 +65,45 @@ def mom_train(config, *overrides, timeout=900):
         process.kill()
         process.join()
         return process.exitcode, Path(output.name).read_text()
+
+
+def _ranked_command(rank, world_size, port, prepare, arguments, output):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if prepare is not None:
+        prepare(rank)
+    _command(arguments, {**os.environ, **address, **place, "OMP_NUM_THREADS": "1"}, output)
+
+
+def mom_train_ranks(world_size, prepare, config, *overrides, timeout=120):
+    """`mom_train CONFIG OVERRIDES` on several ranks, without torchrun and so without anyone who ends the others when
+    one fails: [(exit code, what it printed), ...]. `prepare(rank)` runs first in each process, to do mischief."""
+    port, context = free_port(), _forking()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(world_size)]
+        readers = [_pipe(output) for output in outputs]
+        ranks = [
+            context.Process(
+                target=_ranked_command,
+                args=(rank, world_size, port, prepare, [str(config), *overrides], str(outputs[rank])),
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout)
+            process.kill()
+            process.join()
+        return [(process.exitcode, reader.read().decode()) for process, reader in zip(ranks, readers, strict=True)]
+
+
+def _pipe(path):
+    """A named pipe that holds a megabyte: a process that may write to no file can still say things."""
+    os.mkfifo(path)
+    reader = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
+    return reader
 
 
 def run_ranks(world_size, function, *args, timeout=900):
