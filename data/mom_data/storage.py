@@ -4,12 +4,14 @@ Local files are read where they are. Remote ones are fetched whole into a folder
 picked at random and a shard fetched at one go is several times faster than its random reads. The ranks and loader
 processes of a node share that cache:
 
-    CACHE/<sha256>                  a whole file, checked; named by its content, so datasets and locations can share
-    CACHE/<sha256>.<bytes>.partial  being fetched by the process that holds <sha256>.lock; else left by a dead one
-    CACHE/<sha256>.lock             one process fetches, the others wait for it
-    CACHE/<sha256>.failed           why the last fetch failed; it is tried again after a pause
+    CACHE/shards/SHA256                a whole file, checked; named by its content, so that datasets can share it
+    CACHE/shards/SHA256.BYTES.partial  being fetched by the process that holds SHA256.lock; else left by a dead one
+    CACHE/shards/SHA256.lock           one process fetches, the others wait for it
+    CACHE/shards/SHA256.failed         why the last fetch failed; it is tried again after a pause
 
-A file may be evicted while another process reads it: POSIX keeps an unlinked file until its last descriptor is closed.
+Nothing else is ever counted or removed: CACHE may be a folder that holds other things, and what stands in CACHE/shards
+under another name, or is not a plain file, is left alone. A file may be evicted while another process reads it: POSIX
+keeps an unlinked file until its last descriptor is closed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import hashlib
 import logging
 import os
 import queue
+import re
 import tempfile
 import threading
 import time
@@ -37,6 +40,7 @@ T = TypeVar("T")
 
 CACHE_BYTES = 32 << 30
 _ASKING = 32  # sizes asked at once
+_CACHED = re.compile(r"([0-9a-f]{64})(?:\.([0-9]+)\.partial)?")  # names that the cache gives: sha256, bytes to come
 _TOO_SOON = 60.0  # seconds: a file evicted this soon after its last use will likely be wanted again
 
 
@@ -221,15 +225,23 @@ def default_cache() -> Path:
 
 
 class Cache:
-    """A folder of at most `limit` bytes of whole files, shared by the processes of a node; the least recently used
-    goes first. The default is $TMPDIR/mom-cache-UID. Raises ValueError where the folder is another user's."""
+    """A folder of its own inside `folder`, with at most `limit` bytes of whole files, shared by the processes of a
+    node; the least recently used goes first. The default is $TMPDIR/mom-cache-UID. Raises UserError where the folder
+    is another user's or cannot be written."""
 
     def __init__(self, folder: Path | None = None, limit: int = CACHE_BYTES):
-        self.folder = folder or default_cache()
+        above = folder or default_cache()
+        self.folder = above / "shards"
         self.limit = limit
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder is None and self.folder.stat().st_uid != os.getuid():
-            raise UserError(f"{self.folder} belongs to another user: set data.cache to a folder of your own")
+        try:
+            above.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder is None and above.lstat().st_uid != os.getuid():
+                raise UserError(f"{above} belongs to another user: set data.cache to a folder of your own")
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the cache folder cannot be made: {error}. Set data.cache to another one.") from None
+        if self.folder.is_symlink():
+            raise UserError(f"{self.folder} is a link: the cache removes files there, so let data.cache itself be one")
         self._warned = False
 
     def open(self, file: Stored, fetch: Callable[[Stored, Path], None], since: float) -> int:
@@ -253,8 +265,11 @@ class Cache:
         return filelock.FileLock(self.folder / f"{name}.lock", timeout=timeout)
 
     def _held(self, file: Stored) -> int | None:
+        path = self.folder / file.sha256
+        if path.is_symlink():  # never the cache's own; the file that is fetched will take its place
+            return None
         try:
-            descriptor = os.open(self.folder / file.sha256, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
         if file.bytes not in (None, os.fstat(descriptor).st_size):
@@ -303,20 +318,22 @@ class Cache:
     def _make_room(self, size: int, own: str) -> bool:
         whole: list[tuple[float, int, Path]] = []
         total = size
-        for path in self.folder.iterdir():
+        for entry in os.scandir(self.folder):
+            named = _CACHED.fullmatch(entry.name)
             try:
-                status = path.stat()
+                if named is None or not entry.is_file(follow_symlinks=False):
+                    continue
+                status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if path.suffix == ".partial":
-                key, reserved, _ = path.name.split(".")
-                if key == own or self._abandoned(key):
-                    path.unlink(missing_ok=True)
-                else:
-                    total += max(status.st_size, int(reserved))
-            elif not path.suffix:
+            path, (key, reserved) = Path(entry.path), named.groups()
+            if reserved is None:
                 whole.append((status.st_mtime, status.st_size, path))
                 total += status.st_size
+            elif key == own or self._abandoned(key):
+                path.unlink(missing_ok=True)
+            else:
+                total += max(status.st_size, int(reserved))
         for last_used, its_size, path in sorted(whole):
             if total <= self.limit:
                 break

@@ -191,10 +191,10 @@ def test_a_shard_that_cannot_be_had_is_masked_named_once_and_tried_again_after_a
     del server.faults[tar(1)]
     assert documents(dataset, [1]) == [None] * per_shard
     assert server.gets[tar(1)] == asked, "it was asked for again before the pause was over"
-    (failed,) = cached(tmp_path / "cache", ".failed")
+    (failed,) = cached(tmp_path / "cache/shards", ".failed")
     os.utime(failed, (time.time() - 7200,) * 2)  # two hours pass
     assert documents(dataset, [1]) == wanted[per_shard : 2 * per_shard]
-    assert not cached(tmp_path / "cache", ".failed")
+    assert not cached(tmp_path / "cache/shards", ".failed")
 
 
 def test_a_new_run_does_not_wait_for_the_pause_of_the_one_before(folder, server, at):
@@ -232,7 +232,7 @@ def test_s3_that_goes_away_or_holds_other_bytes_masks_until_it_is_right_again(fo
 READER = """
 import hashlib, sys
 from mom_data.dataset import TokenDataset
-dataset = TokenDataset(sys.argv[1], cache=__import__("pathlib").Path(sys.argv[2]))
+dataset = TokenDataset(sys.argv[1], cache=__import__("pathlib").Path(sys.argv[2]), cache_bytes=int(sys.argv[3]))
 digest = hashlib.sha256()
 for k, shard in enumerate(dataset.shards):
     for d in range(shard["documents"]):
@@ -242,8 +242,9 @@ print(digest.hexdigest())
 """
 
 
-def reader(server, cache):
-    return subprocess.Popen([sys.executable, "-c", READER, server.url, str(cache)], stdout=subprocess.PIPE, text=True)
+def reader(server, cache, limit=1 << 30):
+    command = [sys.executable, "-c", READER, server.url, str(cache), str(limit)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_processes_of_a_node_fetch_a_shard_once(folder, server, tmp_path):
@@ -264,9 +265,9 @@ def test_processes_of_a_node_fetch_a_shard_once(folder, server, tmp_path):
 
 
 def test_what_a_killed_process_was_fetching_is_never_taken_for_whole(folder, server, at, tmp_path):
-    dataset, cache = at(), tmp_path / "cache"
+    dataset, cache = at(), tmp_path / "cache/shards"
     server.faults[tar(1)] = iter(["stalls"])
-    process = reader(server, cache)
+    process = reader(server, tmp_path / "cache")
     assert server.stalling.wait(300)
     (partial,) = cached(cache, ".partial")
     process.send_signal(signal.SIGKILL)
@@ -281,7 +282,7 @@ def test_what_a_killed_process_was_fetching_is_never_taken_for_whole(folder, ser
 
 def test_the_cache_keeps_its_limit_and_what_was_used_last(folder, server, at, tmp_path):
     sizes = [shard["bytes"] for shard in TokenDataset(folder).shards]
-    limit, cache, seen = int(0.6 * sum(sizes)), tmp_path / "cache", []
+    limit, cache, seen = int(0.6 * sum(sizes)), tmp_path / "cache/shards", []
     dataset, other = at(cache_bytes=limit), at(cache_bytes=limit)
     wanted = documents(TokenDataset(folder))
     per_shard = len(wanted) // SHARDS
@@ -304,7 +305,7 @@ def test_the_cache_keeps_its_limit_and_what_was_used_last(folder, server, at, tm
 
 def test_the_least_recently_used_goes_first(at, tmp_path, folder):
     everything = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".tar", ".idx"))
-    dataset, cache = at(cache_bytes=everything - 1), tmp_path / "cache"
+    dataset, cache = at(cache_bytes=everything - 1), tmp_path / "cache/shards"
     shas = [shard["sha256"] for shard in dataset.shards]
     for k in (0, 1, 2):
         dataset.read(k, 0)
@@ -317,9 +318,65 @@ def test_the_least_recently_used_goes_first(at, tmp_path, folder):
     assert {shas[0], shas[2], shas[3]} <= there
 
 
+def test_eviction_removes_nothing_that_the_cache_did_not_write(folder, server, at, tmp_path):
+    """Foreign files, links and folders, beside the cache's own folder and in it, with any name."""
+    cache, outside, sha = tmp_path / "cache", tmp_path / "outside", "0123456789abcdef" * 4
+    outside.mkdir()
+    for place in (cache, cache / "shards"):
+        for sub in ("folder", f"{sha[::-1]}", "folder.partial"):
+            (place / sub).mkdir(parents=True)
+            (place / sub / "kept").write_text("foreign")
+        for name in (
+            "thesis",
+            "model.tar",
+            ".partial",
+            "download.partial",
+            "a.b.partial",
+            f"{sha}.x.partial",
+            "x.lock",
+        ):
+            (place / name).write_text("foreign")
+        for name in (sha, "link", f"{sha}.7.partial"):
+            (outside / f"{place.name}-{name}").write_bytes(bytes(10_000))
+            (place / name).symlink_to(outside / f"{place.name}-{name}")
+        (place / "linked folder").symlink_to(outside)
+        (place / "dangling").symlink_to(tmp_path / "nowhere")
+    # also by the very name of a shard
+    (outside / "shard").write_text("foreign")
+    first = TokenDataset(folder).shards[0]
+    (cache / "shards" / first["sha256"]).symlink_to(outside / "shard")
+    (cache / first["sha256"]).write_text("foreign")
+    before = [path for path in [*cache.rglob("*"), *outside.rglob("*")] if path.name != first["sha256"]]
+
+    sizes = [shard["bytes"] for shard in TokenDataset(folder).shards]
+    limit = int(0.6 * sum(sizes))
+    other = reader(server, cache, limit)
+    dataset = at(cache_bytes=limit)
+    assert documents(dataset) == documents(TokenDataset(folder))
+    assert other.communicate(timeout=300)[0].strip()
+    assert other.returncode == 0
+    assert [path for path in before if not (path.is_symlink() or path.exists())] == []
+    assert (outside / "shard").read_text() == (cache / first["sha256"]).read_text() == "foreign"
+    names = {shard[key] for shard in dataset.shards for key in ("sha256", "index_sha256")}
+    own = [p for p in (cache / "shards").iterdir() if p.name in names and not p.is_symlink()]
+    assert 0 < sum(path.stat().st_size for path in own) <= limit
+    assert len(own) < 2 * SHARDS, "nothing was evicted, so nothing is shown"
+
+
+def test_a_link_in_place_of_the_caches_own_folder_is_refused(at, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/shards").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"cache/shards is a link"):
+        at()
+    (tmp_path / "cache/shards").unlink()
+    (tmp_path / "cache/shards").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be made: .*cache/shards.*data.cache"):
+        at()
+
+
 def test_a_damaged_copy_in_the_cache_is_fetched_again(folder, server, at, tmp_path):
     documents(at())
-    for path in cached(tmp_path / "cache"):
+    for path in cached(tmp_path / "cache/shards"):
         index = path.read_bytes()[8:9] == b"{"  # safetensors
         path.write_bytes(path.read_bytes()[:-1] + b"\x07" if index else path.read_bytes()[:-1])
     assert documents(at()) == documents(TokenDataset(folder))
@@ -332,7 +389,7 @@ def test_prefetching_neither_waits_nor_fails(folder, server, at, tmp_path):
     for k in (1, 1, 2):
         dataset.prefetch(k)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "cache" / dataset.shards[2]["sha256"]).exists():
+    while not (tmp_path / "cache/shards" / dataset.shards[2]["sha256"]).exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert documents(dataset, [2]) == documents(TokenDataset(folder), [2])
