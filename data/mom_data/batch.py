@@ -35,7 +35,7 @@ class PackedBatch:
     offsets          (M+1,) int64    segment bounds of the sorted rows; stays on the CPU
     real_tokens      (M,) int64      input tokens by modality without padding; stays on the CPU
     end_sequence     number of the next sequence of the whole run, over all ranks
-    damaged          documents masked because of their checksum, as "shard#document"
+    damaged          documents masked because of their checksum or their ids, as "shard#document"
     cursors          lane -> where the chunk began that its last row here is of: what a resume starts from
     """
 

@@ -145,9 +145,12 @@ class TokenDataset:
         self._files: OrderedDict[int, tuple[int, float]] = OrderedDict()  # shard -> descriptor, when noted as used
         self._indices: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()  # shard -> index, its bytes
         self._unavailable: set[int] = set()
+        self._foreign: set[int] = set()  # shards with an id that its tokenizer has not, once that was said
+        self._sizes = [int(self.tokenizers[m]["size"]) for m in self.modalities]
+        self._smallest = min(self._sizes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_indices", "_unavailable")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_indices", "_unavailable", "_foreign")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -197,7 +200,8 @@ class TokenDataset:
         self._folder.prefetch(self._tars[shard])
 
     def read(self, shard: int, document: int) -> list[TokenSegment] | None:
-        """A document's segments, or None where its bytes do not match their checksum or cannot be had."""
+        """A document's segments, or None where its bytes do not match their checksum or cannot be had, or an id is not
+        its tokenizer's."""
         lengths, modalities, latent = self.index(shard).segments(document)
         n_latents = sum(n for n, is_latent in zip(lengths, latent, strict=True) if is_latent)
         whole = (0, sum(lengths) - n_latents), (0, n_latents)
@@ -214,7 +218,8 @@ class TokenDataset:
     def values(
         self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ranges of a document's stored tokens (n,) and latents (n, C*p*p); None where it is damaged or not to be had.
+        """Ranges of a document's stored tokens (n,) and latents (n, C*p*p); None where it is damaged or not to be had,
+        or has an id that its tokenizer has not.
 
         `whole` says how many it has of each. Its checksum is over all of it: it is checked whenever all of it is
         read, and the first time that this process reads a part; later parts then cost their own bytes alone.
@@ -236,17 +241,44 @@ class TokenDataset:
             return None
         if len(token_bytes) != (t_end - t) * size or len(latent_bytes) != (p_end - p) * width:
             return None
+        token_values = np.frombuffer(token_bytes, self.token_dtype)
         if complete:
             if crc32(latent_bytes, crc32(token_bytes)) != checksum[document]:
                 return None
+            if not index.checked[document] and (said := self._foreign_id(index, document, token_values)) is not None:
+                self._note_foreign_id(shard, document, said)
+                return None
             index.checked[document] = 1
-        token_values = np.frombuffer(token_bytes, self.token_dtype)
         latent_values = _NO_LATENTS
         if latent_bytes:
             latent_values = np.frombuffer(latent_bytes, np.float16).reshape(-1, self._latent_width)
         if (t, t_end, p, p_end) == (*tokens, *latents):
             return token_values, latent_values
         return token_values[tokens[0] : tokens[1]], latent_values[latents[0] : latents[1]]
+
+    def _foreign_id(self, index: ShardIndex, document: int, tokens: np.ndarray) -> str | None:
+        """What is said of a document with an id that its tokenizer has not, which would become an id of another
+        modality, or of no token at all; None for the others. `tokens` (n,) are all that it stores."""
+        if not len(tokens) or tokens.max() < self._smallest:
+            return None
+        lengths, modalities, latent = index.segments(document)
+        at = 0
+        for n, modality, is_latent in zip(lengths, modalities, latent, strict=True):
+            if is_latent or not n:
+                continue
+            if (largest := int(tokens[at : at + n].max())) >= self._sizes[modality]:
+                return f"{self.modalities[modality]} id {largest}, but its tokenizer has {self._sizes[modality]} ids"
+            at += n
+        return None
+
+    def _note_foreign_id(self, shard: int, document: int, what: str) -> None:
+        if shard not in self._foreign:
+            self._foreign.add(shard)
+            log.warning(
+                "%s, document %d has %s: it and others like it in this shard are masked. Its writer was faulty: "
+                "tools/verify_shards.py lists them; tokenize again.",
+                self.where(shard), document, what,
+            )  # fmt: skip
 
     def _open(self, shard: int) -> int | None:
         """A descriptor of the shard's tar, fetched first where it must be; None where it cannot be had now."""
@@ -269,7 +301,11 @@ class TokenDataset:
         except OSError as error:
             if shard not in self._unavailable:
                 self._unavailable.add(shard)
-                log.warning("%s cannot be had, its documents are masked until it can: %s", self.where(shard), error)
+                log.warning(
+                    "%s cannot be had, its documents are masked until it can: %s. Bring it back: past "
+                    "data.max_bad_fraction of all documents, training stops.",
+                    self.where(shard), error,
+                )  # fmt: skip
             return None
         if shard in self._unavailable:
             self._unavailable.discard(shard)

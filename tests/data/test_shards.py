@@ -8,8 +8,10 @@ import webdataset
 from corpus import MODALITIES, TOKENIZERS, VOCAB, random_document, write_dataset
 
 from mom_data import shards
+from mom_data.batch import IGNORE, build_batch
 from mom_data.dataset import TokenDataset, check_agreement
-from mom_data.shards import ShardWriter
+from mom_data.plan import Piece, Source
+from mom_data.shards import ShardWriter, TokenSegment
 
 
 def same(a, b):
@@ -74,6 +76,41 @@ def test_one_flipped_byte_damages_one_document(tmp_path):
     path.write_bytes(content)
     dataset = TokenDataset(tmp_path / "d")
     assert [key for key in truth if dataset.read(*key) is None] == [(1, 5)]
+
+
+def test_a_document_with_an_id_that_its_tokenizer_has_not_is_masked_and_named(tmp_path, caplog):
+    """Never another modality's id: text id 100 of 100 would be a special token, image id 32 of 32 a speech unit."""
+    at = {(0, 3): (0, 100), (1, 0): (1, 32), (1, 7): (2, 65535), (2, 19): (0, 99)}  # the last one is right
+    made = iter((k, d) for k in range(3) for d in range(20))
+
+    def make(rng, latent_width):
+        segments = random_document(rng, latent_width)
+        modality, largest = at.get(next(made), (0, 0))
+        return [*segments, TokenSegment(modality, np.array([0, largest, 1], np.uint16)), *segments]
+
+    truth = write_dataset(tmp_path / "d", make=make, latent_width=8)
+    dataset = TokenDataset(tmp_path / "d")
+    assert [key for key in truth if dataset.values(*key, _stored(truth[key]), (0, 1), (0, 0)) is None] == list(at)[:3]
+    assert [key for key in truth if dataset.read(*key) is None] == list(at)[:3]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2, "one line a shard"
+    assert "part-00000.tar, document 3 has text id 100, but its tokenizer has 100 ids" in said[0]
+    assert "part-00001.tar, document 0 has image id 32, but its tokenizer has 32 ids" in said[1]
+
+    source = Source(dataset, 1.0)
+    whole = {key: sum(len(s.values) + 2 * (s.modality > 0) for s in segments) + 2 for key, segments in truth.items()}
+    rows = [[Piece(0, *key, 0, whole[key]), Piece(0, 2, 1, 0, whole[2, 1])] for key in at]
+    batch = build_batch(rows, [source], VOCAB, max(whole.values()) * 2, range(4))
+    assert [name.rpartition("/")[2] for name in batch.damaged] == [f"part-{k:05d}.tar#{d}" for k, d in list(at)[:3]]
+    for row, key in enumerate(list(at)[:3]):
+        assert (batch.labels[row, : whole[key]] == IGNORE).all()
+        assert (batch.tokens[row, : whole[key]] == VOCAB.specials["pad"]).all()
+    assert (batch.labels[3, : whole[2, 19]] != IGNORE).any()
+
+
+def _stored(segments):
+    latents = sum(len(s.values) for s in segments if s.latent)
+    return sum(len(s.values) for s in segments) - latents, latents
 
 
 def test_everything_missing_or_short_is_listed_at_once(tmp_path):
