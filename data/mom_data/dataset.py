@@ -119,7 +119,7 @@ class TokenDataset:
         try:
             sizes = self._folder.sizes([name for pair in names for name in pair])
         except OSError as error:
-            raise UserError(f"{self.location}: its shards' sizes cannot be had: {error}") from None
+            raise UserError(f"{self.location}: its shards cannot be had: {error}") from None
         problems = []
         for tar, pair in zip(self._tars, names, strict=True):
             problems += [f"{name} is missing" for name in pair if name not in sizes]
@@ -169,8 +169,13 @@ class TokenDataset:
         file = self._index_files[shard]
         try:
             data = self._folder.checked(file)
-        except (OSError, ValueError) as error:
+        except UserError as error:
             raise UserError(f"{self.where(file.name)}: {error}") from None
+        except OSError as error:
+            raise UserError(
+                f"{self.where(file.name)}: it was there when the dataset was opened, and now cannot be read: {error}. "
+                "Bring it back (tools/verify_shards.py --rebuild-index makes it from its tar) and start again."
+            ) from None
         arrays = safetensors.numpy.load(data)
         if problems := index_problems(arrays, *self._counts(shard), self.modalities):
             raise UserError(

@@ -16,6 +16,7 @@ keeps an unlinked file until its last descriptor is closed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -70,8 +71,12 @@ class LocalFolder:
         return data
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Bytes of each file that is there."""
+        """Bytes of each file that is there. Raises PermissionError where one may not be read: training would only learn
+        of it much later."""
         paths = {name: Path(self.location, name) for name in names}
+        for path in paths.values():
+            if path.is_file() and not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, "no permission to read it", str(path))
         return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
     def open(self, file: Stored) -> int:

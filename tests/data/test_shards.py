@@ -12,6 +12,7 @@ from mom_data.batch import IGNORE, build_batch
 from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.plan import Piece, Source
 from mom_data.shards import ShardWriter, TokenSegment
+from mom_tokenizers.errors import UserError
 
 
 def same(a, b):
@@ -123,6 +124,23 @@ def test_everything_missing_or_short_is_listed_at_once(tmp_path):
         TokenDataset(tmp_path / "d")
     with pytest.raises(ValueError, match=r"no manifest.json"):
         TokenDataset(tmp_path)
+
+
+def test_files_that_vanish_or_may_not_be_read_are_named_with_what_to_do(tmp_path, monkeypatch, caplog):
+    write_dataset(tmp_path / "d")
+    dataset = TokenDataset(tmp_path / "d")
+    (tmp_path / "d/part-00000.idx").unlink()
+    with pytest.raises(UserError, match=r"part-00000.idx: it was there .*now cannot be read: .*--rebuild-index"):
+        dataset.index(0)
+    (tmp_path / "d/part-00001.tar").unlink()
+    assert dataset.read(1, 0) is None
+    assert "part-00001.tar cannot be had" in caplog.text
+    assert "Bring it back: past data.max_bad_fraction" in caplog.text
+    # root may read everything, so permissions themselves show nothing here
+    write_dataset(tmp_path / "e")
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("00002.tar"))
+    with pytest.raises(UserError, match=r"no permission to read it: '.*part-00002.tar'"):
+        TokenDataset(tmp_path / "e")
 
 
 def test_a_damaged_index_is_an_error_not_wrong_data(tmp_path):
