@@ -349,7 +349,7 @@ class RunConfig(Section):
     """tokenizers.yaml of the tokenizers meant for this run: their fingerprints must be the shards'."""
     init_from: Path | None = None
     """Weights to start from: another run, or safetensors of ours or of a published Mamba-1. A dense model's weights
-    fill every modality of a mixture (upcycling)."""
+    fill every modality of a mixture (upcycling). What the source holds or says and this model is not, is an error."""
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig

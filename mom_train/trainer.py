@@ -25,7 +25,7 @@ from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
-from mom_train.convert import load_weights, open_weights
+from mom_train.convert import fill, match, open_weights
 from mom_train.ema import Ema
 from mom_train.environment import environment, write_environment
 from mom_train.flops import training_flops_per_token
@@ -112,7 +112,8 @@ class Trainer:
             self.checkpointer.restore_best({})
             initialize(self.model, config.seed)
             if (source := config.init_from) is not None:
-                load_weights(self.model, agreed(lambda: open_weights(source)), source)
+                weights = agreed(lambda: open_weights(source))
+                fill(self.model, agreed(lambda: match(self.model, weights, source, self.vocab)))
         decay = config.training.ema_decay
         self.ema = None if decay is None else Ema(self.model, decay)
         if resume_from is not None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from mom_tokenizers.errors import UserError, exit_clearly
-from mom_train.convert import mamba_name, to_mamba, transformers_config
 from mom_train.generation import load_model
+from mom_train.published_mamba import mamba_name, to_mamba, transformers_config
 
 FORMATS = ("safetensors", "transformers")
 
@@ -29,7 +29,8 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
     texts = {"config.yaml": config.to_yaml(), "vocab.json": config.layout.to_json() + "\n"}
     dense = config.model.architecture == "mamba" and not config.model.decoupled
     if form == "transformers" and dense and config.objective.diffusion is None:
-        texts["config.json"] = transformers_config(model)
+        ids = {f"{name}_token_id": config.layout.specials[name] for name in ("bos", "eos", "pad")}
+        texts["config.json"] = transformers_config(config.model, model.head.weight.shape[0], **ids)
         values = {mamba_name(name): to_mamba(name, value).contiguous() for name, value in values.items()}
     elif form == "transformers":
         if config.objective.diffusion is not None:
