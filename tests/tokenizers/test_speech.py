@@ -1,4 +1,3 @@
-import io
 import json
 import shutil
 from itertools import groupby
@@ -7,7 +6,6 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
-import soundfile
 import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.cluster import KMeans
@@ -25,7 +23,6 @@ from transformers import (
     WavLMModel,
 )
 
-from mom_tokenizers.recordings import decode_audio
 from mom_tokenizers.speech import SpeechTokenizer, count_units, read_centroids
 from mom_tokenizers.speech_features import HiddenStates, log_mel, mean_bands, windows
 
@@ -312,33 +309,6 @@ def test_training_is_deterministic_for_a_seed():
         SpeechTokenizer.train([sweep(2)], 10, seed=3).fingerprint()
         != SpeechTokenizer.train([sweep(2)], 10, seed=4).fingerprint()
     )
-
-
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
-def test_audio_bytes_become_mono_float32(kind):
-    left, rate = sweep(1, 16_000)
-    file = io.BytesIO()
-    soundfile.write(file, np.stack([left, np.zeros_like(left)], axis=1), rate, format=kind)
-    waveform, found = decode_audio(file.getvalue())
-    assert (waveform.dtype, waveform.ndim, found) == (np.float32, 1, rate)
-    # lossy codecs add silence at the ends: compare the power, half the amplitude of `left`
-    assert np.sum(waveform**2) == pytest.approx(np.sum((left / 2) ** 2), rel=0.15)
-
-
-def test_opus_in_ogg_is_read():
-    file = io.BytesIO()
-    soundfile.write(file, sweep(1, 48_000)[0], 48_000, format="OGG", subtype="OPUS")
-    assert len(decode_audio(file.getvalue())[0]) == 48_000
-
-
-def test_recordings_that_cannot_be_read_are_refused():
-    file = io.BytesIO()
-    soundfile.write(file, sweep(1)[0], 16_000, format="FLAC")
-    empty = io.BytesIO()
-    soundfile.write(empty, np.zeros(0), 16_000, format="WAV")
-    for broken in (b"", b"no recording", file.getvalue()[: len(file.getvalue()) // 2], empty.getvalue()):
-        with pytest.raises(ValueError, match="recording"):
-            decode_audio(broken)
 
 
 def test_mistakes_are_explained(hubert, tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.pictures import decode_image as decode_image  # what a tokenizer takes, at hand beside it
 from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:

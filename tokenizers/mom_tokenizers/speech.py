@@ -19,6 +19,7 @@ import soxr
 from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.recordings import Waveform
+from mom_tokenizers.recordings import decode_audio as decode_audio  # what a tokenizer takes, at hand beside it
 from mom_tokenizers.speech_features import (
     FRAMES_PER_UNIT,
     MEL_BANDS,
