@@ -29,6 +29,7 @@ from mom_tokenizers.errors import AgreedError, UserError
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import CheckpointConfig
 from mom_train.ema import Ema
+from mom_train.migrations import SCHEMA
 from mom_train.model import LanguageModel
 from mom_train.parallel import CHECKPOINT_GROUP, agreed
 
@@ -67,9 +68,10 @@ class TrainState:
     """Of this package."""
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {"schema": SCHEMA, **vars(self)}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take what `Checkpoint.train_state` gives; what is new since it was saved keeps its default."""
         vars(self).update(values)
         self.lanes = {lane: Cursor(*cursor) for lane, cursor in self.lanes.items()}
 

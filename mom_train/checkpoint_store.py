@@ -30,7 +30,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,6 +39,9 @@ from torch.futures import Future
 
 from mom_tokenizers.errors import UserError
 from mom_train.checkpoint_files import METADATA, Files, Sum, file_name
+from mom_train.config import RunConfig
+from mom_train.config_file import read_saved, validated
+from mom_train.migrations import migrated_state
 
 _CHUNK = 1 << 22  # bytes read at a time
 _SUMS, _STATE = "checksums.json", "train_state.json"
@@ -77,13 +79,18 @@ class Checkpoint:
         self.files.rename(f"{self.path}/{METADATA}", f"{self.path}/{_DAMAGED}")
 
     def train_state(self) -> dict[str, Any]:
-        """What the run kept beside the tensors. Raises ValueError where it cannot be read."""
+        """What the run kept beside the tensors, in today's form. Raises UserError where it cannot be read."""
         try:
             values = json.loads(self.files.read(f"{self.path}/{_STATE}"))
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{self.path}/{_STATE}: {error}") from None
-        assert isinstance(values, dict)
-        return values
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path}/{_STATE}: expected a JSON object")
+        return migrated_state(values, self)
+
+    def config(self) -> RunConfig:
+        """The resolved config of the run that saved it. Raises UserError where it cannot be read."""
+        return validated(self.train_state().get("config") or {}, self)
 
     def keep_every(self) -> int | None:
         """The config's `checkpoint.keep_every` when it was saved."""
@@ -181,9 +188,7 @@ class Checkpoints:
     @classmethod
     def of(cls, run: str | Path) -> Checkpoints:
         """Of a run's folder, which says in config.yaml where they are, or of the URL that they are under."""
-        config = Path(run) / "config.yaml"
-        values = yaml.safe_load(config.read_text()) if config.is_file() else None
-        elsewhere = (values or {}).get("checkpoint", {}).get("path")
+        elsewhere = read_saved(run).get("checkpoint", {}).get("path")
         return cls(elsewhere or run)
 
     def __getitem__(self, step: int) -> Checkpoint:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
+from mom_train.migrations import SCHEMA
 
 Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_forward", "norm"]
 Recompute = bool | Literal["selective"]
@@ -23,8 +33,42 @@ _PARTS: dict[str, tuple[Part, ...]] = {
 }
 
 
+_ONLY: dict[str, tuple[str, ...]] = {
+    "mamba": ("state", "conv", "expand", "dt_rank"),
+    "transformer": ("heads", "rope_base"),
+}
+_YEAR = 365 * 24 * 3600.0
+QUARTERS = 4
+"""Parts that a validation divides the timesteps of diffusion into: t0 has the least noise, t3 the most."""
+Name = Annotated[str, Field(min_length=1)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    """Numbers are finite everywhere, and each has the bounds outside of which nothing could come of it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic reads true as 1, and an empty path as the working directory; nobody means that."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {annotation, *get_args(annotation)}
+        within = value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds):  # not a section's
+            within = list(value.values())
+        if bool not in kinds and any(isinstance(v, bool) for v in within):
+            raise UserError("true and false are no value of this key")
+        if Path in kinds and value == "":
+            raise UserError("the path is empty")
+        return value
 
 
 class ModelConfig(Section):
@@ -45,7 +89,7 @@ class ModelConfig(Section):
     (`learned`)."""
     heads: PositiveInt | None = None
     """Attention heads (Transformer only); must divide `dim`."""
-    rope_base: float = 10000.0
+    rope_base: float = Field(default=10000.0, gt=1)
     """Base of the rotary position embedding (Transformer only)."""
     state: PositiveInt = 16
     """N, the size of each channel's state."""
@@ -55,7 +99,7 @@ class ModelConfig(Section):
     """Inner width over `dim`."""
     dt_rank: PositiveInt | None = None
     """Rank of the time-step projection; ceil(dim / 16) by default."""
-    norm_eps: float = 1e-5
+    norm_eps: float = Field(default=1e-5, gt=0, lt=1)
     """Added to the mean square in RMSNorm."""
     identical_modalities: bool = False
     """Start every modality from the same weights instead of independent draws."""
@@ -66,11 +110,19 @@ class ModelConfig(Section):
         for part in self.decoupled:
             if part not in known:
                 raise UserError(f"a {self.architecture} has no part '{part}' to decouple; it has {', '.join(known)}")
-        if self.architecture == "transformer":
-            if self.heads is None or self.dim % (2 * self.heads):
-                raise UserError(f"a transformer needs heads such that dim / heads is even (dim {self.dim})")
-        elif self.heads is not None:
-            raise UserError("heads: only a transformer has them")
+            if self.decoupled.count(part) > 1:
+                raise UserError(f"decoupled names '{part}' twice")
+        if (self.router != "rule" or self.experts > 1) and not {*self.decoupled} - {"norm"}:
+            raise UserError(
+                f"router={self.router}, experts={self.experts}: there is nothing to choose between, for no part but "
+                "norms is decoupled; name parts in model.decoupled, or leave router and experts out"
+            )
+        if self.architecture == "transformer" and (self.heads is None or self.dim % (2 * self.heads)):
+            raise UserError(f"a transformer needs heads such that dim / heads is even (dim {self.dim})")
+        [other] = {*_ONLY} - {self.architecture}
+        for key in _ONLY[other]:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise UserError(f"{key}: only a {other} has it, and this is a {self.architecture}")
         return self
 
     @property
@@ -113,6 +165,14 @@ class DiffusionConfig(Section):
     latent_shift: float | None = None
     """Subtracted from the latents before scaling; null takes the shards', which is 0 where they record none."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> DiffusionConfig:
+        if self.steps < QUARTERS:
+            raise UserError(f"steps={self.steps}: at least {QUARTERS}, for losses are told by quarter of the timesteps")
+        if self.noise_limit is not None and self.noise_limit > self.steps:
+            raise UserError(f"noise_limit={self.noise_limit} is above steps={self.steps}, so it limits nothing")
+        return self
+
 
 class ObjectiveConfig(Section):
     load_balance: float = Field(default=0.01, ge=0)
@@ -124,10 +184,10 @@ class ObjectiveConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str | None = None
+    path: Name | None = None
     """A folder of token shards, as tools/tokenize_shards.py writes it (holds manifest.json): here, or at http(s)://,
     s3:// or another URL that fsspec knows."""
-    raw: tuple[str, ...] = ()
+    raw: tuple[Name, ...] = ()
     """Instead of `path`: raw documents (files, folders, globs), tokenized by the run's `tokenizers` as they are first
     wanted, into data.cache. To try a corpus out; what is trained on for long is better tokenized once."""
     split: Literal["train", "val"] | None = None
@@ -136,13 +196,17 @@ class SourceConfig(Section):
     """Share of documents that is `val`."""
     weight: float = Field(1.0, gt=0)
     """Share of the tokens drawn from this source, relative to the other sources' weights."""
-    shards: str = "*"
+    shards: Name = "*"
     """Only the shards whose name matches this glob."""
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceConfig:
         if (self.path is None) == (not self.raw):
             raise UserError("say where it is: either `path`, token shards, or `raw`, documents to tokenize online")
+        if self.split is not None and not self.raw:
+            raise UserError("split: only of `raw` documents; token shards were divided when they were made")
+        if self.split is not None and not 0 < self.holdout < 1:
+            raise UserError(f"holdout={self.holdout} leaves one side of the split empty: above 0 and below 1")
         return self
 
 
@@ -151,7 +215,7 @@ class DataConfig(Section):
     """What to train on."""
     validation: dict[str, tuple[SourceConfig, ...]] = {}
     """Named validation sets: losses are logged as val/<name>/loss/<modality>."""
-    sequence_length: PositiveInt
+    sequence_length: int = Field(ge=2)
     """L, positions in a packed row."""
     lanes: PositiveInt = 16
     """Independent streams that sequence i is dealt from (lane i mod lanes). Part of the order: do not change it
@@ -182,6 +246,9 @@ class DataConfig(Section):
     """Documents that fail their checksum are masked and counted; past this share of those read, the run stops."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     learning_rate: float = Field(gt=0)
     """Peak learning rate of AdamW."""
@@ -190,12 +257,12 @@ class OptimizerConfig(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay after the warm-up."""
     final_fraction: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the last step, as a fraction of the peak (cosine)."""
+    """Learning rate of the last step, as a fraction of the peak (cosine)."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices only: not on norms, biases, A_log and D."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of AdamW's two moments."""
-    eps: float = 1e-8
+    eps: float = Field(1e-8, ge=0)
     """AdamW's epsilon."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the whole gradient."""
@@ -237,7 +304,7 @@ class PromptConfig(Section):
 
     text: str = ""
     """Text after the document's opening token."""
-    start: str | None = None
+    start: Name | None = None
     """A modality whose span is opened after the text: the model fills it."""
 
 
@@ -257,7 +324,7 @@ class SamplingConfig(Section):
     """Ids are drawn from the likeliest ones that together have this probability."""
     denoising_steps: PositiveInt = 25
     """Of a continuous picture."""
-    guidance: float = 1.0
+    guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance of continuous pictures (needs objective.diffusion.condition_dropout); 1 is none."""
     seconds: float = Field(default=120.0, gt=0)
     """No further document is begun once so many have passed."""
@@ -266,15 +333,15 @@ class SamplingConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases beside metrics.jsonl and TensorBoard; needs `pip install wandb`."""
 
-    project: str
+    project: Name
     """Name of the project."""
-    entity: str | None = None
+    entity: Name | None = None
     """Account or team; null: the login's own."""
-    name: str | None = None
+    name: Name | None = None
     """Of the run; null: the run_dir's."""
-    group: str | None = None
+    group: Name | None = None
     """Runs that belong together, such as the seeds of one experiment."""
-    tags: tuple[str, ...] = ()
+    tags: tuple[Name, ...] = ()
     """Words to find the run by."""
     mode: Literal["online", "offline"] = "online"
     """`offline` keeps everything in RUN/wandb, for `wandb sync` later: compute nodes often have no network."""
@@ -291,10 +358,10 @@ class CheckpointConfig(Section):
     """Checkpoints of steps that this divides are made, and kept for good."""
     max_failures: PositiveInt = 3
     """A checkpoint that cannot be written is reported and training goes on; so many in a row end the run."""
-    best: str | None = None
+    best: Name | None = None
     """A validation figure, such as val/demo/loss/total: whenever it is lower than ever before, a checkpoint is made,
     which BEST then names and which is kept beside the newest ones until a better one comes."""
-    path: str | None = None
+    path: Name | None = None
     """Where checkpoints and LATEST go instead of the run_dir: a folder, or a URL such as s3://bucket/run."""
 
 
@@ -326,9 +393,9 @@ class ParallelConfig(Section):
     goes from slice to slice (Mamba only)."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimiser state in host memory."""
-    first_step_timeout: float = Field(default=1800, gt=0)
+    first_step_timeout: float = Field(default=1800, gt=0, le=_YEAR)
     """Seconds that a collective may take until the first step is done: compilation, cold caches and file systems."""
-    timeout: float = Field(default=600, gt=0)
+    timeout: float = Field(default=600, gt=0, le=_YEAR)
     """The same from then on. A rank that hangs ends the run after it; the stacks of all ranks are in RUN/stacks."""
     dry_run: bool | None = None
     """Before the first step, one pass over a full batch that is not trained on, so that memory that does not suffice
@@ -340,7 +407,7 @@ class RunConfig(Section):
 
     run_dir: Path
     """Where everything of the run goes. A run that has a checkpoint there carries on from it."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of the initial weights and the order of the data."""
     vocabulary: dict[str, PositiveInt] | Path
     """Number of ids of each modality, text first; this order numbers the modalities. Or a layout.json, as
@@ -368,28 +435,81 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         _ = self.layout  # raises where it cannot be
-        if self.optimizer.warmup >= self.training.steps:
+        training = self.training
+        if self.optimizer.warmup >= training.steps:
             raise UserError(
-                f"optimizer.warmup ({self.optimizer.warmup}) must be below training.steps ({self.training.steps})"
+                f"optimizer.warmup ({self.optimizer.warmup}) must be below training.steps ({training.steps})"
             )
-        if self.validation.ema and self.training.ema_decay is None:
+        if training.batch % training.micro_batch:
+            raise UserError(
+                f"training.batch ({training.batch}) must be a multiple of training.micro_batch ({training.micro_batch})"
+            )
+        if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
         self._check_context()
-        if not self.data.train:
-            raise UserError("data.train: name at least one source")
-        if self.tokenizers is None and any(s.raw for s in (*self.data.train, *chain(*self.data.validation.values()))):
-            raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to do it with")
+        self._check_data()
+        self._check_diffusion()
+        self._check_sampling()
         best = self.checkpoint.best
-        if best is not None and best.split("/")[0:2] not in [["val", name] for name in self.data.validation]:
-            sets = ", ".join(f"val/{name}/loss/total" for name in self.data.validation)
-            raise UserError(f"checkpoint.best={best} is no figure of a validation set; such are {sets or 'none here'}")
-        if self.sampling.every is not None and self.tokenizers is None:
-            raise UserError("sampling.every: name the tokenizers.yaml that writes and reads the samples (tokenizers)")
-        for prompt in self.sampling.prompts:
-            if prompt.start is not None and prompt.start not in self.layout.modalities[1:]:
-                further = ", ".join(self.layout.modalities[1:])
-                raise UserError(f"sampling.prompts: start={prompt.start}: the modalities beside text are {further}")
+        if best is not None and best not in self.figures:
+            close = difflib.get_close_matches(best, self.figures, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"these are: {', '.join(self.figures) or 'none here'}"
+            raise UserError(f"checkpoint.best={best} is no figure of a validation set; {hint}")
         return self
+
+    @property
+    def figures(self) -> list[str]:
+        """Names of what a validation can find; a modality that a set has no targets of is missing there."""
+        names = [f"loss/{m}" for m in ("total", *self.layout.modalities)]
+        names += ["bits_per_byte/text"] if self.tokenizers is not None else []
+        names += [f"mse/t{q}" for q in range(QUARTERS)] if self.objective.diffusion is not None else []
+        return [f"val/{name}/{figure}" for name in self.data.validation for figure in names]
+
+    def _check_data(self) -> None:
+        data = self.data
+        if not data.train:
+            raise UserError("data.train: name at least one source")
+        for name, sources in data.validation.items():
+            if not name or "/" in name:
+                raise UserError(f"data.validation: {name!r} is no name of a set: it must not be empty or hold a /")
+            if not sources:
+                raise UserError(f"data.validation.{name}: name at least one source")
+        if self.validation.every is not None and not data.validation:
+            raise UserError("validation.every: there is nothing to validate on; name a set in data.validation")
+        if self.tokenizers is None and any(s.raw for s in (*data.train, *chain(*data.validation.values()))):
+            raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to do it with")
+        if data.corrupt_share and len(self.layout.modalities) < 2:
+            raise UserError("data.corrupt_share: the vocabulary has one modality, so there is no other to route to")
+
+    def _check_diffusion(self) -> None:
+        if self.objective.diffusion is not None and "image" not in self.layout.modalities:
+            raise UserError(
+                "objective.diffusion denoises pictures, and the vocabulary has no modality 'image' "
+                f"(only {', '.join(self.layout.modalities)}); add image: 1, or leave objective.diffusion out"
+            )
+
+    def _check_sampling(self) -> None:
+        sampling, diffusion = self.sampling, self.objective.diffusion
+        for prompt in sampling.prompts:
+            if prompt.start is not None and prompt.start not in self.layout.modalities[1:]:
+                further = ", ".join(self.layout.modalities[1:]) or "none here"
+                raise UserError(f"sampling.prompts: start={prompt.start}: the modalities beside text are {further}")
+        if sampling.guidance != 1 and (diffusion is None or not (diffusion.condition_dropout or self.init_from)):
+            raise UserError(
+                f"sampling.guidance={sampling.guidance} needs a model that has learned to paint without its text: "
+                "set objective.diffusion.condition_dropout, such as 0.1, or leave guidance at 1"
+            )
+        if sampling.every is None:
+            return
+        if self.tokenizers is None:
+            raise UserError("sampling.every: name the tokenizers.yaml that writes and reads the samples (tokenizers)")
+        if not sampling.prompts:
+            raise UserError("sampling.prompts: name at least one, such as {text: ''}")
+        if diffusion is not None and sampling.denoising_steps > diffusion.steps:
+            raise UserError(
+                f"sampling.denoising_steps={sampling.denoising_steps} is above objective.diffusion.steps="
+                f"{diffusion.steps}: there are no more timesteps than that"
+            )
 
     def _check_context(self) -> None:
         context, length = self.parallel.context_ranks, self.data.sequence_length
@@ -425,5 +545,9 @@ class RunConfig(Section):
             )
         return self.training.batch // per_pass
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its values as JSON has them, behind the number of their schema: what runs and checkpoints keep of it."""
+        return {"schema": SCHEMA, **self.model_dump(mode="json")}
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -7,6 +7,7 @@ model: {dim: 256, layers: 4}
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from pydantic import BaseModel, ValidationError
 
 from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig, Section
+from mom_train.migrations import SCHEMA, migrated_config
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config at `path` with dotted overrides applied (`optimizer.learning_rate=1e-3`, `model.decoupled=[]`).
 
-    Raises ValueError naming the file, the key and what would be right.
+    Raises UserError naming the file, the key and what would be right.
     """
     values = _read(Path(path))
     for override in overrides:
@@ -29,27 +31,95 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not separator or not key:
             raise UserError(f"override {override!r}: expected key.subkey=value")
         _assign(values, key.split("."), _parse(text), override)
+    return validated(values, path)
+
+
+def validated(values: Mapping[str, Any], where: object) -> RunConfig:
+    """A run's config from its values in today's form. Raises UserError naming `where`, the key and what would be
+    right."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}:" + "".join(f"\n  {_explain(e)}" for e in error.errors())) from None
+        raise UserError(f"{where}:" + "".join(f"\n  {_explain(e)}" for e in error.errors())) from None
+
+
+def read_saved(run: str | Path) -> dict[str, Any]:
+    """The values of RUN/config.yaml in today's form; empty where there is no such file. Raises UserError where it
+    cannot be read."""
+    path = Path(run) / "config.yaml"
+    return migrated_config(_mapping(path), path) if path.is_file() else {}
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of what is new since; as it is where it is not a whole and valid one."""
+    try:
+        return RunConfig.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return dict(values)
+
+
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """What differs between two values of a config, a line a key: `model.dim: 32 -> 64`. The order of the keys counts
+    in a mapping that both have the same keys in: a vocabulary's order numbers the modalities."""
+    if not (isinstance(was, Mapping) and isinstance(now, Mapping)):
+        return [] if was == now else [f"{key}: {_shown(was)} -> {_shown(now)}"]
+    lines = []
+    for name in dict.fromkeys((*was, *now)):
+        inner = f"{key}.{name}" if key else str(name)
+        lines += differences(was.get(name, _ABSENT), now.get(name, _ABSENT), inner)
+    if not lines and list(was) != list(now):
+        lines = [f"{key}: the order of {', '.join(map(str, was))} -> {', '.join(map(str, now))}"]
+    return lines
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    return "not there" if value is _ABSENT else json.dumps(value, default=str)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: its chain of 'base' files comes back to itself")
+    values = _mapping(path)
+    base = values.pop("base", None)
+    values = migrated_config(values, path, unnumbered=SCHEMA)  # what somebody writes by hand is of today's
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: {base!r} is no path of a file")
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice; PyYAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
+                )
+            seen.add(key.value) if isinstance(key, yaml.ScalarNode) else None
+        return super().construct_mapping(node, deep)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,8 +132,8 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _parse(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"override value {text!r}: {error}") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:

@@ -59,7 +59,7 @@ def load_model(
     """
     checkpoint = Checkpoints.of(run).find(step)
     checkpoint.check()
-    config = RunConfig.model_validate(checkpoint.train_state()["config"])
+    config = checkpoint.config()
     if ema and not any(name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata):
         raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
     vocab = config.layout

@@ -27,11 +27,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of optimiser step `step` (from 0): linear warm-up to the peak, then cosine to `final_fraction`."""
+    """Rate of optimiser step `step` of 0 to steps - 1: linear warm-up to the peak, then half a cosine, whose first step
+    has the peak and whose last, steps - 1, has exactly `final_fraction` of it."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.learning_rate
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
-    floor = config.final_fraction
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    last, floor = steps - 1, config.final_fraction
+    progress = 1.0 if step >= last else (step - config.warmup) / (last - config.warmup)
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

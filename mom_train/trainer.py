@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,13 @@ from torch.distributed.tensor import DTensor
 from mom_data.batch import PackedBatch
 from mom_data.loader import batches
 from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, UserError, user_path
+from mom_tokenizers.vocab import VocabLayout
 from mom_train import data
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
-from mom_train.config import RunConfig
+from mom_train.config import ModelConfig, ObjectiveConfig, RunConfig
+from mom_train.config_file import differences, with_defaults
 from mom_train.convert import fill, match, open_weights
 from mom_train.ema import Ema
 from mom_train.environment import environment, write_environment
@@ -91,6 +92,7 @@ class Trainer:
         )
         if resume_from is not None:
             agreed(lambda: self._check_same_model(saved, resume_from))
+            self._note_other_settings(saved)
         with torch.device("meta"):
             model = LanguageModel(
                 config.model,
@@ -128,14 +130,30 @@ class Trainer:
         self.stepped = False
 
     def _check_same_model(self, saved: TrainState, path: Checkpoint) -> None:
-        now = self.config.model_dump(mode="json")
-        for section in ("model", "vocabulary", "objective"):
-            # as text: the order of the vocabulary numbers the modalities
-            if saved.config is not None and json.dumps(saved.config[section]) != json.dumps(now[section]):
-                raise UserError(
-                    f"{path} was trained with {section}={saved.config[section]}, the config has {now[section]}. "
-                    "Use another run_dir for another model."
-                )
+        if saved.config is None:
+            return
+        now, was = self.config.model_dump(mode="json"), dict(saved.config)
+        for section, form in (("model", ModelConfig), ("objective", ObjectiveConfig)):
+            was[section] = form.model_validate(was.get(section, {})).model_dump(mode="json")  # defaults of what is new
+        fixed = ("model", "vocabulary", "objective")
+        if lines := [line for section in fixed for line in differences(was[section], now[section], section)]:
+            raise UserError(
+                f"the config differs from what {path} was trained with (was -> is):\n  "
+                + "\n  ".join(lines)
+                + "\nRestore these keys, or use another run_dir for another model."
+            )
+        layout = self.config.run_dir / "vocab.json"
+        if layout.is_file() and VocabLayout.load(layout) != self.vocab:
+            raise UserError(
+                f"{self.config.vocabulary} is another layout than the one that {path} was trained with, {layout}: "
+                "restore it, or use another run_dir."
+            )
+
+    def _note_other_settings(self, saved: TrainState) -> None:
+        """Say which other settings the run goes on with than its checkpoint was made with."""
+        lines = differences(with_defaults(saved.config or {}), self.config.model_dump(mode="json"))
+        if lines and saved.config:
+            log.info("other settings than the checkpoint's (was -> is): %s", "; ".join(lines))
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Everything as it was there; the data goes on behind what a rollback to there has left out."""

@@ -15,12 +15,11 @@ from torch import Tensor
 from mom_data.batch import first_sequences
 from mom_data.loader import batches
 from mom_data.plan import Plan
+from mom_train.config import QUARTERS
 from mom_train.objective import Counts
 from mom_train.passes import Passes
 
 _NOISE = -1  # its own seed
-QUARTERS = 4
-"""Of the timesteps: t0 is the least noise, t3 the most."""
 
 
 @dataclass(frozen=True)

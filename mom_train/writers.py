@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mom_tokenizers.errors import UserError
-from mom_train.config import RunConfig
+from mom_train.config import QUARTERS, RunConfig
 from mom_train.sampling import Span
-from mom_train.validation import QUARTERS
 
 if TYPE_CHECKING:  # it takes a second to import
     from torch.utils.tensorboard import SummaryWriter

@@ -61,7 +61,7 @@ def words(kind: Mapping[str, Any]) -> str:
     if kind.get("format") == "path":
         return "path"
     name = _WORDS[kind["type"]]
-    bounds = " and ".join(f"{sign} {kind[bound]:g}" for bound, sign in _BOUNDS.items() if bound in kind)
+    bounds = " and ".join(f"{sign} {kind[bound]:,.10g}" for bound, sign in _BOUNDS.items() if bound in kind)
     return f"{name} {bounds}".strip()
 
 

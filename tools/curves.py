@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mom_tokenizers.errors import UserError
+from mom_train.config_file import read_saved, with_defaults
 from mom_train.metrics import read_metrics
 
 WINDOW = 0.1
@@ -45,9 +45,8 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """As resolved at the run's start; empty where there is none."""
-        path = self.path / "config.yaml"
-        return yaml.safe_load(path.read_text()) if path.is_file() else {}
+        """As resolved at the run's start, in today's form; empty where there is none."""
+        return with_defaults(read_saved(self.path))
 
     @property
     def seed(self) -> int | None:
