@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from mom_data.batch import PackedBatch
 from mom_data.plan import Lane, Plan
+from mom_tokenizers.errors import user_path
 from mom_train.checkpoint import Checkpointer
 from mom_train.checkpoint_store import Checkpoint
 from mom_train.config import AnomalyConfig, RunConfig
@@ -188,7 +189,7 @@ class BadSteps:
     def _write_rollback(self, step: int, sequence: int, bad: list[dict[str, Any]]) -> None:
         if not self._ranks.main:
             return
-        with open(self._path, "a") as file:
+        with user_path(self._path), open(self._path, "a") as file:
             file.write(json.dumps({"step": step, "sequence": sequence, "bad": bad}) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -197,4 +198,5 @@ class BadSteps:
         path = self._config.run_dir / "incident.json"
         log.error("steps %d to %d are bad, and %s: the run ends. See %s", bad[0]["step"], bad[-1]["step"], why, path)
         if self._ranks.main:
-            path.write_text(json.dumps({"why": why, "bad": bad, "rollbacks": self._rollbacks()}, indent=1) + "\n")
+            with user_path(path):
+                path.write_text(json.dumps({"why": why, "bad": bad, "rollbacks": self._rollbacks()}, indent=1) + "\n")

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from mom_tokenizers.errors import read_json
+
 State = Literal["running", "preempted", "stopped", "finished", "failed"]
 _STATUS_BYTES = 2048  # of status.json
 AGENT_PID = "MOM_AGENT_PID"
@@ -54,7 +56,7 @@ def _write_through(path: Path, mode: str, content: str) -> None:
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "status.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 class Stop:

@@ -126,7 +126,7 @@ class Trainer:
             config.model, self.vocab.size, length, diffusion.patch_width if diffusion else 0
         )
         self.read = self.damaged = 0
-        self.watch = Watch(config.run_dir, ranks.rank)
+        self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
         self.stepped = False
 
     def _check_same_model(self, saved: TrainState, path: Checkpoint) -> None:

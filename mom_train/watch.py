@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mom_tokenizers.errors import user_path
+
 
 class Watch:
     """One rank's watch over its steps. A context manager.
@@ -21,9 +23,10 @@ class Watch:
 
     def __init__(self, run_dir: Path, rank: int):
         path = run_dir / "stacks" / f"rank-{rank}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # appended to, because torchrun may start the rank again at once; open as long as the run, for faulthandler
-        self._file = open(path, "a")  # noqa: SIM115
+        with user_path(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # appended to, because torchrun may start the rank again at once; open as long as the run, for faulthandler
+            self._file = open(path, "a")  # noqa: SIM115
         self._waited = 0.0
 
     def __enter__(self) -> Watch:

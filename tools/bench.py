@@ -30,7 +30,7 @@ from bench_suites import SUITES, Candidate, Sizes, draw
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_train.kernels import native
 
 TOLERANCE = {"scan": (1e-5, 3e-2), "conv": (1e-5, 2e-2), "routing": (1e-5, 2e-2), "block": (1e-4, 8e-2)}
@@ -253,7 +253,7 @@ def main() -> int:
             text, failed = markdown(result), bool(result["wrong"])
         if arguments.json:
             output = json.dumps(result, indent=2) + "\n"
-            sys.stdout.write(output) if arguments.json == "-" else Path(arguments.json).write_text(output)
+            write_text(arguments.json, output)
         if arguments.json != "-":
             print(text)
     return int(failed)

@@ -36,7 +36,7 @@ from mom_data.loader import Share, batches
 from mom_data.packing import Piece
 from mom_data.plan import Lane, Plan, Source
 from mom_data.shards import ShardWriter, TokenSegment, write_manifest
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_tokenizers.vocab import VocabLayout
 
 SIZES = {"text": 32000, "image": 8192, "speech": 500}
@@ -365,7 +365,7 @@ def main() -> None:
             if arguments.json == "-":
                 sys.stdout.write(text)
             else:
-                Path(arguments.json).write_text(text)
+                write_text(arguments.json, text)
         if arguments.json != "-":
             print(report(name, sizes(corpus), measured))
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mom_data.document import BadSample, Document, expand_inputs, read_documents
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import PICTURES, READY, Tokenizers
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_tokenizers.image import preprocess
 from mom_tokenizers.pictures import decode_image
 from mom_tokenizers.recordings import decode_audio
@@ -211,7 +211,7 @@ def main() -> None:
             sys.stdout.write(json.dumps(found, indent=2) + "\n")
             return
         if arguments.json:
-            Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
+            write_text(arguments.json, json.dumps(found, indent=2) + "\n")
         print(f"{found['documents']} documents\n\n{table(found)}")
 
 

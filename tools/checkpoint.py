@@ -20,7 +20,7 @@ from typing import Any
 from export_model import FORMATS, export
 from tqdm import tqdm
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 
 
@@ -111,7 +111,7 @@ def main() -> None:
                 entry["verified"] = not entry["problems"]
         text = json.dumps(entries, indent=1) if arguments.json else table(entries)
         if arguments.json and arguments.json != "-":
-            Path(arguments.json).write_text(text + "\n")
+            write_text(arguments.json, text + "\n")
         else:
             print(text)
         damaged = [e["path"] for e in entries if e.get("verified") is False]

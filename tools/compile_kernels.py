@@ -24,7 +24,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 
 _ROWS = {"X", "DT", "Z", "B", "C", "Y", "GY", "GX", "GDT", "GZ", "INITIAL", "GINITIAL"}
 _INTEGERS = {"L", "D", "T", "SPAN", "CHUNKS"}
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json == "-":
             print(text)
         else:
-            Path(options.json).write_text(text + "\n")
+            write_text(options.json, text + "\n")
 
 
 if __name__ == "__main__":

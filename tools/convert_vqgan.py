@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_tokenizers.image import VQImageTokenizer
 
 LEFT_OUT = ("loss.", "model_ema.")  # needed by training alone
@@ -175,7 +175,7 @@ def main() -> None:
             print(json.dumps(figures))
             return
         if arguments.json:
-            Path(arguments.json).write_text(json.dumps(figures) + "\n")
+            write_text(arguments.json, json.dumps(figures) + "\n")
         print(
             f"{arguments.output}: {figures['parameters']:,} parameters in {figures['tensors']} tensors, "
             f"{tokenizer.size:,} codes, {tokenizer.codes_per_image:,} a picture of {arguments.resolution} pixels"

@@ -18,7 +18,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
 from mom_train.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
@@ -165,7 +165,7 @@ def main() -> None:
             if arguments.json == "-":
                 sys.stdout.write(text)
             else:
-                Path(arguments.json).write_text(text)
+                write_text(arguments.json, text)
         elif len(described) == 1 or arguments.by_part:
             print("\n\n".join(by_part(name, d) for name, d in described.items()))
         else:

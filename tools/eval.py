@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_train import data
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
@@ -154,7 +154,7 @@ def write(figures: dict[str, Any], out: str | None) -> None:
         print(json.dumps(figures, indent=1))
         return
     if out is not None:
-        Path(out).write_text(json.dumps(figures, indent=1) + "\n")
+        write_text(out, json.dumps(figures, indent=1) + "\n")
     print(f"{figures['checkpoint']}, {figures['weights']} weights, {figures['sequences']} sequences of each set\n")
     names = list(dict.fromkeys(name for values in figures["sets"].values() for name in values))
     width = max(12, *(len(name) + 2 for name in figures["sets"]))

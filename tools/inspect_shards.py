@@ -32,7 +32,7 @@ from mom_data.plan import Piece, Plan, Source, hashed
 from mom_data.shards import LATENT_BIT, TokenSegment
 from mom_data.verify import document_keys
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")  # matplotlib's cycle; text first
 _TEXT = 1200  # characters shown of a text
@@ -283,7 +283,7 @@ def main() -> None:
             raise UserError("give a DATASET folder, or --config with data.train")
         tokenizers = Tokenizers.load(path) if path is not None else None
         html = page(plan, tokenizers, arguments.rows, arguments.documents, arguments.seed)
-        arguments.output.write_text(html, encoding="utf-8")
+        write_text(arguments.output, html)
         print(f"{arguments.output}: {len(html) / 1e6:.1f} MB")
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_tokenizers.vocab import chameleon_layout, read_vocabulary
 
 
@@ -54,7 +54,7 @@ def main() -> None:
             print(json.dumps(figures))
         else:
             if arguments.json:
-                Path(arguments.json).write_text(json.dumps(figures) + "\n")
+                write_text(arguments.json, json.dumps(figures) + "\n")
             print(f"{arguments.output}: {layout.size:,} ids, {dict(layout.sizes)}")
             for special, (id_, token) in figures["specials"].items():  # type: ignore[attr-defined]
                 print(f"  {special:5} {id_:6} {token or '(appended)'}")

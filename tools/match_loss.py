@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from published import Published, select
 from tabulate import tabulate
 
-from mom_tokenizers.errors import exit_clearly
+from mom_tokenizers.errors import exit_clearly, write_text
 
 GREY, ORANGE = "#6b7280", "#e07b00"
 
@@ -203,11 +203,11 @@ def main() -> None:
         print(table, file=sys.stderr if arguments.json == "-" else sys.stdout)
         if arguments.json:
             text = json.dumps(as_json(found, published), indent=1) + "\n"
-            sys.stdout.write(text) if arguments.json == "-" else Path(arguments.json).write_text(text)
+            write_text(arguments.json, text)
         if arguments.csv:
-            arguments.csv.write_text(as_csv(found))
+            write_text(arguments.csv, as_csv(found))
         if arguments.markdown:
-            arguments.markdown.write_text(table)
+            write_text(arguments.markdown, table)
         if arguments.plot:
             draw({"baseline": baseline, "candidate": candidate}, list(found), arguments.window, arguments.plot)
 

@@ -19,7 +19,7 @@ from typing import Any
 from mom_data.dataset import TokenDataset
 from mom_data.forecast import predict
 from mom_data.plan import Plan, Source
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 
 
 def text(found: dict[str, Any]) -> str:
@@ -82,7 +82,7 @@ def main() -> None:
             print(json.dumps(found, indent=1))
             return
         if arguments.json:
-            Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+            write_text(arguments.json, json.dumps(found, indent=1) + "\n")
         print(text(found))
 
 

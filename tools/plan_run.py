@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 
 from describe_model import table
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
 from mom_train.flops import TRAINING_FACTOR, forward_flops_per_token
@@ -359,7 +358,7 @@ def main() -> None:
         if given.json:
             objects = [{"config": name} | p for name, p in found]
             text = json.dumps(objects[0] if len(objects) == 1 else objects, indent=2) + "\n"
-            sys.stdout.write(text) if given.json == "-" else Path(given.json).write_text(text)
+            write_text(given.json, text)
         elif len(names) == 1:
             print(describe(names[0], [p for _, p in found]))
         else:

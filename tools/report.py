@@ -25,7 +25,7 @@ from curves import AXES, WINDOW, Run, compare, smoothed, tokens_of
 from match_loss import HEADER, cells, notes
 from svg_chart import Series, chart
 
-from mom_tokenizers.errors import exit_clearly
+from mom_tokenizers.errors import exit_clearly, write_text
 from mom_train.status import read_status
 
 _POINTS = 400  # of a curve
@@ -271,7 +271,7 @@ def main() -> None:
         html = page([Run(path) for path in arguments.runs], arguments.price)
         alone = len(arguments.runs) == 1
         output = arguments.output or (arguments.runs[0] / "report.html" if alone else Path("report.html"))
-        output.write_text(html, encoding="utf-8")
+        write_text(output, html)
         print(f"{output}: {len(html) / 1e6:.1f} MB")
 
 

@@ -26,7 +26,7 @@ import scores
 from pairs import FEWEST, Pair, chosen_pairs, originals
 from scores import Score
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 
 if TYPE_CHECKING:
     from mom_tokenizers.bundle import Tokenizers
@@ -311,7 +311,7 @@ def main() -> None:
             print(json.dumps(figures, indent=1))
         else:
             if arguments.json is not None:
-                Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
+                write_text(arguments.json, json.dumps(figures, indent=1) + "\n")
             print(table(figures))
 
 

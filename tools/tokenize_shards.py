@@ -35,7 +35,7 @@ from mom_data.document import Limits, Part, expand_inputs
 from mom_data.shards import write_manifest
 from mom_data.tokenize import TOO_LARGE, Job, Settings, index, jobs_of, known_index, names_of, tokenize_part, tokenizing
 from mom_tokenizers.bundle import READY, Tokenizers
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_tokenizers.pictures import MAX_PIXELS
 
 _REPORTED = 256  # samples between two touches of the shared counters
@@ -354,7 +354,7 @@ def main() -> None:
         figures["seconds"] = round(time.perf_counter() - start, 3)
         if arguments.json:
             text = json.dumps(figures, indent=1) + "\n"
-            sys.stdout.write(text) if arguments.json == "-" else Path(arguments.json).write_text(text)
+            write_text(arguments.json, text)
         if arguments.json != "-":
             print(
                 f"{output}: {figures['documents']:,} documents in {figures['shards']} shards, "

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mom_data.manifest import Manifest, Problem, ShardRecord
 from mom_data.shards import sha256_of
 from mom_data.verify import INDEX_BYTES, ShardReport, read_manifest, rebuild_index, verify_shard
-from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly
+from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly, write_text
 
 _BYTES_PER_PROCESS = 128 << 20  # less is read before another process has started
 
@@ -104,7 +104,7 @@ def main() -> None:
             print(json.dumps(found, indent=1))
         else:
             if arguments.json:
-                Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+                write_text(arguments.json, json.dumps(found, indent=1) + "\n")
             for name in found["rebuilt"]:
                 print(f"{name}: made again from its tar, as the manifest has it")
             for problem in problems:

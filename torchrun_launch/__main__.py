@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import UserError, write_text
 
 
 def main() -> None:
@@ -80,6 +80,7 @@ def _local(arguments: argparse.Namespace) -> int:
         endpoint=arguments.rdzv_endpoint,
         run_id=arguments.rdzv_id,
         max_restarts=arguments.max_restarts,
+        command=sys.argv[1:],
         rendezvous_timeout=arguments.rdzv_timeout,
         shutdown_timeout=arguments.shutdown_timeout,
     )
@@ -120,7 +121,7 @@ def _status(arguments: argparse.Namespace) -> int:
     elif arguments.json == "-":
         print(json.dumps(found, indent=1))
     else:
-        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -25,13 +25,15 @@ def launch(
     endpoint: str | None = None,
     run_id: str = "mom",
     max_restarts: int = 0,
+    command: Sequence[str] = (),
     rendezvous_timeout: int = 600,
     shutdown_timeout: float = 300,
 ) -> int:
     """Run this node's ranks to their end; returns the exit code of `ranks.exit_code`.
 
     With `nodes` other than "1", the same command runs on each node with the same `endpoint` (HOST:PORT of the node with
-    node_rank 0, which holds the rendezvous). Raises ValueError for a wrong config before any rank starts.
+    node_rank 0, which holds the rendezvous). `command` is what the user called, for the record. Raises UserError for a
+    wrong config before any rank starts.
     """
     run_dir = load_config(config, overrides).run_dir
     if ranks is None:
@@ -52,7 +54,8 @@ def launch(
         torchrun += ["--tee=3", f"--log-dir={run_dir / 'logs'}"]
     if node_rank == 0:
         check_free(run_dir)
-        write_record(run_dir, {"kind": "local", **this_process(), "logs": str(log) if log else None})
+        logs = str(log.absolute()) if log else None
+        write_record(run_dir, {"kind": "local", **this_process(), "logs": logs, "command": list(command)})
     cores = len(os.sched_getaffinity(0))
     before = read_status(run_dir)
     environment = {**environment, **rank_environment(ranks, cores, environment)}

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import UserError, read_json, user_path
 
 _CLIENT_SECONDS = 30  # Slurm's commands hang long where its controller is away
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"}
@@ -19,22 +19,28 @@ ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    with user_path(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+        partial.replace(path)
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
-    write_json(run_dir / "launch.json", record | {"time": time.time()})
+    write_json(run_dir / "launch.json", record | {"time": time.time(), "folder": os.getcwd()})
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
     """Raises ValueError where nothing of ours was started there."""
     try:
-        return json.loads((run_dir / "launch.json").read_text())
-    except FileNotFoundError:
+        record = read_json(run_dir / "launch.json")
+    except UserError:
+        if (run_dir / "launch.json").exists():
+            raise
         raise UserError(f"{run_dir}: nothing was launched here (no launch.json); name a run's directory") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{run_dir / 'launch.json'}: expected a JSON object")
+    return record
 
 
 def this_process() -> dict[str, Any]:
@@ -61,10 +67,9 @@ def _born(pid: int) -> int | None:
 
 def check_free(run_dir: Path) -> None:
     """Raises ValueError where another launch is at work on the run: two would overwrite each other's checkpoints."""
-    try:
-        record = read_record(run_dir)
-    except ValueError:
+    if not (run_dir / "launch.json").exists():
         return
+    record = read_record(run_dir)
     if record["kind"] == "slurm":
         if shutil.which("squeue") is None:
             return

@@ -25,6 +25,8 @@ from mom_train.config_file import load_config
 from torchrun_launch.job import NodeTask
 from torchrun_launch.record import check_free, write_json, write_record
 
+PATH_KEYS = ("path", "raw")
+"""Config keys whose text names a place; raw's may be a glob."""
 _PACKAGES = ("torchrun_launch", "mom_train", "mom_data", "mom_tokenizers")
 
 
@@ -169,7 +171,10 @@ def sweep(pattern: str) -> list[str]:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """The config with every path made absolute, so that it means the same in another working directory."""
+    """The config with every path made absolute, so that it means the same in another working directory.
+
+    Paths are values of type Path, and the text in keys named `path` or `raw`, of which URLs stay as they are.
+    """
 
     def of(value: Any, name: str = "") -> Any:
         if isinstance(value, BaseModel):
@@ -177,10 +182,12 @@ def absolute(config: RunConfig) -> RunConfig:
         if isinstance(value, dict):
             return {key: of(inner) for key, inner in value.items()}
         if isinstance(value, tuple):
-            return tuple(of(inner) for inner in value)
+            return tuple(of(inner, name) for inner in value)
         if isinstance(value, Path):
             return value.absolute()
-        if name == "path" and isinstance(value, str) and "://" not in value:
+        if name in PATH_KEYS and isinstance(value, str) and "://" not in value:
+            if name == "raw" and not Path(value).exists():  # a glob: the folder before it is none
+                return value if Path(value).is_absolute() else str(Path(glob.escape(os.getcwd()), value))
             return str(Path(value).absolute())
         return value
 

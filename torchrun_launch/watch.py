@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ _TAIL_BYTES = 1 << 20
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """kind, job or pid, state, and where known: status (what rank 0 says), metrics (the last logged step: losses,
-    tokens/s), seconds_left.
+    """kind, job or pid, state, logs (files), again (the command that carries the run on), and where known: status (what
+    rank 0 says), metrics (the last logged step: losses, tokens/s), seconds_left.
 
     state is Slurm's name for a job's; for a local launch RUNNING, ENDED, or UNKNOWN from another host. Raises
     ValueError where nothing was launched in `run_dir`.
@@ -37,6 +38,10 @@ def status(run_dir: Path) -> dict[str, Any]:
         lives = process_lives(record)
         state = "UNKNOWN" if lives is None else "RUNNING" if lives else "ENDED"
         found |= {"host": record["host"], "pid": record["pid"], "state": state}
+    found["logs"] = [str(path) for path in _logs(record)]
+    if record.get("command"):
+        again = ["python", "-m", "torchrun_launch", *record["command"]]
+        found["again"] = f"cd {shlex.quote(record.get('folder', '.'))} && {shlex.join(again)}"
     found["status"] = said = read_status(run_dir)
     lines = _last_lines(run_dir / "metrics.jsonl")
     if lines:
@@ -61,8 +66,13 @@ def describe(found: dict[str, Any]) -> str:
     if (said := found["status"]) is not None:
         reason = f": {said['reason']}" if said.get("reason") else ""
         lines.append(f"  {said['state']} at step {said['step']:,} of {said['steps']:,}{reason}")
-        if said["state"] == "running" and found["state"] in ("ENDED", "UNKNOWN", "FAILED", "NODE_FAIL", "TIMEOUT"):
-            lines.append("  its ranks ended without a word: see its log")
+    over = found["state"] not in ACTIVE
+    if over and (said is None or said["state"] == "running"):
+        away = f", unless they still run on {found['host']}" if found["state"] == "UNKNOWN" and "host" in found else ""
+        lines.append(f"  its ranks ended without a word: they were killed, or their machine failed{away}")
+    if over and (said is None or said["state"] not in ("finished", "stopped")):
+        lines += [f"  what it printed: {path}" for path in found["logs"]]
+        lines += [f"  to go on from its last checkpoint: {found['again']}"] if "again" in found else []
     if metrics := found.get("metrics"):
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss/"))
         speed = f"{metrics['perf/tokens_per_s']:,.0f} tokens/s" if "perf/tokens_per_s" in metrics else ""
@@ -96,12 +106,16 @@ def _last_lines(path: Path) -> list[dict[str, float]]:
 def log_files(run_dir: Path) -> list[Path]:
     """What the run's last launch printed, one file per node. Raises ValueError where it went to a terminal."""
     record = read_record(run_dir)
+    if record["kind"] == "local" and record["logs"] is None:
+        raise UserError(f"{run_dir}: its output went to the terminal that it was started from")
+    return _logs(record)
+
+
+def _logs(record: dict[str, Any]) -> list[Path]:
     if record["kind"] == "slurm":
         # the batch script's own output is task 0's file
         return sorted(Path(record["output"]).glob(f"{record['job']}_*_log.out"))
-    if record["logs"] is None:
-        raise UserError(f"{run_dir}: its output went to the terminal that it was started from")
-    return [path for path in [Path(record["logs"])] if path.exists()]
+    return [path for path in [Path(record["logs"])] if path.exists()] if record["logs"] else []
 
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> Iterator[str]:

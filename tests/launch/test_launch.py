@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 from run_config import tiny_config, write_config
 
+from mom_data.document import expand_inputs
+from mom_train.config import RunConfig, Section
+from mom_train.config_file import _arguments
+from mom_train.status import write_status
 from torchrun_launch.ranks import exit_code, rank_environment
-from torchrun_launch.submit import absolute
+from torchrun_launch.record import this_process, write_record
+from torchrun_launch.submit import PATH_KEYS, absolute
+from torchrun_launch.watch import describe, status
 
 CHECKOUT = Path(__file__).parents[2]
 DRIVER = """
@@ -223,6 +229,55 @@ def test_a_submitted_config_means_the_same_from_any_folder(tmp_path):
     assert (moved.run_dir, moved.tokenizers) == (here / "runs/x", here / "tokens.yaml")
     assert [source.path for source in moved.data.train] == ["s3://bucket/train", f"{here}/tokens/train"]
     assert moved.model == config.model
+
+
+def test_patterns_of_raw_documents_mean_the_same_from_any_folder(tmp_path, monkeypatch):
+    here = tmp_path / "a [folder]"
+    (here / "raw").mkdir(parents=True)
+    (here / "raw/a.tar").write_bytes(b"")
+    monkeypatch.chdir(here)
+    config = tiny_config(tmp_path, tokenizers="tokens.yaml")
+    patterns = ("raw", "raw/*.tar", "s3://bucket/raw", "/elsewhere/*.jsonl")
+    raw = config.data.train[0].model_copy(update={"path": None, "raw": patterns})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train": (raw,)})})
+    [source] = absolute(config).data.train
+    monkeypatch.chdir("/")
+    folder, glob, *kept = source.raw
+    assert expand_inputs([folder]) == expand_inputs([glob]) == [here / "raw/a.tar"]
+    assert kept == ["s3://bucket/raw", "/elsewhere/*.jsonl"]
+
+
+def test_every_text_in_a_config_is_known_to_be_a_place_or_none():
+    """A new key that names a place must be made absolute for a submitted job, or it is read from another folder."""
+    none = {"architecture", "text", "start", "project", "entity", "name", "group", "tags", "best", "shards"}
+    texts = set()
+
+    def collect(section):
+        for key, field in section.model_fields.items():
+            inner = [field.annotation, *_arguments(field.annotation)]
+            texts.update({key} if str in inner else ())
+            for kind in inner:
+                if isinstance(kind, type) and issubclass(kind, Section):
+                    collect(kind)
+
+    collect(RunConfig)
+    assert texts - none - {"vocabulary", "validation"} == set(PATH_KEYS)  # those two are mappings by name
+
+
+def test_status_of_a_killed_run_names_its_log_and_the_command_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_status(tmp_path, "running", 40, 100)
+    (tmp_path / "log").write_text("")
+    gone = {**this_process(), "born": 0}  # another process than the one that has this number now
+    command = ["local", "--nproc-per-node", "2", "a config.yaml"]
+    write_record(tmp_path, {"kind": "local", **gone, "logs": str(tmp_path / "log"), "command": command})
+    said = describe(status(tmp_path))
+    assert "running at step 40 of 100" in said
+    assert "ended without a word" in said
+    assert f"what it printed: {tmp_path}/log" in said
+    assert f"cd {tmp_path} && python -m torchrun_launch local --nproc-per-node 2 'a config.yaml'" in said
+    write_status(tmp_path, "finished", 100, 100)
+    assert "go on" not in describe(status(tmp_path))
 
 
 HELPS = """

@@ -128,7 +128,7 @@ def test_tables_that_clash_are_refused_by_name(mapped, placed, message, tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read"),
+        (None, "no such file"),
         ("{", "not JSON"),
         ("[1]", "JSON object"),
         ("{}", "'sizes'"),

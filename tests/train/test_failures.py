@@ -44,11 +44,11 @@ def test_what_is_wrong_with_a_path_that_the_user_named_is_said_with_the_path(tmp
     (tmp_path / "latin.json").write_bytes("é".encode("latin-1"))
     (tmp_path / "deep.json").write_text("[" * 100_000)
     for name, reason in {
-        "none.json": "No such file",
-        ".": "Is a directory",
-        "half.json": "not valid JSON",
+        "none.json": "no such file",
+        ".": "is a directory",
+        "half.json": "not JSON",
         "latin.json": "not UTF-8",
-        "deep.json": "not valid JSON",
+        "deep.json": "not JSON",
     }.items():
         with pytest.raises(UserError, match=reason) as told:
             read_json(tmp_path / name)

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 import yaml
 
-from mom_tokenizers import ready
-from mom_tokenizers.errors import UserError
+from mom_tokenizers import errors, ready
+from mom_tokenizers.errors import UserError, user_path
 
 # kind -> module and class, imported when used: torch and diffusers take seconds
 KINDS = {
@@ -54,11 +54,8 @@ class Tokenizer(Protocol):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError naming the file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
+    """A JSON object. Raises UserError naming the file."""
+    value = errors.read_json(file)
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object")
     return value
@@ -99,9 +96,8 @@ class Tokenizers:
         """
         path = Path(path)
         try:
-            declared = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
+            with user_path(path):
+                declared = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{path}: not YAML: {error}") from error
         if not isinstance(declared, dict) or "text" not in declared:

@@ -58,7 +58,8 @@ def user_path(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
-        raise UserError(f"{error.filename or path}: {error.strerror}") from error
+        reason = (error.strerror or type(error).__name__).replace("No such", "no such").replace("Is a", "is a")
+        raise UserError(f"{error.filename or path}: {reason}") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -68,7 +69,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write what a user asked for to the place that the user named, "-" being standard output. Raises UserError where
+    that cannot be written."""
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    with user_path(path):
+        Path(path).write_text(text, encoding="utf-8")
 
 
 @contextmanager

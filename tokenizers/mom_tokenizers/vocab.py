@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import UserError, read_json
 
 SPECIALS = ("bos", "eos", "pad", "boi", "eoi", "bosp", "eosp", "null")
 _BRACKETS = {"image": ("boi", "eoi"), "speech": ("bosp", "eosp")}
@@ -250,12 +250,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _read_object(path: str | Path) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object")
     return values
