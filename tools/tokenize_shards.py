@@ -31,9 +31,21 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from mom_data.content import content_of
 from mom_data.document import Limits, Part, expand_inputs
 from mom_data.shards import write_manifest
-from mom_data.tokenize import TOO_LARGE, Job, Settings, index, jobs_of, known_index, names_of, tokenize_part, tokenizing
+from mom_data.tokenize import (
+    RECORDS,
+    TOO_LARGE,
+    Job,
+    Settings,
+    index,
+    jobs_of,
+    known_index,
+    names_of,
+    tokenize_part,
+    tokenizing,
+)
 from mom_tokenizers.bundle import READY, Tokenizers
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_tokenizers.pictures import MAX_PIXELS
@@ -81,6 +93,8 @@ def _tokenize(job: Job) -> dict[str, Any]:
 
 
 def _index(arguments: tuple[Path, str, Settings, Path]) -> list[Part]:
+    source, _, _, output = arguments
+    content_of(source, output / RECORDS)  # all of it is read here, in a worker, and remembered for the jobs
     return index(*arguments)
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from mom_data.content import content_of
 from mom_data.dataset import TokenDataset
 from mom_data.document import Limits, expand_inputs
 from mom_data.shards import SCHEMA
@@ -73,7 +74,9 @@ class OnlineDataset(TokenDataset):
         sources = [path.absolute() for path in expand_inputs(list(inputs))]
         names = names_of(sources)
         self.location = ", ".join(map(str, inputs))
-        self.fingerprint = _fingerprint(sources, names, settings)
+        bar = tqdm(sources, desc="read raw files", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
+        contents = [content_of(source, cache.absolute() / "raw-files") for source in bar]
+        self.fingerprint = _fingerprint(names, sources, contents, settings)
         folder = cache.absolute() / f"tokens-{self.fingerprint}"
         bar = tqdm(sources, desc="read headers", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
         parts = [index(source, name, settings, folder) for source, name in zip(bar, names, strict=True)]
@@ -186,12 +189,14 @@ class OnlineFolder(LocalFolder):
             names.discard(name)
 
 
-def _fingerprint(sources: Sequence[Path], names: Sequence[str], settings: Settings) -> str:
+def _fingerprint(names: Sequence[str], sources: Sequence[Path], contents: Sequence[str], settings: Settings) -> str:
+    """Of everything that decides the tokens: another file of the same name and size gives other ones."""
     made_by = {m: t["fingerprint"] for m, t in settings.described.items()}
     identity = [SCHEMA, made_by, settings.part_bytes, settings.split, settings.holdout, sorted(settings.drop)]
     limits = settings.limits
     identity += [[limits.pixels, limits.seconds, limits.characters]]
-    identity += [[name, source.name, source.stat().st_size] for name, source in zip(names, sources, strict=True)]
+    # a file's name stands in the keys of documents that have no key of their own
+    identity += [[name, source.name, sha] for name, source, sha in zip(names, sources, contents, strict=True)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 

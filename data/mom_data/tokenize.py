@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from mom_data.content import content_of
 from mom_data.document import BadSample, Document, Limits, Part, index_parts, read_documents
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import Tokenizers
@@ -74,6 +75,8 @@ class Job:
     part: Part
     settings: Settings
     output: Path
+    content: str
+    """Of the source, as `content_of` gives it."""
 
     @property
     def record_file(self) -> Path:
@@ -84,7 +87,7 @@ class Job:
         settings = self.settings
         identity = {
             "source": self.source.name,
-            "bytes": self.source.stat().st_size,
+            "sha256": self.content,
             "part": asdict(self.part),
             "tokenizers": settings.described,
             "split": [settings.split, settings.holdout] if settings.split else None,
@@ -94,6 +97,14 @@ class Job:
             "keep_empty": settings.keep_empty,
         }
         return json.loads(json.dumps(identity))
+
+    def check_source(self) -> None:
+        """Raises UserError where the source is no longer what the job was planned from."""
+        if content_of(self.source, self.output / RECORDS) != self.content:
+            raise UserError(
+                f"{self.source}: damaged or changed since its headers were read. Put it back as it was, or start "
+                "again and let all of it be tokenized as it is now."
+            )
 
     def finished(self) -> dict[str, Any] | None:
         """The record, where the part is done, with the same settings, and its shards are there."""
@@ -148,7 +159,8 @@ def index(source: Path, name: str, settings: Settings, output: Path) -> list[Par
 
 def _indexed_from(source: Path, settings: Settings) -> list[Any]:
     status = source.stat()
-    return [str(source), status.st_size, status.st_mtime_ns, settings.part_bytes, settings.split, settings.holdout]
+    appearance = [str(source), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return [*appearance, settings.part_bytes, settings.split, settings.holdout]
 
 
 def jobs_of(
@@ -156,8 +168,9 @@ def jobs_of(
 ) -> list[Job]:
     """A job for every part, in order. The shards of an input's only part bear its name alone."""
     jobs = [
-        Job(source, name if len(own) == 1 else f"{name}-p{k:05d}", part, settings, output)
+        Job(source, name if len(own) == 1 else f"{name}-p{k:05d}", part, settings, output, content)
         for source, name, own in zip(sources, names, parts, strict=True)
+        for content in [content_of(source, output / RECORDS)]
         for k, part in enumerate(own)
     ]
     _unique([job.name for job in jobs])
@@ -210,6 +223,7 @@ def tokenize_part(
         if (record := job.finished()) is not None:
             progress(job.part.documents, 0)
             return record
+        job.check_source()
         tokenizers = load()
         shards: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
@@ -235,6 +249,7 @@ def tokenize_part(
                         tokens += sum(len(s.values) for s in result)
                     progress(0, tokens)
             shards.append(writer.record())
+        job.check_source()
         record = {"identity": job.identity(), "shards": shards, "skipped": skipped}
         _write(job.record_file, record)
         return record
