@@ -1,4 +1,4 @@
-"""mom_data.content: what was made from a file is used again for its content alone, whatever its name, size and times."""
+"""mom_data.content: what was made from a file is used for its content alone, whatever its name, size and times."""
 
 import json
 import os
