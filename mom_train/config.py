@@ -243,7 +243,11 @@ class DataConfig(Section):
     """Share of tokens routed as another modality than their own, in training and validation: an experiment on how
     much the modality mask matters."""
     max_bad_fraction: float = Field(1e-3, ge=0, le=1)
-    """Documents that fail their checksum are masked and counted; past this share of those read, the run stops."""
+    """Documents of token shards that fail their checksum are masked and counted; past this share of those read, the run
+    stops."""
+    max_unreadable_fraction: float = Field(0.05, ge=0, le=1)
+    """Documents of `raw` that cannot be read are left out and counted; past this share of those read, the run stops.
+    One that is empty, or too large, is left out too, and does not count here."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -125,7 +125,7 @@ class Trainer:
         self.flops_per_patch = training_flops_per_token(
             config.model, self.vocab.size, length, diffusion.patch_width if diffusion else 0
         )
-        self.read = self.damaged = 0
+        self.read = self.damaged = self.unreadable = self.left_out = 0
         self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
         self.stepped = False
 
@@ -270,7 +270,7 @@ class Trainer:
         Raises ValueError, on all ranks, when too many documents were damaged or too many checkpoints failed.
         """
         M = len(self.modalities)
-        local = torch.zeros(2 * M + 6, dtype=torch.int64)
+        local = torch.zeros(2 * M + 8, dtype=torch.int64)
         for batch in step_batches if self.context.rank == 0 else ():  # a row's first rank counts for all that share it
             local[:M] += self.passes.targets(batch)
             local[M : 2 * M] += batch.real_tokens
@@ -279,6 +279,10 @@ class Trainer:
             local[-2] += batch.documents_read
             for name in batch.damaged:
                 log.warning("masked %s: its bytes are not what its checksum says, or cannot be had", name)
+            local[-8] += len(batch.unreadable)
+            local[-7] += len(batch.left_out)
+            for name in batch.unreadable:
+                log.warning("left out %s", name)
         local[-6] = self.checkpointer.time_is_up
         local[-5] = self.checkpointer.finished
         local[-1] = stop.code != 0
@@ -288,6 +292,15 @@ class Trainer:
             self.checkpointer.settle()
         self.damaged += int(local[-3])
         self.read += int(local[-2])
+        self.unreadable += int(local[-8])
+        self.left_out += int(local[-7])
+        share = self.config.data.max_unreadable_fraction
+        if self.unreadable > share * max(self.read, 100):
+            raise UserError(
+                f"{self.unreadable} of {self.read} raw documents could not be read, more than "
+                f"data.max_unreadable_fraction={share} allows. The log names them and says why: mend the inputs, or "
+                "set a larger share. The last checkpoint is intact."
+            )
         allowed = self.config.data.max_bad_fraction * max(self.read, 1000)
         if self.damaged > allowed:
             raise AgreedError(
@@ -358,6 +371,8 @@ class Trainer:
             **{f"tokens/{m}": n for m, n in self._tokens.items()},
             "flops/total": self.state.flops,
             "data/damaged": self.damaged,
+            "data/unreadable": self.unreadable,
+            "data/left_out": self.left_out,
             "checkpoint/stall_s": self.checkpointer.stall,
             "anomaly/skipped": int(self.judge.skipped),
         }

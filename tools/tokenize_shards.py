@@ -32,11 +32,14 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mom_data.content import content_of
-from mom_data.document import Limits, Part, expand_inputs
+from mom_data.document import Limits
+from mom_data.inputs import check_modalities, files_of_side
 from mom_data.shards import write_manifest
 from mom_data.tokenize import (
+    EMPTY,
     RECORDS,
     TOO_LARGE,
+    Index,
     Job,
     Settings,
     index,
@@ -45,6 +48,8 @@ from mom_data.tokenize import (
     names_of,
     tokenize_part,
     tokenizing,
+    unreadable,
+    with_a_document_held_out,
 )
 from mom_tokenizers.bundle import READY, Tokenizers
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
@@ -59,11 +64,14 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def _start_worker(progress: Any, devices: Any) -> None:
+def _start_worker(progress: Any, started: Any, devices: Sequence[str]) -> None:
     global _progress, _device
     # a pool's workers outlive a parent that was killed, and would work on beside those of a restart
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _progress, _device = progress, devices.get()
+    _progress = progress
+    with started.get_lock():
+        _device = devices[started.value % len(devices)]
+        started.value += 1
 
 
 def _end_with_parent() -> None:
@@ -86,16 +94,19 @@ def _report(documents: int, tokens: int) -> None:
 def _tokenize(job: Job) -> dict[str, Any]:
     try:
         return tokenize_part(job, lambda: tokenizing(job.settings.tokenizers, _device), _report)
-    except (ValueError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError) as error:
         raise UserError(f"{job.name} (process {os.getpid()}): {error or 'out of memory'}") from error
     except Exception as error:
         raise RuntimeError(f"{job.name} (process {os.getpid()}): {type(error).__name__}: {error}") from error
 
 
-def _index(arguments: tuple[Path, str, Settings, Path]) -> list[Part]:
+def _index(arguments: tuple[Path, str, Settings, Path]) -> Index:
     source, _, _, output = arguments
-    content_of(source, output / RECORDS)  # all of it is read here, in a worker, and remembered for the jobs
-    return index(*arguments)
+    try:
+        content_of(source, output / RECORDS)  # all of it is read here, in a worker, and remembered for the jobs
+        return index(*arguments)
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror or error}") from error
 
 
 def each(
@@ -115,7 +126,7 @@ def each(
             for future in finished:
                 try:
                     made[futures[future]] = future.result()
-                except ValueError as error:
+                except UserError as error:
                     failed.append(str(error))
             running = [futures[future] for future in waiting if future.running()]
             tick(len(made))
@@ -134,20 +145,25 @@ def each(
 
 
 class Workers:
-    """Processes that read headers and tokenize, with progress lines."""
+    """Processes that read headers and tokenize, with progress lines. Use as a context manager: they have ended when it
+    is left, so that nothing is torn down beneath them while this process ends."""
 
     def __init__(self, number: int, devices: Sequence[str]):
         context = multiprocessing.get_context("spawn")  # forking beside torch's threads can hang
         self._progress = context.Array("q", 2)
-        queue = context.Queue()
-        for k in range(number):
-            queue.put(devices[k % len(devices)])
-        self.pool = ProcessPoolExecutor(number, context, _start_worker, (self._progress, queue))
+        started = context.Value("q", 0)
+        self.pool = ProcessPoolExecutor(number, context, _start_worker, (self._progress, started, list(devices)))
 
-    def index(self, sources: Mapping[str, Path], settings: Settings, output: Path) -> dict[str, list[Part]]:
-        """The parts of every source, by name."""
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def index(self, sources: Mapping[str, Path], settings: Settings, output: Path) -> dict[str, Index]:
+        """The index of every source, by name."""
         known = {name: known_index(source, name, settings, output) for name, source in sources.items()}
-        left = {name: (sources[name], name, settings, output) for name, parts in known.items() if parts is None}
+        left = {name: (sources[name], name, settings, output) for name, found in known.items() if found is None}
         with self._bar(unit="file", desc="read headers", total=len(sources)) as bar:
             found = each(self.pool, _index, left, lambda done: _to(bar, len(sources) - len(left) + done))
         return {name: known[name] or found[name] for name in sources}
@@ -187,7 +203,7 @@ def commit(jobs: Sequence[Job], records: Mapping[str, Mapping[str, Any]], max_ba
     documents = sum(s["documents"] for s in shards)
     if not documents:
         raise UserError(f"no document could be read from the inputs; see {output}/skipped.jsonl")
-    bad = sum(not entry["reason"].startswith(TOO_LARGE) for entry in skipped)
+    bad = sum(unreadable(entry["reason"]) for entry in skipped)
     if bad > max_bad_fraction * (documents + len(skipped)):
         raise UserError(
             f"{bad} of {documents + len(skipped)} documents could not be read, more than "
@@ -198,7 +214,8 @@ def commit(jobs: Sequence[Job], records: Mapping[str, Mapping[str, Any]], max_ba
     write_manifest(output, shards, settings.described, settings.token_dtype, reasons)
     tokens = {m: sum(s["tokens"][m] for s in shards) for m in settings.described}
     return {"documents": documents, "shards": len(shards), "tokens": tokens, "unreadable": bad,
-            "above_limits": len(skipped) - bad}  # fmt: skip
+            "above_limits": sum(entry["reason"].startswith(TOO_LARGE) for entry in skipped),
+            "empty": sum(entry["reason"] == EMPTY for entry in skipped)}  # fmt: skip
 
 
 def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output: Path) -> None:
@@ -339,10 +356,11 @@ def devices_of(wanted: str, settings: Settings) -> list[str]:
 def main() -> None:
     arguments, options, rest = parse()
     with exit_clearly("tokenize_shards"):
-        sources = expand_inputs(arguments.input)
+        sources, arguments.split = files_of_side(arguments.input, arguments.split)
         names = names_of(sources)
         settings = settings_of(arguments)
         output: Path = arguments.output
+        check_modalities(sources, arguments.config, settings.described, settings.drop)
         if options.submit:
             submit(options, rest, len(sources), output)
             return
@@ -351,16 +369,19 @@ def main() -> None:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         start = time.perf_counter()
         devices = devices_of(arguments.device, settings)
-        workers = Workers(max(1, arguments.workers if devices == ["cpu"] else len(devices)), devices)
         k, n = arguments.stripe or (0, 1)
         named = dict(zip(names, sources, strict=True))
-        if arguments.index_only:
-            parts = workers.index(dict(list(named.items())[k::n]), settings, output)
-            print(f"{output}: {sum(map(len, parts.values()))} parts in {len(parts)} inputs")
-            return
-        parts = workers.index(named, settings, output)
-        jobs = jobs_of(sources, names, [parts[name] for name in names], settings, output)
-        records = workers.tokenize(jobs[k::n])
+        with Workers(max(1, arguments.workers if devices == ["cpu"] else len(devices)), devices) as workers:
+            if arguments.index_only:
+                found = workers.index(dict(list(named.items())[k::n]), settings, output)
+                print(f"{output}: {sum(len(i.parts) for i in found.values())} parts in {len(found)} inputs")
+                return
+            found = workers.index(named, settings, output)
+            held_out = with_a_document_held_out(settings, list(found.values()))
+            if held_out != settings:
+                settings, found = held_out, workers.index(named, held_out, output)
+            jobs = jobs_of(sources, names, [found[name].parts for name in names], settings, output)
+            records = workers.tokenize(jobs[k::n])
         if arguments.stripe:
             print(f"{output}: {len(records)} of {len(jobs)} parts finished; run without --stripe to commit")
             return
@@ -373,7 +394,8 @@ def main() -> None:
             print(
                 f"{output}: {figures['documents']:,} documents in {figures['shards']} shards, "
                 + ", ".join(f"{count:,} {m}" for m, count in figures["tokens"].items())
-                + f" tokens, {figures['unreadable']} unreadable and {figures['above_limits']} too large skipped"
+                + f" tokens, {figures['unreadable']} unreadable, {figures['above_limits']} too large and "
+                f"{figures['empty']} empty ones skipped"
             )
 
 

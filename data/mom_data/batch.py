@@ -36,6 +36,8 @@ class PackedBatch:
     real_tokens      (M,) int64      input tokens by modality without padding; stays on the CPU
     end_sequence     number of the next sequence of the whole run, over all ranks
     damaged          documents masked because of their checksum or their ids, as "shard#document"
+    unreadable       raw documents that could not be read, masked, as "shard#document: reason"
+    left_out         raw documents that are empty, too large or of dropped modalities, masked, in the same form
     cursors          lane -> where the chunk began that its last row here is of: what a resume starts from
     """
 
@@ -55,6 +57,8 @@ class PackedBatch:
     documents_read: int = 0
     end_sequence: int = 0
     damaged: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     cursors: dict[int, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -185,8 +189,8 @@ def build_batch(
     sequences: Sequence[int],
     corrupt_share: float = 0.0,
 ) -> PackedBatch:
-    """Read the pieces of B rows and lay them out. A damaged document is masked in place: pad tokens that carry no
-    loss, so that nothing else moves.
+    """Read the pieces of B rows and lay them out. A damaged document, or one that was left out when it was tokenized,
+    is masked in place: pad tokens that carry no loss, so that nothing else moves.
 
     `corrupt_share` of the positions, chosen by (sequence, position), are routed as another modality than their own:
     an experiment on how much the rule's mask matters. Tokens and labels stay.
@@ -205,7 +209,9 @@ def build_batch(
     latents: list[np.ndarray] = []
     latents_at: list[int] = []
     leads: list[bool] = []
-    damaged = []
+    damaged: list[str] = []
+    unreadable: list[str] = []
+    left_out: list[str] = []
     at = 0
     for b, pieces in enumerate(rows):
         for number, piece in enumerate(pieces):
@@ -221,7 +227,11 @@ def build_batch(
             sizes.append(end - start)
             values = dataset.values(piece.shard, piece.document, stored, t, p)
             if values is None:
-                damaged.append(f"{dataset.where(piece.shard)}#{piece.document}")
+                name = f"{dataset.where(piece.shard)}#{piece.document}"
+                if (why := dataset.left_out(piece.shard, piece.document)) is None:
+                    damaged.append(name)
+                else:
+                    (unreadable if why[1] else left_out).append(f"{name}: {why[0]}")
                 tokens[base + start : at] = pad
                 unlabelled.append((base + start, at))
                 continue
@@ -294,6 +304,8 @@ def build_batch(
         real_tokens=tensor(np.array(real, np.int64)),
         documents_read=sum(map(len, rows)),
         damaged=tuple(damaged),
+        unreadable=tuple(unreadable),
+        left_out=tuple(left_out),
     )
 
 

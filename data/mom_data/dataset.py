@@ -285,6 +285,11 @@ class TokenDataset:
                 self.where(shard), document, what,
             )  # fmt: skip
 
+    def left_out(self, shard: int, document: int) -> tuple[str, bool] | None:
+        """Why a document that has no values was left out when it was tokenized, and whether it could not be read; None
+        where its values are damaged or cannot be had. Token shards hold no document that was left out."""
+        return None
+
     def _open(self, shard: int) -> int | None:
         """A descriptor of the shard's tar, fetched first where it must be; None where it cannot be had now."""
         now = time.monotonic()

@@ -3,12 +3,14 @@
 A shard of the dataset is one part of a raw file. How many documents it has is known from the file's headers, so the
 order can be planned; their lengths are known once it is tokenized, into a folder of this node that all its processes
 share and that grows to the size of the token dataset. The bytes are those that tools/tokenize_shards.py writes with
-the same parts, one shard each, where every document can be read; one that cannot keeps its place, empty, and is masked.
+the same parts, one shard each, where every document can be read. One that is left out (empty, too large, unreadable)
+keeps its place, where nothing is learned, and is counted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,10 +34,21 @@ from tqdm import tqdm
 
 from mom_data.content import content_of
 from mom_data.dataset import TokenDataset
-from mom_data.document import Limits, expand_inputs
+from mom_data.document import Limits
+from mom_data.inputs import check_modalities, files_of_side
 from mom_data.shards import SCHEMA
 from mom_data.storage import LocalFolder, Stored
-from mom_data.tokenize import Job, Settings, index, jobs_of, names_of, tokenize_part, tokenizing
+from mom_data.tokenize import (
+    Job,
+    Settings,
+    index,
+    jobs_of,
+    names_of,
+    tokenize_part,
+    tokenizing,
+    unreadable,
+    with_a_document_held_out,
+)
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.pictures import MAX_PIXELS
@@ -68,21 +82,29 @@ class OnlineDataset(TokenDataset):
         device: str = "cpu",
     ):
         described = Tokenizers.load(tokenizers).describe()
+        files, split = files_of_side(inputs, split)
+        sources = [path.absolute() for path in files]
+        names = names_of(sources)
         settings = Settings(
             tokenizers.absolute(), described, part_bytes, None, split, holdout, drop, limits, keep_empty=True
         )
-        sources = [path.absolute() for path in expand_inputs(list(inputs))]
-        names = names_of(sources)
         self.location = ", ".join(map(str, inputs))
         bar = tqdm(sources, desc="read raw files", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
         contents = [content_of(source, cache.absolute() / "raw-files") for source in bar]
+        # what the headers tell decides what is held out at least, and with it the tokens
+        headers = cache.absolute() / f"headers-{_fingerprint(names, sources, contents, settings)}"
+        bar = tqdm(sources, desc="read headers", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
+        found = [index(source, name, settings, headers) for source, name in zip(bar, names, strict=True)]
+        check_modalities(sources, tokenizers, described, drop)
+        held_out = with_a_document_held_out(settings, found)
+        if held_out != settings:
+            settings = held_out
+            found = [index(source, name, settings, headers) for source, name in zip(sources, names, strict=True)]
         self.fingerprint = _fingerprint(names, sources, contents, settings)
         folder = cache.absolute() / f"tokens-{self.fingerprint}"
-        bar = tqdm(sources, desc="read headers", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
-        parts = [index(source, name, settings, folder) for source, name in zip(bar, names, strict=True)]
         jobs = {
             f"{job.name}-00000.tar": job
-            for job in jobs_of(sources, names, parts, settings, folder)
+            for job in jobs_of(sources, names, [one.parts for one in found], settings, folder)
             if job.part.wanted and fnmatch(f"{job.name}-00000.tar", shards)
         }
         if not jobs:
@@ -108,8 +130,8 @@ class OnlineDataset(TokenDataset):
         self._index_files = self._tars
         self._forget_process()
 
-    def skipped(self, shard: int) -> list[dict[str, str]]:
-        """Key and reason of the shard's documents that are masked. Waits until it is tokenized."""
+    def skipped(self, shard: int) -> list[dict[str, Any]]:
+        """Key, number and reason of the shard's documents that are left out. Waits until it is tokenized."""
         folder: Any = self._folder
         return folder.record(self.shards[shard]["name"])["skipped"]
 
@@ -118,6 +140,11 @@ class OnlineDataset(TokenDataset):
         folder: Any = self._folder
         record = self.shards[shard]
         return record["documents"], folder.record(record["name"])["shards"][0]["tokens"]
+
+    def left_out(self, shard: int, document: int) -> tuple[str, bool] | None:
+        folder: Any = self._folder
+        reason = folder.reasons(self.shards[shard]["name"]).get(document)
+        return None if reason is None else (reason, unreadable(reason))
 
     def values(
         self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]
@@ -145,13 +172,20 @@ class OnlineFolder(LocalFolder):
             record = job.finished()
             if record is None:
                 record = self._make(job)
-                if bad := record["skipped"]:
+                if skipped := record["skipped"]:
+                    counts = Counter(entry["reason"].partition(":")[0] for entry in skipped)
+                    first = next((e for e in skipped if unreadable(e["reason"])), skipped[0])
                     log.warning(
-                        "%s: %d of %d documents could not be tokenized and are masked; %s: %s",
-                        job.name, len(bad), job.part.wanted, bad[0]["key"], bad[0]["reason"],
+                        "%s: %d of %d documents are left out (%s), as %s: %s", job.name, len(skipped), job.part.wanted,
+                        ", ".join(f"{n} {reason}" for reason, n in counts.most_common()), first["key"], first["reason"],
                     )  # fmt: skip
             self._records[name] = record
         return self._records[name]
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  # a folder lives as long as its process
+    def reasons(self, name: str) -> dict[int, str]:
+        """Number -> why it was left out, of a shard's documents."""
+        return {entry["number"]: entry["reason"] for entry in self.record(name)["skipped"]}
 
     def _make(self, job: Job) -> dict[str, Any]:
         # a process of its own: a loader's worker may neither fork, nor use a GPU, nor load a model of its own
@@ -193,6 +227,7 @@ def _fingerprint(names: Sequence[str], sources: Sequence[Path], contents: Sequen
     """Of everything that decides the tokens: another file of the same name and size gives other ones."""
     made_by = {m: t["fingerprint"] for m, t in settings.described.items()}
     identity = [SCHEMA, made_by, settings.part_bytes, settings.split, settings.holdout, sorted(settings.drop)]
+    identity += [settings.least] if settings.least is not None else []
     limits = settings.limits
     identity += [[limits.pixels, limits.seconds, limits.characters]]
     # a file's name stands in the keys of documents that have no key of their own

@@ -53,14 +53,22 @@ class TokenSegment:
 class ShardWriter:
     """Writes NAME.tar and NAME.idx, each to a temporary name first. The same documents give the same bytes.
 
-    `token_dtype` is uint16 or uint32, whichever holds every modality's local ids. Use as a context manager: an
-    exception leaves nothing behind.
+    `token_dtype` is uint16 or uint32, whichever holds every modality's local ids; `sizes`, of each modality, are what
+    the ids must stay below. Use as a context manager: an exception leaves nothing behind.
     """
 
-    def __init__(self, path: Path, modalities: Sequence[str], token_dtype: type = np.uint16):
+    def __init__(
+        self,
+        path: Path,
+        modalities: Sequence[str],
+        token_dtype: type = np.uint16,
+        sizes: Mapping[str, int] | None = None,
+    ):
         import webdataset  # here, for it imports torch: readers of shards start without
 
         self.path, self.modalities, self.token_dtype = path, tuple(modalities), np.dtype(token_dtype)
+        most = 1 << 8 * self.token_dtype.itemsize  # a larger id would become another one without a word
+        self._sizes = [min(most, (sizes or {}).get(modality, most)) for modality in modalities]
         self.documents = 0
         self.counts = dict.fromkeys(modalities, 0)
         self._partial = path.with_name(f".{path.name}.partial")
@@ -84,6 +92,13 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
 
     def add(self, key: str, segments: Sequence[TokenSegment]) -> None:
+        """Raises ValueError, and adds nothing, where an id is not below its modality's size."""
+        for segment in segments:
+            if not segment.latent and len(segment.values):
+                low, high = int(segment.values.min()), int(segment.values.max())
+                name, size = self.modalities[segment.modality], self._sizes[segment.modality]
+                if low < 0 or high >= size:
+                    raise ValueError(f"{name} ids run from {low} to {high}, but its tokenizer has {size}")
         self._pending.append((key, segments))
         self._pending_bytes += sum(s.values.nbytes for s in segments)
         self.documents += 1

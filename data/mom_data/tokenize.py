@@ -10,7 +10,6 @@ pictures and speech give the same codes on the same kind of machine.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 from collections import Counter
@@ -24,13 +23,18 @@ from filelock import FileLock
 
 from mom_data.content import content_of
 from mom_data.document import BadSample, Document, Limits, Part, index_parts, read_documents
+from mom_data.inputs import Holdout, least_held_out
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
 
-_GROUP = 64  # documents encoded together
+_GROUP = 64  # documents encoded together,
+_GROUP_BYTES = 64 << 20  # as long as they have no more than this
 RECORDS = ".parts"  # folder, beside the shards, of the records of finished parts
+UNFORESEEN = "unforeseen"  # stands in the reason where a tokenizer failed in a way that nobody thought of
+_HOPELESS = 64  # documents one after another of which each fails so: the documents are not the matter
 TOO_LARGE = "above the limits"  # how the reason begins where a document was left out on purpose
+EMPTY, DROPPED = "empty", "nothing but dropped modalities"  # further such reasons
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     keep_empty: bool = False
     """A document without tokens (unreadable, too large, nothing left) keeps its place, without segments."""
+    least: int | None = None
+    """Hash of the key that is val at any share, where the share alone takes nothing of the corpus: see `Holdout`."""
 
     @property
     def token_dtype(self) -> type:
@@ -60,10 +66,7 @@ class Settings:
 
     def wanted(self, key: str) -> bool:
         """Whether a document belongs to the split: a share `holdout` of keys, by hash, is val and the rest train."""
-        if self.split is None:
-            return True
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return (int.from_bytes(digest, "little") < self.holdout * 2**64) == (self.split == "val")
+        return self.split is None or Holdout(self.holdout, self.least).held_out(key) == (self.split == "val")
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ class Job:
             "sha256": self.content,
             "part": asdict(self.part),
             "tokenizers": settings.described,
-            "split": [settings.split, settings.holdout] if settings.split else None,
+            "split": [settings.split, settings.holdout, settings.least] if settings.split else None,
             "shard_bytes": settings.shard_bytes,
             "drop": sorted(settings.drop),
             "limits": asdict(settings.limits),
             "keep_empty": settings.keep_empty,
+            "record": 2,  # of this form
         }
         return json.loads(json.dumps(identity))
 
@@ -116,6 +120,12 @@ class Job:
         return record if there and record["identity"] == self.identity() else None
 
 
+def unreadable(reason: str) -> bool:
+    """Whether a document was left out because something is the matter with it: not as one that is empty, has dropped
+    modalities alone, or is above the limits, which are left out as somebody wants it."""
+    return not reason.startswith((TOO_LARGE, EMPTY, DROPPED))
+
+
 def names_of(sources: Sequence[Path]) -> list[str]:
     """A name for each input's shards: its stem, with its folder's in front where that alone is not unique.
 
@@ -134,33 +144,54 @@ def _unique(names: Sequence[str]) -> None:
         raise UserError(f"several inputs would write shards named {twice[0]}: give the files different names")
 
 
-def known_index(source: Path, name: str, settings: Settings, output: Path) -> list[Part] | None:
-    """The parts of an input, where `index` has found them before."""
+@dataclass(frozen=True)
+class Index:
+    """What the headers of an input tell: its parts, and the lowest hash of its keys (see `Holdout`)."""
+
+    parts: list[Part]
+    lowest: int
+
+
+def known_index(source: Path, name: str, settings: Settings, output: Path) -> Index | None:
+    """The index of an input, where `index` has made it before."""
     file = output / RECORDS / f"{name}.index"
     if file.exists():
         known = json.loads(file.read_text())
         if known["made_from"] == _indexed_from(source, settings):
-            return [Part(**part) for part in known["parts"]]
+            return Index([Part(**part) for part in known["parts"]], known["lowest"])
     return None
 
 
-def index(source: Path, name: str, settings: Settings, output: Path) -> list[Part]:
-    """The parts of an input, remembered in the output folder."""
+def index(source: Path, name: str, settings: Settings, output: Path) -> Index:
+    """The index of an input, remembered in the output folder."""
     file = output / RECORDS / f"{name}.index"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".index.lock")):
-        parts = known_index(source, name, settings, output)
-        if parts is None:
+        found = known_index(source, name, settings, output)
+        if found is None:
             made_from = _indexed_from(source, settings)
-            parts = index_parts(source, settings.part_bytes, settings.wanted)
-            _write(file, {"made_from": made_from, "parts": [asdict(part) for part in parts]})
-    return parts
+            holdout = Holdout(settings.holdout, settings.least)
+            wanted = None
+            if (split := settings.split) is not None:
+                wanted = lambda key: holdout.held_out(key) == (split == "val")  # noqa: E731
+            found = Index(index_parts(source, settings.part_bytes, wanted), holdout.lowest)
+            parts = [asdict(part) for part in found.parts]
+            _write(file, {"made_from": made_from, "parts": parts, "lowest": found.lowest})
+    return found
+
+
+def with_a_document_held_out(settings: Settings, indices: Sequence[Index]) -> Settings:
+    """Settings by which at least one document of the whole corpus is val, told from the index of every input. Where
+    they differ from those given, the inputs must be indexed again."""
+    if settings.split is None:
+        return settings
+    return replace(settings, least=least_held_out(settings.holdout, [index.lowest for index in indices]))
 
 
 def _indexed_from(source: Path, settings: Settings) -> list[Any]:
     status = source.stat()
     appearance = [str(source), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    return [*appearance, settings.part_bytes, settings.split, settings.holdout]
+    return ["2", *appearance, settings.part_bytes, settings.split, settings.holdout, settings.least]
 
 
 def jobs_of(
@@ -174,6 +205,13 @@ def jobs_of(
         for k, part in enumerate(own)
     ]
     _unique([job.name for job in jobs])
+    if settings.split is not None and jobs and not any(job.part.wanted for job in jobs):
+        documents = sum(job.part.documents for job in jobs)
+        raise UserError(
+            f"none of the {documents} documents is {settings.split} with a hold-out of {settings.holdout}, by the hash "
+            "of their keys (documents of one key go together). Choose another share (--holdout), or put the documents "
+            "of each side into a folder of its own."
+        )
     return jobs
 
 
@@ -183,7 +221,7 @@ def encode_documents(
     """(key, segments, or why the document is skipped) of each; pictures and recordings go through in batches."""
     modalities = tokenizers.modalities
     positions: dict[str, list[tuple[int, int]]] = {}
-    encoded: dict[tuple[int, int], np.ndarray | ValueError] = {}
+    encoded: dict[tuple[int, int], np.ndarray | Exception] = {}
     for d, document in enumerate(documents):
         for s, segment in enumerate(document.segments):
             positions.setdefault(segment.modality, []).append((d, s))
@@ -196,22 +234,25 @@ def encode_documents(
         encoded.update(zip(where, tokenizers.encode_many(modality, values), strict=True))
     for d, document in enumerate(documents):
         segments: list[TokenSegment] = []
-        reason = None if document.segments else "no segments"
+        reason = None if document.segments else EMPTY
         for s, segment in enumerate(document.segments):
             ids = encoded[d, s]
-            if isinstance(ids, ValueError):
-                reason = f"segment {s} ({segment.modality}): {ids}"
+            if isinstance(ids, Exception):
+                # anything but a ValueError is what nobody foresaw
+                said = f"{ids}" if isinstance(ids, ValueError) else f"{UNFORESEEN} {type(ids).__name__}: {ids}"
+                reason = f"segment {s} ({segment.modality}): {said}"
                 break
             if len(ids):
                 segments.append(TokenSegment(modalities.index(segment.modality), ids))
-        yield document.key, reason or segments or "empty"
+        yield document.key, reason or segments or EMPTY
 
 
 def tokenize_part(
     job: Job, load: Callable[[], Tokenizers], progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, Any]:
     """Tokenize one part into one or more shards; at once where that has been done. Returns {"identity", "shards" (as
-    in the manifest), "skipped" ({"shard", "key", "reason"} of each document)}.
+    in the manifest), "skipped" ({"shard", "key", "number", "reason"} of each document; its number counts the part's
+    wanted documents)}.
 
     `load` is called where there is work to do; `progress` is told of samples read and tokens written, as they come.
     Safe to be killed at any moment and safe from other processes doing the same part. Raises ValueError where the
@@ -225,13 +266,16 @@ def tokenize_part(
             return record
         job.check_source()
         tokenizers = load()
+        sizes = {modality: int(described["size"]) for modality, described in settings.described.items()}
         shards: list[dict[str, Any]] = []
-        skipped: list[dict[str, str]] = []
+        skipped: list[dict[str, Any]] = []
+        hopeless: list[str] = []
+        number = 0
         groups = _groups(_to_encode(job, progress))
         more = True
         while more:
             path = job.output / f"{job.name}-{len(shards):05d}.tar"
-            with ShardWriter(path, tokenizers.modalities, settings.token_dtype) as writer:
+            with ShardWriter(path, tokenizers.modalities, settings.token_dtype, sizes) as writer:
                 while settings.shard_bytes is None or writer.bytes_written < settings.shard_bytes:
                     group = next(groups, None)
                     if group is None:
@@ -241,12 +285,23 @@ def tokenize_part(
                     encoded = encode_documents([d for d in group if isinstance(d, Document)], tokenizers)
                     for item in group:
                         key, result = next(encoded) if isinstance(item, Document) else (item.key, item.reason)
+                        if not isinstance(result, str):
+                            try:
+                                writer.add(key, result)
+                                tokens += sum(len(s.values) for s in result)
+                            except ValueError as error:  # ids that its tokenizer cannot have
+                                result = str(error)
                         if isinstance(result, str):
-                            skipped.append({"shard": job.source.name, "key": key, "reason": result})
-                            result = []
-                        if result or settings.keep_empty:
-                            writer.add(key, result)
-                        tokens += sum(len(s.values) for s in result)
+                            skipped.append({"shard": job.source.name, "key": key, "number": number, "reason": result})
+                            if settings.keep_empty:
+                                writer.add(key, [])
+                        number += 1
+                        hopeless = [*hopeless, f"{key}: {result}"] if UNFORESEEN in str(result) else []
+                        if len(hopeless) >= _HOPELESS:
+                            raise RuntimeError(
+                                f"{len(hopeless)} documents one after another could not be tokenized, so they are not "
+                                f"the matter. The first is {hopeless[0]}"
+                            )
                     progress(0, tokens)
             shards.append(writer.record())
         job.check_source()
@@ -268,7 +323,7 @@ def _to_encode(job: Job, progress: Callable[[int, int], None]) -> Iterator[Docum
         kept = tuple(s for s in item.segments if s.modality not in settings.drop)
         if item.segments and not kept:
             if settings.keep_empty:
-                yield BadSample(item.key, "nothing but dropped modalities")
+                yield BadSample(item.key, DROPPED)
         elif too_large := next((e for s in kept if (e := settings.limits.exceeded(s))), None):
             yield BadSample(item.key, f"{TOO_LARGE}: {too_large}")
         else:
@@ -277,11 +332,15 @@ def _to_encode(job: Job, progress: Callable[[int, int], None]) -> Iterator[Docum
 
 def _groups(stream: Iterator[Document | BadSample]) -> Iterator[list[Document | BadSample]]:
     group: list[Document | BadSample] = []
+    documents = size = 0
     for item in stream:
         group.append(item)
-        if sum(isinstance(one, Document) for one in group) == _GROUP:
+        if isinstance(item, Document):
+            documents += 1
+            size += sum(len(segment.data) for segment in item.segments)
+        if documents == _GROUP or size > _GROUP_BYTES:
             yield group
-            group = []
+            group, documents, size = [], 0, 0
     if group:
         yield group
 

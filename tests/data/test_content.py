@@ -77,7 +77,7 @@ def test_a_finished_part_is_never_that_of_another_file_of_the_same_name_and_size
             loaded.append(file)
             return tokenizing(tokenizers)
 
-        parts = [index(file, "t", settings, tmp_path / "out")]
+        parts = [index(file, "t", settings, tmp_path / "out").parts]
         (job,) = jobs_of([file], ["t"], parts, settings, tmp_path / "out")
         return tokenize_part(job, load)["shards"][0]["sha256"]
 

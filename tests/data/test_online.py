@@ -141,7 +141,7 @@ def test_processes_of_a_node_make_a_shard_once(made, tmp_path):
     assert len(written) == 1
 
 
-def test_documents_that_cannot_be_read_keep_their_place_and_are_masked(made, tmp_path):
+def test_documents_that_are_left_out_keep_their_place_are_masked_and_counted_by_reason(made, tmp_path):
     good = list(islice(read_documents(made / "raw/words.jsonl"), 40))
     lines = [json.dumps({"text": d.segments[0].data}) for d in good if isinstance(d, Document)]
     lines[7], lines[8], lines[30] = "no json", json.dumps({"text": ""}), json.dumps({"text": "x" * 5000})
@@ -158,10 +158,13 @@ def test_documents_that_cannot_be_read_keep_their_place_and_are_masked(made, tmp
         if segments is not None:
             assert text.decode(segments[0].values) == document.segments[0].data
     plan = Plan((Source(dataset, 1.0),), length=64, lanes=1, window=500, seed=5)
-    damaged = set()
+    unreadable, left_out = set(), set()
     for batch in islice(batches(plan, VocabLayout({"text": 300}), Share(0, 1, 4, 4)), 30):
-        damaged |= {name.rpartition("#")[2] for name in batch.damaged}
-    assert damaged == {"7", "8", "30"}
+        assert not batch.damaged
+        unreadable |= {name.rpartition("#")[2].partition(":")[0] for name in batch.unreadable}
+        left_out |= {name.rpartition("#")[2] for name in batch.left_out}
+    assert unreadable == {"7"}
+    assert left_out == {"8: empty", "30: above the limits: 5000 characters"}
 
 
 def test_a_split_counts_its_own_documents(made, tmp_path):
@@ -180,14 +183,22 @@ def test_a_file_that_changes_or_is_damaged_is_one_clear_message(made, tmp_path):
     content = (made / "raw/pictures.tar").read_bytes()
     raw.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"t\.tar: (truncated|not a readable tar|damaged)"):
-        OnlineDataset([str(raw)], made / "words.yaml", tmp_path / "cache")
+        OnlineDataset([str(raw)], made / "both.yaml", tmp_path / "cache")
     raw.write_bytes(content)
-    dataset = OnlineDataset([str(raw)], made / "words.yaml", tmp_path / "cache")
+    dataset = OnlineDataset([str(raw)], made / "both.yaml", tmp_path / "cache")
     raw.write_bytes(content[: len(content) // 2])
     with pytest.raises(
         ValueError, match=r"t\.tar could not be tokenized: .*t\.tar: (truncated|not a readable|damaged)"
     ):
         dataset.index(0)
+
+
+def test_a_modality_without_a_tokenizer_is_refused_before_anything_is_tokenized(made, tmp_path):
+    with pytest.raises(ValueError, match=r"hold image .*--drop-modalities image.*'image' to the recipe"):
+        OnlineDataset([str(made / "raw")], made / "words.yaml", tmp_path)
+    dropped = OnlineDataset([str(made / "raw")], made / "words.yaml", tmp_path, drop=("image",))
+    assert not list(tmp_path.rglob("*.tar"))
+    assert dropped.manifest["documents"] == 280
 
 
 def test_the_vocabulary_is_checked_though_the_counts_are_unknown(online):

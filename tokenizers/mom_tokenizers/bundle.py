@@ -164,17 +164,17 @@ class Tokenizers:
         tokenizer makes latents. Raises ValueError for unreadable data."""
         return self.tokenizer(modality).encode(self._decoded(modality, data))
 
-    def encode_many(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | ValueError]:
-        """As `encode` of each, pictures and short recordings in batches; an unreadable one gives its ValueError in
-        its place."""
-        results: list[np.ndarray | ValueError] = []
+    def encode_many(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | Exception]:
+        """As `encode` of each, pictures and short recordings in batches. One that fails gives its error in its place, a
+        ValueError where it is unreadable: whatever is the matter with it, the others do not suffer."""
+        results: list[np.ndarray | Exception] = []
         for start in range(0, len(data), DECODED_AT_ONCE):
             results += self._encode_some(modality, data[start : start + DECODED_AT_ONCE])
         return results
 
-    def _encode_some(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | ValueError]:
+    def _encode_some(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | Exception]:
         tokenizer = self.tokenizer(modality)
-        results: list[np.ndarray | ValueError | None] = []
+        results: list[np.ndarray | Exception | None] = []
         values = []
         for item in data:
             try:
@@ -184,7 +184,7 @@ class Tokenizers:
                     results.append(None)
                 else:
                     results.append(tokenizer.encode(value))
-            except ValueError as error:
+            except Exception as error:
                 results.append(error)
         encoded = iter(_each(tokenizer, values))
         return [next(encoded) if result is None else result for result in results]
@@ -230,10 +230,10 @@ def _joins_a_batch(kind: str, value: Any) -> bool:
     return kind in PICTURES or (kind == "units" and len(value[0]) <= 30 * value[1])
 
 
-def _each(tokenizer: Tokenizer, values: Sequence[Any]) -> list[np.ndarray | ValueError]:
+def _each(tokenizer: Tokenizer, values: Sequence[Any]) -> list[np.ndarray | Exception]:
     try:
         return list(tokenizer.encode_batch(values)) if values else []
-    except ValueError as error:  # one of them is the matter, e.g. too short: the others must not suffer
+    except Exception as error:  # one of them is the matter, e.g. too short: the others must not suffer
         if len(values) == 1:
             return [error]
         return [result for value in values for result in _each(tokenizer, [value])]
