@@ -32,13 +32,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mom_data.content import content_of
-from mom_data.document import Limits
+from mom_data.document import TOO_LARGE, Limits
 from mom_data.inputs import check_modalities, files_of_side
+from mom_data.json_lines import MAX_CHARACTERS
 from mom_data.shards import write_manifest
 from mom_data.tokenize import (
     EMPTY,
     RECORDS,
-    TOO_LARGE,
     Index,
     Job,
     Settings,
@@ -316,7 +316,7 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
                         help="leave out segments of these, and documents of nothing else; no error")  # fmt: skip
     parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, help="of a picture (%(default)s)")
     parser.add_argument("--max-seconds", type=positive, default=7200, help="of a recording (%(default)s)")
-    parser.add_argument("--max-characters", type=positive, help="of a text (default: no limit)")
+    parser.add_argument("--max-characters", type=positive, default=MAX_CHARACTERS, help="of a text (%(default)s)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="fail above it (default: %(default)s)")
     parser.add_argument("--part-mib", type=positive, default=256, help="of raw input, worked on at once (%(default)s)")
     parser.add_argument("--shard-mib", type=positive, default=128, help="start a new shard at this size (%(default)s)")
@@ -334,8 +334,12 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise UserError(f"--drop-modalities {both[0]}: {arguments.config} has a tokenizer for it; take it out there")
     if arguments.max_pixels > MAX_PIXELS:
         raise UserError(f"--max-pixels {arguments.max_pixels:.0f}: no picture above {MAX_PIXELS} is ever unpacked")
-    limits = Limits(int(arguments.max_pixels), arguments.max_seconds,
-                    arguments.max_characters and int(arguments.max_characters))  # fmt: skip
+    if arguments.max_characters > MAX_CHARACTERS:
+        raise UserError(
+            f"--max-characters {arguments.max_characters:.0f}: no text above {MAX_CHARACTERS} is read; cut it into "
+            "documents where that makes sense"
+        )
+    limits = Limits(int(arguments.max_pixels), arguments.max_seconds, int(arguments.max_characters))
     return Settings(
         arguments.config, described, int(arguments.part_mib * 2**20), int(arguments.shard_mib * 2**20),
         arguments.split, arguments.holdout, tuple(arguments.drop_modalities), limits,

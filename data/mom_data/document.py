@@ -29,6 +29,8 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
+from mom_data.json_lines import MAX_LINE_BYTES, text_of
+from mom_data.json_lines import lines as json_lines
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.pictures import IMAGE_EXTENSIONS, TooManyPixels, picture_size
 from mom_tokenizers.ready import as_npy
@@ -37,6 +39,13 @@ from mom_tokenizers.recordings import SPEECH_EXTENSIONS, recording_seconds
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 # Of captioned pairs, this share has its text first (text -> image); the rest is read image -> text.
 TEXT_FIRST_SHARE = 0.8
+
+
+TOO_LARGE = "above the limits"
+"""How the reason begins where a document is left out for its size."""
+MAX_MEMBER_BYTES = 4 << 30
+"""Of a picture's or a recording's file: two hours of sound in two channels of 24 bits are half of it."""
+_TEXTS = ("txt", "json", "npy")  # extensions of members that are bounded as a text is
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def index_parts(path: Path, part_bytes: int, wanted: Callable[[str], bool] | Non
     parts: list[Part] = []
     start = first = documents = chosen = 0
     lines = path.name.endswith((".jsonl", ".jsonl.gz"))
-    keys = ((key, at) for key, at, _ in _lines(path, None)) if lines else _tar_keys(path)
+    keys = ((key, at) for key, at, _ in json_lines(path)) if lines else _tar_keys(path)
     for key, at in keys:
         if documents and at - start >= part_bytes and not path.name.endswith(".gz"):
             parts.append(Part(start, at, first, documents, chosen))
@@ -166,8 +175,11 @@ def read_documents(path: str | Path, part: Part | None = None) -> Iterator[Docum
 
 
 def _read_tar(path: Path, part: Part | None) -> Iterator[Document | BadSample]:
-    def members() -> Iterator[tuple[str, str, bytes]]:
+    def members() -> Iterator[tuple[str, str, bytes | int]]:
         for tar, member, key, extension in _tar_members(path, part):
+            if member.size > (MAX_LINE_BYTES if extension.rpartition(".")[2] in _TEXTS else MAX_MEMBER_BYTES):
+                yield key, extension, member.size  # not read: what a gzip unpacks to may be larger than the memory
+                continue
             extracted = tar.extractfile(member)
             assert extracted is not None
             data = extracted.read()
@@ -177,10 +189,16 @@ def _read_tar(path: Path, part: Part | None) -> Iterator[Document | BadSample]:
 
     for key, group in itertools.groupby(members(), key=operator.itemgetter(0)):
         sample: dict[str, bytes] = {}
-        twice = None
+        twice = large = None
         for _, extension, data in group:
             twice = extension if extension in sample else twice
-            sample[extension] = data
+            if isinstance(data, int):
+                large = f"{TOO_LARGE}: member {extension!r} of {data} bytes"
+            else:
+                sample[extension] = data
+        if large is not None:
+            yield BadSample(key, large)
+            continue
         try:
             if twice is not None:
                 raise ValueError(f"two members {twice!r}")
@@ -236,30 +254,15 @@ def _tar_members(path: Path, part: Part | None) -> Iterator[tuple[tarfile.TarFil
 
 
 def _read_json_lines(path: Path, part: Part | None) -> Iterator[Document | BadSample]:
-    for key, _, line in _lines(path, part):
+    where = (part.start, part.first, part.end) if part else (0, 0, None)
+    for key, _, line in json_lines(path, *where):
         try:
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError("'text' is not a string")
-            yield Document(key, (Segment("text", text),))
-        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(line, int):
+                yield BadSample(key, f"{TOO_LARGE}: line of {line} bytes")
+            else:
+                yield Document(key, (Segment("text", text_of(line)),))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             yield BadSample(key, f"{type(error).__name__}: {error}")
-
-
-def _lines(path: Path, part: Part | None) -> Iterator[tuple[str, int, bytes]]:
-    """(key, offset, line)."""
-    at, number, end = (part.start, part.first, part.end) if part else (0, 0, None)
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as lines:
-            lines.seek(at)
-            for line in lines:
-                if end is not None and at >= end:
-                    return
-                number += 1
-                yield f"{path.name}:{number}", at, line
-                at += len(line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not readable as gzip: {error}") from error
 
 
 def _segments(key: str, parts: dict[str, bytes]) -> tuple[Segment, ...]:

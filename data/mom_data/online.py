@@ -36,6 +36,7 @@ from mom_data.content import content_of
 from mom_data.dataset import TokenDataset
 from mom_data.document import Limits
 from mom_data.inputs import check_modalities, files_of_side
+from mom_data.json_lines import MAX_CHARACTERS
 from mom_data.shards import SCHEMA
 from mom_data.storage import LocalFolder, Stored
 from mom_data.tokenize import (
@@ -55,7 +56,7 @@ from mom_tokenizers.pictures import MAX_PIXELS
 
 log = logging.getLogger(__name__)
 
-LIMITS = Limits(pixels=MAX_PIXELS, seconds=7200)  # tokenize_shards' own
+LIMITS = Limits(pixels=MAX_PIXELS, seconds=7200, characters=MAX_CHARACTERS)  # tokenize_shards' own
 
 
 class OnlineDataset(TokenDataset):

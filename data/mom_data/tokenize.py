@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from mom_data.content import content_of
-from mom_data.document import BadSample, Document, Limits, Part, index_parts, read_documents
+from mom_data.document import TOO_LARGE, BadSample, Document, Limits, Part, index_parts, read_documents
 from mom_data.inputs import Holdout, least_held_out
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import Tokenizers
@@ -33,8 +33,7 @@ _GROUP_BYTES = 64 << 20  # as long as they have no more than this
 RECORDS = ".parts"  # folder, beside the shards, of the records of finished parts
 UNFORESEEN = "unforeseen"  # stands in the reason where a tokenizer failed in a way that nobody thought of
 _HOPELESS = 64  # documents one after another of which each fails so: the documents are not the matter
-TOO_LARGE = "above the limits"  # how the reason begins where a document was left out on purpose
-EMPTY, DROPPED = "empty", "nothing but dropped modalities"  # further such reasons
+EMPTY, DROPPED = "empty", "nothing but dropped modalities"  # reasons for leaving a document out on purpose
 
 
 @dataclass(frozen=True)

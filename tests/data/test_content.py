@@ -95,7 +95,7 @@ def test_a_source_that_changes_after_the_jobs_were_planned_is_an_error_not_a_mix
     settings = Settings(tokenizers, Tokenizers.load(tokenizers).describe())
     raw = tmp_path / "t.jsonl"
     raw.write_text(lines(1))
-    (job,) = jobs_of([raw], ["t"], [index(raw, "t", settings, tmp_path)], settings, tmp_path)
+    (job,) = jobs_of([raw], ["t"], [index(raw, "t", settings, tmp_path).parts], settings, tmp_path)
     raw.write_text(lines(2))
     with pytest.raises(UserError, match=r"t\.jsonl: damaged or changed since its headers were read"):
         tokenize_part(job, lambda: tokenizing(tokenizers))

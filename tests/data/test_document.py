@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import tarfile
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from mom_data import document, json_lines
 from mom_data.document import BadSample, Document, Limits, Segment, expand_inputs, index_parts, read_documents
 
 
@@ -252,3 +254,38 @@ def test_a_truncated_gzip_of_lines_is_one_clear_message(tmp_path):
     path.write_bytes(gzip.compress(b'{"text": "some words"}\n' * 5000)[:-40])
     with pytest.raises(ValueError, match=r"t\.jsonl\.gz: not readable as gzip"):
         list(read_documents(path))
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.tar", "t.tar.gz"])
+def test_a_text_too_large_to_be_one_is_left_out_by_its_size_and_never_held_in_memory(tmp_path, monkeypatch, name):
+    for module in (document, json_lines):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 1 << 20)
+    path, large, rest = tmp_path / name, "many words " * 3_000_000, {"a": "one", "b": "large", "c": "two"}
+    if ".tar" in name:
+        write_tar(path, {f"{k}.txt": (large if v == "large" else v).encode() for k, v in rest.items()})
+    else:
+        lines = "".join(json.dumps({"text": large if v == "large" else v}) + "\n" for v in rest.values()).encode()
+        path.write_bytes(gzip.compress(lines, 1) if name.endswith(".gz") else lines)
+        del lines
+    del large
+    tracemalloc.start()
+    parts = index_parts(path, 1 << 20)
+    items = [item for part in parts for item in read_documents(path, part)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [d.segments[0].data for d in (items[0], items[2])] == ["one", "two"]
+    assert isinstance(items[1], BadSample)
+    assert items[1].reason.startswith("above the limits: ")
+    assert "33000000" in items[1].reason or "33000013" in items[1].reason
+    assert peak < 8 << 20
+
+
+def test_a_line_of_the_largest_size_is_still_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 32)
+    fits = json.dumps({"text": "x" * 20}).encode()  # 32 bytes
+    assert len(fits) == 32
+    for end in (b"", b"\n", b"\n" + fits + b" "):
+        (tmp_path / "t.jsonl").write_bytes(fits[:-1].replace(b": ", b":") + b"}" + end)
+        assert isinstance(next(iter(read_documents(tmp_path / "t.jsonl"))), Document)
+    (tmp_path / "t.jsonl").write_bytes(fits)
+    assert isinstance(next(iter(read_documents(tmp_path / "t.jsonl"))), Document)

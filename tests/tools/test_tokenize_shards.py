@@ -313,7 +313,11 @@ def continuous(made):
     tool += ["--input", str(made / "raw"), "--output", str(folder / "tokens"), "--workers", "2"]
     refused = subprocess.run(tool, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "no document could be read" in refused.stderr  # without being told to, nothing is left out
+    # without being told to, nothing is left out: both ways out are named, before anything is tokenized
+    assert "the inputs hold speech" in refused.stderr
+    assert "--drop-modalities speech" in refused.stderr
+    assert "'speech' to the recipe" in refused.stderr
+    assert not (folder / "tokens").exists()
     subprocess.run([*tool, "--drop-modalities", "speech"], check=True, capture_output=True)
     return folder
 
