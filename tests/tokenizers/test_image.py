@@ -7,7 +7,6 @@ from diffusers import VQModel
 from PIL import Image
 
 from mom_tokenizers.image import VQImageTokenizer, preprocess
-from mom_tokenizers.pictures import decode_image
 
 
 def tiny_model(**changes):
@@ -104,20 +103,6 @@ def test_every_picture_mode_becomes_rgb_on_white(image, colour):
 @pytest.mark.parametrize("size", [(1, 500), (3000, 2), (1, 1)])
 def test_extreme_shapes_are_cropped_not_refused(size):
     assert preprocess(Image.new("RGB", size, "white"), 16).shape == (3, 16, 16)
-
-
-def test_bytes_are_decoded_upright_and_bad_ones_refused():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = io.BytesIO()
-    picture(40, 30).save(file, "JPEG", exif=exif)
-    assert decode_image(file.getvalue()).size == (30, 40)
-    whole = encoded(picture())
-    for broken in (b"", b"no picture", whole[: len(whole) // 2]):
-        with pytest.raises(ValueError, match="picture"):
-            decode_image(broken)
-    with pytest.raises(ValueError, match="above 1000 pixels"):
-        decode_image(whole, max_pixels=1000)
 
 
 def test_save_and_load_keep_codes_and_fingerprint(tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.pictures import decode_image as decode_image  # what a tokenizer takes, at hand beside it
+from mom_tokenizers.pictures import on_white
 from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
@@ -30,11 +31,7 @@ BATCH_PIXELS = 32 * 256 * 256  # 8 pictures of 512 x 512
 
 def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
     """float32 (3, resolution, resolution) in [-1, 1]: alpha on white, short side resized, centre crop."""
-    if image.mode.startswith(("I;16", "I")):  # 16 bit grey: Pillow would clip it to 8 bits, not scale
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode != "RGB":
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    image = on_white(image)
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     # Only the centre square is wanted; cropping first keeps a very long picture from becoming a huge resize.
