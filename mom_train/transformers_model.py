@@ -72,8 +72,23 @@ class MixtureOfMambaForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.from_numpy(self.config.layout().modality_of_id)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **options: Any,
     ) -> CausalLMOutput:
+        """input_ids, attention_mask and labels (B, L) int64; logits (B, L, V).
+
+        The loss is the cross-entropy of `labels[:, 1:]` where they are not -100: its mean over this batch, or its sum
+        over `num_items_in_batch`, the number of targets of all batches whose gradients are accumulated. That is how
+        Transformers' Trainer, which passes that number, has the same gradient however a batch is cut into pieces.
+        Raises ValueError for inputs that this model has no use for, such as `inputs_embeds`.
+        """
+        for name, value in options.items():
+            if value is not None and value is not False and name not in ("return_dict", "use_cache"):
+                raise ValueError(f"{type(self).__name__} has no use for {name}={value!r}")
         modality = self._modality_of_id.to(input_ids.device)[input_ids]
         document = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         layout = RowLayout.sort(modality, document.to(torch.int32), len(self.config.vocabulary))
@@ -81,7 +96,7 @@ class MixtureOfMambaForCausalLM(PreTrainedModel, GenerationMixin):
         logits = rows[layout.order.long()].view(*input_ids.shape, -1)
         loss = None
         if labels is not None:
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

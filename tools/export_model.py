@@ -11,6 +11,7 @@ AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) where this pac
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -28,15 +29,19 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
     values = {name: value.detach() for name, value in model.named_parameters()}
     texts = {"config.yaml": config.to_yaml(), "vocab.json": config.layout.to_json() + "\n"}
     dense = config.model.architecture == "mamba" and not config.model.decoupled
+    ids = {f"{name}_token_id": config.layout.specials[name] for name in ("bos", "eos", "pad")}
+    if form == "transformers":
+        texts["generation_config.json"] = json.dumps(ids, indent=1) + "\n"
     if form == "transformers" and dense and config.objective.diffusion is None:
-        ids = {f"{name}_token_id": config.layout.specials[name] for name in ("bos", "eos", "pad")}
         texts["config.json"] = transformers_config(config.model, model.head.weight.shape[0], **ids)
         values = {mamba_name(name): to_mamba(name, value).contiguous() for name, value in values.items()}
     elif form == "transformers":
         if config.objective.diffusion is not None:
             raise UserError("Transformers has no interface for latent patches: export as safetensors")
-        if config.layout.mapped:
-            raise UserError("codes inside the text's vocabulary have no place in it yet: export as safetensors")
+        if config.layout.mapped or config.layout.placed:
+            raise UserError(
+                "codes or special ids inside the text's vocabulary have no place in it yet: export as safetensors"
+            )
         from mom_train.transformers_model import REMOTE_CODE, REMOTE_MODULE, MixtureOfMambaConfig
 
         exported = MixtureOfMambaConfig(

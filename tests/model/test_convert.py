@@ -395,6 +395,15 @@ def test_an_upcycled_mixture_starts_with_the_dense_models_loss(tmp_path):
 
     export(tmp_path / "run", tmp_path / "hf", None, "transformers", ema=False)
     theirs = MambaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    for config in (theirs.config, theirs.generation_config):
+        for name in ("bos", "eos", "pad"):
+            assert getattr(config, f"{name}_token_id") == VOCAB.specials[name]
+    with torch.no_grad():  # a model that says <eos> whatever it is asked
+        head = theirs.lm_head.weight.clone()
+        theirs.lm_head.weight.zero_()
+        theirs.lm_head.weight[VOCAB.specials["eos"]] = theirs.backbone(torch.tensor([[5]]))[0][0, 0]
+        assert theirs.generate(torch.tensor([[5]]), max_new_tokens=9, do_sample=False).shape == (1, 2)
+        theirs.lm_head.weight.copy_(head)
     ours = LanguageModel(ModelConfig(**dense), VOCAB.size, 1).eval()
     load_weights(ours, open_weights(tmp_path / "run"), tmp_path)
     tokens = torch.arange(30)[None] % VOCAB.size
@@ -426,3 +435,28 @@ def test_the_mixture_loads_through_transformers_with_its_logits(tmp_path):
         written = theirs.generate(ids[:1], max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert written.shape == (1, 33)
     assert int(written[0, 30]) == int(expected[0, -1].argmax())
+
+
+@pytest.mark.parametrize("rows", [8, 4, 2, 1])
+def test_a_batch_in_pieces_has_one_gradient_as_transformers_trainer_accumulates_it(rows):
+    """Its Trainer gives every piece the number of targets of all of them, and adds the gradients up."""
+    from mom_train.transformers_model import MixtureOfMambaConfig, MixtureOfMambaForCausalLM
+
+    model = {"dim": 32, "layers": 1, "decoupled": list(PROJECTIONS)}
+    theirs = MixtureOfMambaForCausalLM(MixtureOfMambaConfig(model, [list(size) for size in VOCAB.sizes]))
+    initialize(theirs.model, 0)
+    ids = torch.randint(0, VOCAB.used, (8, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :7] = labels[5, 2:] = -100  # unlike numbers of targets
+    targets = int((labels[:, 1:] != -100).sum())
+    expected = torch.nn.functional.cross_entropy(theirs(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    whole = torch.autograd.grad(expected, list(theirs.parameters()))
+    losses = [
+        theirs(ids[i : i + rows], labels=labels[i : i + rows], num_items_in_batch=torch.tensor(targets)).loss
+        for i in range(0, 8, rows)
+    ]
+    assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-5)
+    for got, gradient in zip(torch.autograd.grad(sum(losses), list(theirs.parameters())), whole, strict=True):
+        torch.testing.assert_close(got, gradient, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="has no use for inputs_embeds"):
+        theirs(ids, inputs_embeds=torch.zeros(8, 12, 32))
