@@ -498,11 +498,7 @@ class RunConfig(Section):
             if prompt.start is not None and prompt.start not in self.layout.modalities[1:]:
                 further = ", ".join(self.layout.modalities[1:]) or "none here"
                 raise UserError(f"sampling.prompts: start={prompt.start}: the modalities beside text are {further}")
-        if sampling.guidance != 1 and (diffusion is None or not (diffusion.condition_dropout or self.init_from)):
-            raise UserError(
-                f"sampling.guidance={sampling.guidance} needs a model that has learned to paint without its text: "
-                "set objective.diffusion.condition_dropout, such as 0.1, or leave guidance at 1"
-            )
+        self.check_guidance(sampling.guidance)
         if sampling.every is None:
             return
         if self.tokenizers is None:
@@ -527,6 +523,15 @@ class RunConfig(Section):
             raise UserError(
                 f"parallel.context_ranks={context} must divide data.sequence_length={length} into slices of at least "
                 f"{self.model.conv - 1} positions"
+            )
+
+    def check_guidance(self, guidance: float) -> None:
+        """Raises UserError for guidance of a model that has learned no unconditional side, here or where it started."""
+        diffusion = self.objective.diffusion
+        if guidance != 1 and (diffusion is None or not (diffusion.condition_dropout or self.init_from)):
+            raise UserError(
+                f"sampling.guidance={guidance} needs a model that has learned to paint without its text: "
+                "set objective.diffusion.condition_dropout, such as 0.1, or leave guidance at 1"
             )
 
     @cached_property

@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig, Section
 from mom_train.migrations import SCHEMA, migrated_config
+
+S = TypeVar("S", bound=Section)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -41,6 +43,14 @@ def validated(values: Mapping[str, Any], where: object) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}:" + "".join(f"\n  {_explain(e)}" for e in error.errors())) from None
+
+
+def checked(section: type[S], values: Mapping[str, Any]) -> S:
+    """A section of a config from values that a tool was given. Raises UserError naming each that is out of bounds."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
 
 
 def read_saved(run: str | Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ the dense model's loss (upcycling).
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -18,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import UserError, read_json
 from mom_tokenizers.vocab import VocabLayout
 from mom_train import published_mamba
 from mom_train.checkpoint_files import Files
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import DiffusionConfig, ModelConfig
+from mom_train.config_file import read_saved
+from mom_train.migrations import migrated_config
 from mom_train.model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -101,20 +101,23 @@ def open_weights(path: Path) -> Weights:
         raise UserError(f"{path}: no checkpoint and no .safetensors weights there (pickled weights are not loaded)")
     tensors, problems = _read_headers(files)
     folder = files[0].parent
-    config = _mapping(folder / "config.json", json.loads)
-    ours = _mapping(folder / "config.yaml", yaml.safe_load)
+    file = folder / "config.json"
+    config: Any = read_json(file) if file.is_file() else None
+    if not isinstance(config, dict | None):
+        raise UserError(f"{file}: expected a mapping")
+    ours = read_saved(folder)
     vocabulary = VocabLayout.load(folder / "vocab.json") if (folder / "vocab.json").is_file() and ours else None
     if config is not None and config.get("model_type") == _EXPORTED:
         tensors = {name.removeprefix("model."): stored for name, stored in tensors.items()}
-        layout = VocabLayout({str(name): int(size) for name, size in config["vocabulary"]})
-        return Weights(tensors, _model_config(config["model"], folder), layout, problems=problems)
+        values = migrated_config({key: config[key] for key in ("schema", "model") if key in config}, file)
+        values["vocabulary"] = {str(name): size for name, size in config.get("vocabulary", [])}
+        return replace(_of_run(values, file, None), tensors=tensors, problems=problems)
     if config is not None and (kind := published_mamba.other_kind(config)) is not None:
-        raise UserError(f"{folder / 'config.json'} has {kind}")
+        raise UserError(f"{file} has {kind}")
     if config is not None or any(name.startswith("backbone.") for name in tensors):
         return _published(tensors, config, vocabulary, problems)
-    if ours is not None:
-        found = _of_run(ours, folder, vocabulary)
-        return replace(found, tensors=tensors, problems=problems)
+    if ours:
+        return replace(_of_run(ours, folder / "config.yaml", vocabulary), tensors=tensors, problems=problems)
     hidden = (
         "which ids and which modalities it was trained on",
         "its norms' epsilon, nor what else shapes do not show",
@@ -151,19 +154,6 @@ def _safetensors_reader(file: Path, name: str) -> Callable[[], Tensor]:
             return stored.get_tensor(name)
 
     return read
-
-
-def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
-    """What a JSON or YAML file holds; None where there is no such file."""
-    if not file.is_file():
-        return None
-    try:
-        values = parse(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a mapping")
-    return values
 
 
 def _published(
@@ -218,21 +208,17 @@ def _open_checkpoint(checkpoint: Checkpoint) -> Weights:
 
 
 def _of_run(config: Mapping[str, Any], source: object, vocabulary: VocabLayout | None) -> Weights:
-    """What a run's config says of its model; the tensors are to be added."""
+    """What a run's config, in today's form, says of its model; the tensors are to be added."""
     diffusion = (config.get("objective") or {}).get("diffusion")
-    return Weights(
-        {},
-        _model_config(config["model"], source),
-        vocabulary or VocabLayout.of(config["vocabulary"]),
-        None if diffusion is None else DiffusionConfig.model_validate(diffusion),
-    )
-
-
-def _model_config(values: Mapping[str, Any], source: object) -> ModelConfig:
     try:
-        return ModelConfig.model_validate(values)
+        return Weights(
+            {},
+            ModelConfig.model_validate(config.get("model")),
+            vocabulary or VocabLayout.of(config.get("vocabulary") or {}),
+            None if diffusion is None else DiffusionConfig.model_validate(diffusion),
+        )
     except ValidationError as error:
-        raise UserError(f"{source}: its model's config is not one of this version: {error}") from None
+        raise UserError(f"{source}: it does not describe a model of this version: {error}") from None
 
 
 # ---- matching ---------------------------------------------------------------------------------------------

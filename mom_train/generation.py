@@ -20,7 +20,8 @@ from mom_data.shards import TokenSegment
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.checkpoint_store import Checkpoints
-from mom_train.config import DiffusionConfig, RunConfig
+from mom_train.config import DiffusionConfig, RunConfig, SamplingConfig
+from mom_train.config_file import checked
 from mom_train.diffusion import NoisedPatches, cosine_alpha_bar, without_condition
 from mom_train.layout import RowLayout
 from mom_train.model import LanguageModel, State
@@ -48,6 +49,14 @@ class Sampling:
     guidance: float = 1.0
     """Classifier-free guidance of pictures: 1 is none. Needs a model trained with objective.diffusion.
     condition_dropout."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what nothing can be sampled with."""
+        same = ("temperature", "top_p", "max_tokens", "denoising_steps", "guidance")
+        checked(SamplingConfig, {name: getattr(self, name) for name in same})
+        for name in ("patches_per_picture", "max_units", "denoised_limit"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
 
 
 def load_model(
@@ -90,7 +99,9 @@ class Sampler:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], modality: int = 0) -> None:
-        """Take in ids of one modality."""
+        """Take in ids of one modality; none of them changes nothing."""
+        if not ids:
+            return
         layout = self._layout(len(ids), modality)
         tokens = torch.tensor(ids, device=self.device)
         logits_TV, _ = self.model(tokens, layout, state=self.state)
@@ -232,11 +243,28 @@ def denoise(
     return b**0.5 * x0.clamp(-limit, limit) + (1 - b) ** 0.5 * epsilon
 
 
+def check_prompt(prompt: Sequence[TokenSegment], sampling: Sampling, diffusion: DiffusionConfig | None) -> None:
+    """Raises UserError where a model of this objective cannot do what is asked of it, or where the prompt leaves no
+    room for anything."""
+    if sampling.guidance != 1.0 and diffusion is None:
+        raise UserError(f"guidance={sampling.guidance}: only pictures of latents are guided, and this model has codes")
+    if diffusion is not None and sampling.denoising_steps > diffusion.steps:
+        raise UserError(f"{sampling.denoising_steps} denoising steps, of {diffusion.steps} that the model has learned")
+    length = 1 + sum(len(segment.values) + 2 * (segment.modality != 0) for segment in prompt)  # <bos> and brackets
+    opens = any(segment.modality != 0 and not len(segment.values) for segment in prompt)
+    if length >= sampling.max_tokens and not opens:
+        raise UserError(
+            f"the prompt takes {length} positions of at most {sampling.max_tokens}, so that nothing could follow it: "
+            "allow more (max_tokens), or shorten it"
+        )
+
+
 def sample_document(
     model: LanguageModel, vocab: VocabLayout, prompt: Sequence[TokenSegment], sampling: Sampling, seed: int
 ) -> Iterator[tuple[str, list[int] | Tensor]]:
     """What the model writes after BOS and a prompt of segments (modality numbers of the vocabulary, local ids). A
-    prompt that names a modality with no ids opens its span: the model fills it."""
+    prompt that names a modality with no ids opens its span: the model fills it. Raises UserError as `check_prompt`."""
+    check_prompt(prompt, sampling, model.diffusion)
     sampler = Sampler(model, vocab, sampling, seed)
     sampler.read([vocab.specials["bos"]])
     for segment in prompt:

@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from mom_data.shards import TokenSegment
 from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import PromptConfig, RunConfig
-from mom_train.generation import Sampling, sample_document
+from mom_train.generation import Sampling, check_prompt, sample_document
 from mom_train.model import LanguageModel
 from mom_train.parallel import Ranks
 
@@ -53,6 +54,10 @@ def settings(tokenizers: Tokenizers, patches: int | None = None, **chosen: Any) 
 
 
 def prompt_segments(prompt: PromptConfig, tokenizers: Tokenizers, vocab: VocabLayout) -> list[TokenSegment]:
+    """What a document begins with, in ids. Raises UserError for a span that the model cannot write."""
+    if prompt.start is not None and prompt.start not in vocab.modalities[1:]:
+        further = ", ".join(vocab.modalities[1:]) or "none"
+        raise UserError(f"this run has no spans of '{prompt.start}' to open; the modalities beside text are: {further}")
     segments = []
     if prompt.text:
         segments.append(TokenSegment(0, tokenizers.encode("text", prompt.text)))
@@ -108,6 +113,9 @@ class Sampler:
                 denoising_steps=chosen.denoising_steps,
                 guidance=chosen.guidance,
             )
+            for prompt in chosen.prompts:
+                segments = prompt_segments(prompt, self._tokenizers, self._vocab)
+                check_prompt(segments, self._sampling, config.objective.diffusion)
 
     def sample(self, model: LanguageModel, step: int, interrupted: Callable[[], bool] = bool) -> list[list[Span]]:
         """The spans of each prompt's document, its own text first, saved in RUN/samples/step-N; none on other ranks.

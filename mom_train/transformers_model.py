@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config import ModelConfig
 from mom_train.layout import RowLayout
+from mom_train.migrations import SCHEMA, migrated_config
 from mom_train.model import LanguageModel
 
 # What the exported folder's own module says: Transformers loads classes from a file beside the weights.
@@ -29,10 +30,18 @@ __all__ = ["MixtureOfMambaConfig", "MixtureOfMambaForCausalLM"]
 class MixtureOfMambaConfig(PretrainedConfig):
     model_type = "mixture_of_mamba"
 
-    def __init__(self, model: dict[str, Any] | None = None, vocabulary: list[list[Any]] | None = None, **kwargs: Any):
-        """`vocabulary`: [[modality, number of ids], ...], text first; a list, because its order counts and
-        Transformers sorts mappings."""
-        self.model = model or {"dim": 32, "layers": 1, "decoupled": []}
+    def __init__(
+        self,
+        model: dict[str, Any] | None = None,
+        vocabulary: list[list[Any]] | None = None,
+        schema: int = 1,
+        **kwargs: Any,
+    ):
+        """`model` as ModelConfig has it, in the form of `schema`. `vocabulary`: [[modality, number of ids], ...], text
+        first; a list, because its order counts and Transformers sorts mappings."""
+        saved = {"schema": schema, "model": model or {"dim": 32, "layers": 1, "decoupled": []}}
+        self.model = migrated_config(saved, "config.json")["model"]
+        self.schema = SCHEMA
         self.vocabulary = vocabulary or [["text", 256]]
         layout = self.layout()
         kwargs.setdefault("vocab_size", layout.size)

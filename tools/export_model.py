@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.generation import load_model
+from mom_train.migrations import SCHEMA
 from mom_train.published_mamba import mamba_name, to_mamba, transformers_config
 
 FORMATS = ("safetensors", "transformers")
@@ -47,6 +48,7 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
         exported = MixtureOfMambaConfig(
             model=config.model.model_dump(mode="json"),
             vocabulary=[[name, size] for name, size in config.layout.sizes],
+            schema=SCHEMA,
             architectures=["MixtureOfMambaForCausalLM"],
             auto_map={
                 "AutoConfig": f"{REMOTE_MODULE}.MixtureOfMambaConfig",

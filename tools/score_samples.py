@@ -202,6 +202,7 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
     check_agreement([dataset], dict(vocab.sizes), described)
     options = ("temperature", "top_p", "denoising_steps", "guidance")
     chosen = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    config.check_guidance(chosen.get("guidance", 1.0))
     units = int(arguments.seconds * float(described.get("speech", {}).get("units_per_second", 25)))
     sampling = settings(tokenizers, arguments.patches, max_units=units, **chosen)
     identity = {

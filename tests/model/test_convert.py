@@ -420,6 +420,9 @@ def test_the_mixture_loads_through_transformers_with_its_logits(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     ours = LanguageModel(tiny_config(tmp_path).model, VOCAB.size, 3).eval()
     load_weights(ours, open_weights(tmp_path / "run"), tmp_path)
+    again = LanguageModel(tiny_config(tmp_path).model, VOCAB.size, 3)
+    load_weights(again, open_weights(tmp_path / "hf"), tmp_path, VOCAB)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
     ids = torch.randint(0, VOCAB.used, (2, 30), generator=torch.Generator().manual_seed(0))
     modality = torch.from_numpy(VOCAB.modality_of_id)[ids]
     layout = RowLayout.sort(modality, torch.zeros(2, 30, dtype=torch.int32), 3)

@@ -5,12 +5,15 @@ from diffusers import DDIMScheduler
 
 from mom_data.batch import assemble_document
 from mom_data.shards import TokenSegment
+from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
-from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig
+from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig, PromptConfig
 from mom_train.diffusion import NoisedPatches
 from mom_train.generation import Sampler, Sampling, denoise, sample_document, timesteps
 from mom_train.layout import RowLayout
 from mom_train.model import LanguageModel, initialize
+from mom_train.sampling import prompt_segments
 
 VOCAB = VocabLayout({"text": 40, "image": 16, "speech": 8})
 MAMBA = ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS)
@@ -143,6 +146,52 @@ def test_guidance_moves_the_prediction_away_from_the_unconditional_one():
     for w, result in results.items():
         expected = denoise(x, without + w * (conditional - without), 999, -1, diffusion)
         torch.testing.assert_close(result, expected, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "diffusion", "message"),
+    [
+        ([TokenSegment(0, np.arange(20))], {"max_tokens": 21}, None, "takes 21 positions of at most 21"),
+        ([TokenSegment(1, np.arange(9))], {"max_tokens": 5}, None, "takes 12 positions of at most 5"),
+        ([], {"guidance": 2.0}, None, "only pictures of latents are guided"),
+        ([], {"denoising_steps": 9}, DiffusionConfig(patch_width=4, steps=8), "9 denoising steps, of 8"),
+    ],
+)
+def test_what_would_be_written_as_nothing_or_otherwise_than_asked_is_refused(prompt, settings, diffusion, message):
+    with pytest.raises(UserError, match=message):
+        next(sample_document(build(MAMBA, diffusion), VOCAB, prompt, Sampling(**settings), 0))
+
+
+def test_a_prompt_up_to_the_limit_and_a_span_opened_beyond_it_are_written():
+    model, text = build(MAMBA), TokenSegment(0, np.arange(20))
+    assert list(sample_document(model, VOCAB, [text], Sampling(max_tokens=22, max_units=3), 0))
+    opened = [text, TokenSegment(1, np.zeros(0, np.uint32))]
+    sampling = Sampling(max_tokens=10, patches_per_picture=9)
+    assert [m for m, _ in sample_document(model, VOCAB, opened, sampling, 0)] == ["image"]
+    empty = list(sample_document(model, VOCAB, [TokenSegment(0, np.zeros(0))], Sampling(max_tokens=9), 0))
+    nothing = list(sample_document(model, VOCAB, [], Sampling(max_tokens=9), 0))
+    assert empty == nothing
+
+
+@pytest.mark.parametrize("start", ["text", "video"])
+def test_a_span_that_the_vocabulary_has_not_cannot_be_opened(start):
+    with pytest.raises(UserError, match=f"no spans of .{start}. to open; .* are: image, speech"):
+        prompt_segments(PromptConfig(text="", start=start), Tokenizers(()), VOCAB)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0.0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"patches_per_picture": 0},
+        {"max_units": 0},
+    ],
+)
+def test_sampling_that_nothing_could_come_of_cannot_be_described(settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        Sampling(**settings)
 
 
 def test_only_ids_that_the_tokenizer_has_are_sampled():

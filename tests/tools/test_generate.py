@@ -1,5 +1,10 @@
 """What tools/generate.py writes for a person to look at."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -28,3 +33,45 @@ def test_latents_become_a_picture_where_the_tokenizer_makes_latents(tmp_path):
     assert "b.npy" in line
     assert "a picture has (16, 12)" in line
     assert not (tmp_path / "b.png").exists()
+
+
+_ALL = """
+import contextlib, io, json, sys
+sys.path.insert(0, "tools")
+import generate
+for options in json.loads(sys.argv[1]):
+    sys.argv, said = ["generate", *options], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            generate.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, said.getvalue(), "torch" in sys.modules]))
+"""
+
+
+def test_what_cannot_be_sampled_with_is_one_clear_line_before_pytorch_is_imported():
+    expected = {
+        "--top-p 0": "top_p: Input should be greater than 0",
+        "--top-p nan": "top_p: Input should be a finite number",
+        "--top-p 1.5": "top_p: Input should be less than or equal to 1",
+        "--temperature -1": "temperature: Input should be greater than or equal to 0",
+        "--max-tokens 0": "max_tokens: Input should be greater than 0",
+        "--denoising-steps 0": "denoising_steps: Input should be greater than 0",
+        "--guidance inf": "guidance: Input should be a finite number",
+        "--samples 0": "--samples 0: it must be above 0",
+        "--patches -3": "--patches -3: it must be above 0",
+        "--denoised-limit nan": "--denoised-limit nan: it must be above 0",
+        "": "nowhere: no run there",
+    }
+    options = json.dumps([["nowhere", *text.split()] for text in expected])
+    done = subprocess.run(
+        [sys.executable, "-c", _ALL, options], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    for line, message in zip(done.stdout.splitlines(), expected.values(), strict=True):
+        code, said, imported = json.loads(line)
+        assert code == 2
+        assert message in said
+        assert len(said.splitlines()) == 1
+        assert not imported
