@@ -15,7 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import UserError, user_path
 
 METADATA = ".metadata"
 """DCP's index of the tensors; where it stands, the checkpoint is committed."""
@@ -85,7 +85,14 @@ class Files(filesystem.FileSystemBase):
             self.written[file_name(path)] = Sum(summed.size, summed.crc32)
 
     def read(self, path: str) -> bytes:
-        return bytes(self.fs.cat_file(path))
+        """Raises FileNotFoundError, or UserError where it is there and may not be read."""
+        try:
+            return bytes(self.fs.cat_file(path))
+        except FileNotFoundError:
+            raise
+        except OSError:
+            with user_path(path):
+                raise
 
     def write(self, path: str, data: bytes) -> None:
         """All of it or nothing, and on the disk before this returns."""

@@ -16,6 +16,7 @@ with `weights_only=True`.
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import pickle
@@ -37,7 +38,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import AgreedError, UserError
 from mom_train.checkpoint_files import METADATA, Files, Sum, file_name
 from mom_train.config import RunConfig
 from mom_train.config_file import read_saved, validated
@@ -115,7 +116,7 @@ class Checkpoint:
         called with the length of each piece read."""
         try:
             sums = self.sums()
-        except ValueError as error:
+        except UserError as error:
             return [str(error)]
         missing = [n for n in (METADATA, _STATE) if n not in sums]
         found = [f"{self.path}/{name} is not in {_SUMS}" for name in missing]
@@ -129,6 +130,11 @@ class Checkpoint:
                         progress(len(chunk))
             except FileNotFoundError:
                 found.append(f"{path} is missing")
+                continue
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                found.append(f"{path} cannot be read: {error.strerror}")  # a disk's bad block: as lost as a wrong byte
                 continue
             if size != want.size:
                 found.append(f"{path} has {size:,} bytes instead of {want.size:,}")
@@ -145,10 +151,12 @@ class Checkpoint:
         """Shapes, types and places of the tensors by name. Raises ValueError where it holds anything else."""
         path = f"{self.path}/{METADATA}"
         try:
-            metadata = _IndexUnpickler(io.BytesIO(self.files.read(path)), path).load()
+            content = self.files.read(path)
         except FileNotFoundError:
             raise UserError(f"{self.path} is not a committed checkpoint: it has no {METADATA}") from None
-        except ValueError:
+        try:
+            metadata = _IndexUnpickler(io.BytesIO(content), path).load()
+        except UserError:
             raise
         except Exception as error:  # a damaged pickle can fail in any way
             raise UserError(f"{path} cannot be read: {error}") from None
@@ -166,7 +174,8 @@ class Checkpoint:
     def load(self, values: dict[str, Any], no_dist: bool = False) -> None:
         """Fill the tensors of the nested dict `values` in place, resharding as needed; collective unless `no_dist`.
 
-        Raises ValueError, on all ranks, where one is missing or of another shape.
+        Raises UserError, on all ranks, where one is missing or of another shape, and RuntimeError where the machine or
+        the network failed.
         """
         if no_dist:
             self.metadata()  # what is wrong with it in one line; DCP would log tracebacks first
@@ -175,7 +184,13 @@ class Checkpoint:
                 warnings.simplefilter("ignore")  # DCP wonders whether one process is meant; it is
                 dcp.load(values, storage_reader=_Reader(self), no_dist=no_dist)
         except CheckpointException as error:  # a BaseException: `except Exception` would let it pass
-            raise UserError(f"{self.path}: {first_failure(error)}") from None
+            _, (reason, _) = min(error.failures.items())
+            said = f"{self.path}: {first_failure(error)}"
+            if isinstance(reason, (OSError, MemoryError, torch.OutOfMemoryError)) and not isinstance(
+                reason, FileNotFoundError
+            ):
+                raise RuntimeError(said) from error
+            raise (UserError if no_dist else AgreedError)(said) from None
 
 
 class Checkpoints:

@@ -11,7 +11,6 @@ p = patch width, M = modalities. A multiply-add is two FLOPs.
 
 from __future__ import annotations
 
-from mom_tokenizers.errors import UserError
 from mom_train.config import ModelConfig
 
 # A backward pass costs twice a forward one; recomputation is not counted.
@@ -39,7 +38,7 @@ def forward_flops_per_token(
     d, D, N, R, K = config.dim, config.inner, config.state, config.rank, config.conv
     if config.architecture == "transformer":
         if sequence_length is None:
-            raise UserError("the FLOPs of attention grow with the row: sequence_length is needed for a transformer")
+            raise ValueError("the FLOPs of attention grow with the row: sequence_length is needed for a transformer")
         per_block = {
             "attention_proj": 8 * d * d,
             "attention": 2 * sequence_length * d,

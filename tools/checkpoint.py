@@ -47,7 +47,7 @@ def describe(checkpoint: Checkpoint, latest: Checkpoint | None, best: Checkpoint
         for name, want in checkpoint.sums().items():
             if there.get(name) != want.size:
                 entry["problems"].append(f"{name} has {there.get(name, 0):,} bytes instead of {want.size:,}")
-    except ValueError as error:
+    except UserError as error:
         entry["problems"].append(str(error))
     return entry
 
@@ -65,7 +65,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 def verify(checkpoint: Checkpoint) -> list[str]:
     try:
         total = sum(s.size for s in checkpoint.sums().values())
-    except ValueError:
+    except UserError:
         total = 0
     with tqdm(total=total, unit="B", unit_scale=True, desc=checkpoint.name, disable=None) as bar:
         return checkpoint.damage(progress=bar.update)

@@ -38,7 +38,7 @@ def verify_one(folder: Path, record: ShardRecord, manifest: Manifest, rebuild: b
         return verify_shard(folder, record, manifest), False
     try:
         rebuild_index(folder, record)
-    except ValueError as error:
+    except UserError as error:
         report = verify_shard(folder, record, manifest)
         refused = Problem(index.name, f"not made again: {error}", "mend the shard first, then call this again")
         report.problems.append(refused)

@@ -104,7 +104,7 @@ def job_state(job: str) -> dict[str, str]:
     # squeue of a job that it has forgotten is an error, of a list of jobs it is not
     try:
         line = slurm("squeue", "-h", "-j", job, "-o", "%T|%r|%M|%L|%N").strip()
-    except ValueError as error:
+    except UserError as error:
         if "Invalid job id" not in str(error):
             raise
         line = ""
@@ -112,7 +112,7 @@ def job_state(job: str) -> dict[str, str]:
         return dict(zip(("state", "reason", "elapsed", "left", "nodes"), line.splitlines()[0].split("|"), strict=True))
     try:
         line = slurm("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode,Elapsed,NodeList").strip()
-    except ValueError:  # a cluster without accounting
+    except UserError:  # a cluster without accounting
         line = ""
     if not line:
         return {

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mom_data.batch import PackedBatch, build_batch
 from mom_data.plan import Cursor, Lane, Plan
 from mom_data.wire import Header, from_wire, to_wire
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 
 
@@ -59,12 +60,17 @@ class PlannedBatches(IterableDataset):
         self.cursors = dict(cursors or {})
         self.corrupt_share = corrupt_share
 
-    def __iter__(self) -> Iterator[PackedBatch | tuple[torch.Tensor, Header]]:
-        """Batches; in a loader's worker as one buffer each."""
+    def __iter__(self) -> Iterator[PackedBatch | tuple[torch.Tensor, Header] | UserError]:
+        """Batches; in a loader's worker as one buffer each, and a UserError as the last item, because a loader that
+        passes an exception on puts the worker's traceback into its message."""
         info = get_worker_info()
         if info is None:
-            return self.made()
-        return (to_wire(batch) for batch in self.made(info.id, info.num_workers))
+            yield from self.made()
+            return
+        try:
+            yield from map(to_wire, self.made(info.id, info.num_workers))
+        except UserError as error:
+            yield error
 
     def made(self, worker: int = 0, workers: int = 1) -> Iterator[PackedBatch]:
         plan = self.plan
@@ -106,4 +112,10 @@ def batches(
         return (batch.pin_memory() if pin else batch for batch in source.made())
     pipeline = webdataset.DataPipeline(source)
     loader = webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin)
-    return (from_wire(*sent) for sent in loader)
+    return map(_received, loader)
+
+
+def _received(sent: tuple[torch.Tensor, Header] | UserError) -> PackedBatch:
+    if isinstance(sent, UserError):
+        raise sent
+    return from_wire(*sent)

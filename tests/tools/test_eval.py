@@ -1,8 +1,14 @@
 """tools/eval.py says of a checkpoint what the run's own validation said, whatever the number of processes."""
 
+import fcntl
 import json
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +25,22 @@ def call(*line, code=0):
     done = subprocess.run(list(map(str, line)), cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+def in_a_terminal(*line):
+    """What a tool shows on a terminal, where progress bars are drawn; it must succeed."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # none is drawn on no columns
+    command = [sys.executable, *map(str, line)]
+    with subprocess.Popen(command, cwd=CHECKOUT, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # what a terminal's end is to who reads it
+            while block := os.read(ours, 1 << 16):
+                shown += block
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()[-3000:]
+    return shown.decode()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +74,12 @@ def test_the_figures_are_those_that_validation_logged(run_dir, tmp_path):
     assert older["step"] == 2
     logged = {name.removeprefix("val/held/"): v for name, v in lines[2].items() if name.startswith("val/held/")}
     assert by_two == pytest.approx(logged, rel=1e-4)
-    _, average = figures(run_dir, "--weights", "ema", "--step", "best")
+    out = tmp_path / "average.json"
+    shown = in_a_terminal(
+        "tools/eval.py", run_dir, "--weights", "ema", "--step", "best", "--shards", shards, "--json", out
+    )
+    assert "pass/s]" in shown or "s/pass]" in shown, "a progress bar"
+    average = json.loads(out.read_text())["sets"]["val"]
     assert all(average[name] != values[name] for name in ("loss/text", "loss/image"))
 
 

@@ -12,6 +12,7 @@ import pytest
 from ranks import mom_train_ranks, run_ranks
 from run_config import write_config
 
+from mom_data import loader
 from mom_tokenizers.errors import UserError, exit_clearly, read_json, user_path
 from mom_train import run_lock
 from mom_train.metrics import read_metrics
@@ -55,6 +56,16 @@ def test_what_is_wrong_with_a_path_that_the_user_named_is_said_with_the_path(tmp
         assert str(tmp_path / name) in str(told.value)
     with pytest.raises(OSError, match="Input/output"), user_path(tmp_path):
         raise OSError(5, "Input/output error")  # nothing that a user can mend, and it may pass
+
+
+def test_a_user_error_in_a_loader_worker_is_the_message_alone(monkeypatch):
+    def fails(self, worker=0, workers=1):
+        raise UserError("say what")
+        yield
+
+    monkeypatch.setattr(loader.PlannedBatches, "made", fails)
+    with pytest.raises(UserError, match=r"^say what$"):
+        next(loader.batches(None, None, loader.Share(0, 1, 1, 1), workers=1))
 
 
 # ---- one rank of several -----------------------------------------------------------------------------------------
