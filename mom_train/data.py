@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mom_data.dataset import TokenDataset, check_agreement
+from mom_data.forecast import remarks
 from mom_data.plan import Cursor, Plan, Source
 from mom_data.storage import default_cache
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig, SourceConfig
 from mom_train.objective import with_latents_of
+
+log = logging.getLogger(__name__)
 
 Phase = dict[str, Any]
 """What a checkpoint keeps of a phase: `since`, its first sequence, and the settings of the order that may change."""
@@ -112,6 +116,16 @@ def validation_plans(config: RunConfig, datasets: Datasets) -> dict[str, Plan]:
         name: Plan(datasets.sources(entries), data.sequence_length, 1, data.pack_window, 0)
         for name, entries in data.validation.items()
     }
+
+
+def log_forecast(config: RunConfig, plan: Plan, validation: Mapping[str, Plan]) -> None:
+    """Say what the run will see of its data, and warn of what a person would want to change before it trains."""
+    sequences = config.training.steps * config.training.batch
+    line, warnings = remarks(plan, sequences, validation, config.validation.sequences)
+    if line:
+        log.info(line)
+    for warning in warnings:
+        log.warning("data: %s", warning)
 
 
 def check(config: RunConfig, datasets: Datasets) -> RunConfig:

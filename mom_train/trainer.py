@@ -81,6 +81,8 @@ class Trainer:
         self.plan, phases = agreed(
             lambda: data.training_plan(config, datasets, saved.phases, saved.data_fingerprint, saved.sequence)
         )
+        if ranks.main:
+            data.log_forecast(config, self.plan, self.validation_plans)
         # resolved before anything keeps the config: a checkpoint must say what its model was trained on
         config = self.config = agreed(lambda: data.check(config, datasets))
         self.state = TrainState(

@@ -28,7 +28,9 @@ def text(found: dict[str, Any]) -> str:
     mixture = ", ".join(f"{m} {100 * n / total:.1f} %" for m, n in found["tokens"].items())
     lines = [f"first {found['sequences']:,} sequences of {found['length']:,} positions: {mixture} of {total:,} tokens"]
     if found["run_tokens"] is not None:
-        lines[0] += f"; the run takes {found['run_tokens']:,}"
+        lines[0] += f"; the run takes {found['run_tokens']:,}, and sees its " + ", its ".join(
+            f"{modality} {n:.1f} times" for modality, n in found["epochs"].items()
+        )
     lines += ["", f"{'packing':<12}{'window':>8}{'cut spans':>11}{'padding %':>11}{'split %':>9}{'documents/row':>15}"]
     for way, mark in [(found, "  <- configured"), *((a, "") for a in found["alternatives"])]:
         lines.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,15 +23,20 @@ from mom_tokenizers.errors import UserError
 
 PADDING_LIMIT = 2.0  # percent; above it there is a warning
 EPOCHS_LIMIT = 4.0
+FEW_TARGETS = 2000
+"""Below so many targets a mean loss says little: tokens' losses spread by about 2 nats, so its standard error is 2 /
+sqrt(2000) = 0.045 nats, which is more than most changes of a model are worth."""
+_REMARK_ROWS, _REMARK_LANES = 256, 4  # a fraction of a second of planning
 _BRACKETS = 2  # around a span that is not text; also BOS and EOS of a document
 _WINDOWS = (256, 1024, 4096)
 
 
-def first_rows(plan: Plan, sequences: int) -> Iterator[list[Piece]]:
-    """Sequences 0, 1, ... of a plan."""
-    lanes = [Lane(plan, number) for number in range(min(plan.lanes, sequences))]
+def first_rows(plan: Plan, sequences: int, lanes: int | None = None) -> Iterator[list[Piece]]:
+    """Sequences 0, 1, ... of a plan; or only those of its first `lanes` lanes, in that order."""
+    lanes = min(lanes or plan.lanes, plan.lanes)
+    opened = [Lane(plan, number) for number in range(min(lanes, sequences))]
     for i in range(sequences):
-        yield next(lanes[i % plan.lanes])
+        yield next(opened[i % lanes])
 
 
 def tokens_of(plan: Plan, piece: Piece) -> tuple[Counter[str], int]:
@@ -48,8 +53,8 @@ def tokens_of(plan: Plan, piece: Piece) -> tuple[Counter[str], int]:
     return counts, at + 1
 
 
-def measure(plan: Plan, sequences: int) -> dict[str, Any]:
-    """Figures of the plan's first `sequences` rows.
+def measure(plan: Plan, sequences: int, lanes: int | None = None) -> dict[str, Any]:
+    """Figures of the plan's first `sequences` rows, or of so many rows of its first `lanes` lanes.
 
     documents_split_percent is of the documents that begin in these rows; tokens by modality are input tokens, as a
     batch's `real_tokens`.
@@ -58,7 +63,7 @@ def measure(plan: Plan, sequences: int) -> dict[str, Any]:
     by_source = [0] * len(plan.sources)
     pieces = begun = split = 0
     whole_pieces: Counter[int] = Counter()  # length of what must not be cut -> pieces
-    for row in first_rows(plan, sequences):
+    for row in first_rows(plan, sequences, lanes):
         pieces += len(row)
         for piece in row:
             counts, length = tokens_of(plan, piece)
@@ -78,7 +83,7 @@ def measure(plan: Plan, sequences: int) -> dict[str, Any]:
         "padding_percent": 100 * (1 - real / positions),
         "documents_split_percent": 100 * split / max(1, begun),
         "documents_per_row": pieces / sequences,
-        "tokens": {m: tokens[m] for m in plan.sources[0].dataset.modalities},
+        "tokens": {m: tokens[m] for m in dict.fromkeys(m for s in plan.sources for m in s.dataset.modalities)},
         "source_tokens": by_source,
         "indivisible_length": _median(whole_pieces),
     }
@@ -138,6 +143,7 @@ def predict(plan: Plan, sequences: int, run_sequences: int | None = None) -> dic
         for k, source in active
     ]
     found["run_tokens"] = None if run_tokens is None else round(run_tokens)
+    found["epochs"] = None if run_sequences is None else epochs_by_modality(plan, found, run_sequences)
     spans = any(s["spans"] for s in scans.values())
     found["alternatives"] = alternatives(plan, sequences, spans)
     found["warnings"] = list(warnings(found, plan.length, indivisible))
@@ -188,3 +194,64 @@ def warnings(found: dict[str, Any], length: int, indivisible: int | None) -> Ite
                 f"{source['path']} is seen {source['epochs']:.1f} times, above {EPOCHS_LIMIT:g}: lower its weight, "
                 "train fewer steps, or find more of it"
             )
+
+
+def epochs_by_modality(plan: Plan, found: Mapping[str, Any], sequences: int) -> dict[str, float]:
+    """How often a run of `sequences` rows reads all tokens of each modality; `found` are the plan's measured figures.
+
+    A modality of which the sources hold nothing is left out. BOS, EOS and brackets count as text.
+    """
+    datasets = [s.dataset for s in plan.sources if s.weight]
+    share = sequences / found["sequences"]
+    held: Counter[str] = Counter()
+    for dataset in datasets:
+        for shard in dataset.shards:
+            held.update(shard["tokens"])
+            held[dataset.modalities[0]] += 2 * shard["documents"]
+    return {m: share * n / held[m] for m, n in found["tokens"].items() if held[m]}
+
+
+def remarks(plan: Plan, sequences: int, validation: Mapping[str, Plan], limit: int) -> tuple[str, list[str]]:
+    """What a run of `sequences` rows does with its data, in a line, and warnings: padding, modalities seen many
+    times, validation sets (of which `limit` rows count) with few tokens of a modality.
+
+    Reads the indices of a few lanes. Raw sources, which are tokenized while the run trains, have no counts to go by:
+    then both are empty.
+    """
+    if any("tokens" not in shard for s in plan.sources for shard in s.dataset.shards):
+        return "", []
+    found = measure(plan, min(_REMARK_ROWS, sequences), _REMARK_LANES)
+    epochs = epochs_by_modality(plan, found, sequences)
+    padding = found["padding_percent"]
+    real = sequences * plan.length * (1 - padding / 100)
+    line = f"data: {real:,.0f} tokens, {padding:.1f} % padding; the run sees its " + ", its ".join(
+        f"{modality} {n:.1f} times" for modality, n in epochs.items()
+    )
+    said = []
+    if padding > PADDING_LIMIT:
+        said.append(
+            f"padding is {padding:.1f} %, above {PADDING_LIMIT:g} %: tools/pack_stats.py says why and what helps"
+        )
+    said += [
+        f"{modality} is seen {n:.1f} times, above {EPOCHS_LIMIT:g}: give its sources less weight, train fewer steps, "
+        "or find more of it"
+        for modality, n in epochs.items()
+        if n > EPOCHS_LIMIT
+    ]
+    for name, held_out in validation.items():
+        shards = [shard for s in held_out.sources for shard in s.dataset.shards]
+        if not all("tokens" in shard for shard in shards):
+            continue
+        tokens: Counter[str] = Counter()
+        for shard in shards:
+            tokens.update(shard["tokens"])
+        counted = min(1.0, limit * held_out.length / max(1, tokens.total()))
+        few = {m: round(n * counted) for m, n in tokens.items() if 0 < n * counted < FEW_TARGETS}
+        if few:
+            said.append(
+                f"validation set '{name}' counts about "
+                + ", ".join(f"{n:,} tokens of {modality}" for modality, n in few.items())
+                + f": below {FEW_TARGETS:,}, its loss changes by chance alone. Hold more documents out"
+                + (", or raise validation.sequences" if counted < 1 else "")
+            )
+    return line, said

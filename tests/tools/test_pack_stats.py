@@ -1,6 +1,7 @@
 """tools/pack_stats.py predicts from indices alone what the loader's batches then are."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -12,7 +13,7 @@ from corpus import TOKENIZERS, VOCAB, random_document, write_dataset
 from run_config import tiny_config
 
 from mom_data.dataset import TokenDataset
-from mom_data.forecast import measure, predict
+from mom_data.forecast import first_rows, measure, predict, remarks
 from mom_data.loader import Share, batches
 from mom_data.plan import Plan, Source
 from mom_data.shards import TokenSegment
@@ -135,3 +136,31 @@ def test_the_table_for_a_person_names_every_way_and_source(tmp_path):
     assert "<- configured" in done.stdout
     assert done.stdout.count("concatenate") == 2
     assert str(tmp_path / "d") in done.stdout
+
+
+def test_the_start_of_a_run_says_how_often_each_modality_is_seen(tmp_path):
+    write_dataset(tmp_path / "train", documents=240)
+    write_dataset(tmp_path / "val", documents=8, seed=1)
+    plan, held_out = plan_of(tmp_path / "train"), plan_of(tmp_path / "val", lanes=1)
+    _, once = plan_epoch(plan)
+    line, said = remarks(plan, 6 * once, {"held": held_out}, 10_000)
+    for modality in VOCAB.modalities:
+        seen = float(re.search(rf"its {modality} ([\d.]+) times", line)[1])
+        assert seen == pytest.approx(6, rel=0.15)  # from a sample of the rows
+        assert any(f"{modality} is seen {seen:.1f} times" in warning for warning in said)
+    [few] = [warning for warning in said if "validation set 'held'" in warning]
+    for modality, n in held_out.sources[0].dataset.manifest["tokens"].items():
+        assert f"{n:,} tokens of {modality}" in few
+    assert "raise validation.sequences" not in few, "all of it is counted already"
+    assert not [w for w in remarks(plan, once, {}, 1)[1] if "times" in w]
+
+
+def plan_epoch(plan):
+    """(documents, rows) of one pass over a plan of one source."""
+    documents = sum(s["documents"] for s in plan.sources[0].dataset.shards)
+    begun = 0
+    for rows, row in enumerate(first_rows(plan, 10_000)):
+        if begun >= documents:
+            return documents, rows
+        begun += sum(piece.start == 0 for piece in row)
+    raise AssertionError("no epoch within 10,000 rows")
