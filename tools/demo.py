@@ -25,9 +25,11 @@ from mixture import sources
 
 from mom_data.document import Document, expand_inputs, read_documents
 from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
+from mom_train.baseline import unigram, write_baseline
 from mom_train.config import RunConfig
 from mom_train.config_file import load_config
 from mom_train.metrics import read_metrics
+from mom_train.status import read_status
 
 TOOLS = Path(__file__).parent
 _started = time.perf_counter()
@@ -46,9 +48,7 @@ def stage(title: str) -> Iterator[None]:
 def call(*command: str | Path, threads: int | None = None, quiet: bool = False) -> None:
     """Run one of our programs; its own message says what went wrong."""
     output = subprocess.DEVNULL if quiet else None
-    # threads that spin while they wait make a machine with other work on it many times slower
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     done = subprocess.run([sys.executable, *map(str, command)], env=environment, stdout=output)
     if done.returncode:
         raise SystemExit(EXIT_USER_ERROR if done.returncode == EXIT_USER_ERROR else 1)
@@ -64,25 +64,13 @@ def present_modalities(corpus: Path) -> list[str]:
     return sorted(found, key=lambda modality: (modality != "text", modality))
 
 
-def unigram(config: RunConfig, rows: int = 1024) -> dict[str, float]:
-    """The baseline on the validation sequences, from the first `rows` training sequences. Of latents: the error of
-    predicting zero, where they have unit variance."""
-    from mom_data.loader import Share, batches
-    from mom_data.statistics import unigram_losses
-    from mom_train.data import build_plans
-
-    train, validation = build_plans(config)
-    vocab = config.layout
-    [held_out] = validation.values()
-    share, wanted = Share(0, 1, 8, 8), config.validation.sequences
-    losses = unigram_losses(
-        islice(batches(train, vocab, share), rows // 8), islice(batches(held_out, vocab, share), wanted // 8), vocab
-    )
-    diffusion = config.objective.diffusion
-    if diffusion is not None and "image" in config.layout.modalities:
-        losses["image"] = 2.0 if diffusion.prediction == "flow" else 1.0
-        losses["total"] += diffusion.weight * losses["image"]
-    return losses
+def finished(config: RunConfig) -> bool:
+    """Whether the run has ended at its last step with this config. The objective is left out of the comparison, for
+    a run adds the scale of its latents to it."""
+    status, resolved = read_status(config.run_dir), config.run_dir / "config.yaml"
+    if status is None or status["state"] != "finished" or not resolved.exists():
+        return False
+    return load_config(resolved).model_dump(exclude={"objective"}) == config.model_dump(exclude={"objective"})
 
 
 def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
@@ -190,28 +178,36 @@ def demo(arguments: argparse.Namespace) -> None:
     launch = ("-m", "torchrun_launch", "local", "--nproc-per-node", "2", arguments.config, *overrides)
     half = config.training.steps // 2
     with stage(f"4/5 training: {config.training.steps} steps on 2 ranks, stopped at step {half} and resumed"):
-        if not (config.run_dir / "LATEST").exists():
-            call(*launch, f"training.stop_at={half}")
-        call(*launch)
+        if finished(config):
+            print(f"    {config.run_dir} is finished: its {config.training.steps} steps are not trained again")
+        else:
+            if not (config.run_dir / "LATEST").exists():
+                call(*launch, f"training.stop_at={half}")
+            call(*launch)
 
     with stage("5/5 what came out"):
-        baseline = unigram(config)
-        (config.run_dir / "unigram.json").write_text(json.dumps(baseline) + "\n")
-        picture = config.run_dir / "curves.png"
-        call(TOOLS / "plot_run.py", config.run_dir, "--out", picture)
-        text = report(config, baseline, name)
-        (config.run_dir / "report.md").write_text(f"```\n{text}\n```\n")
-        print(f"\n{text}\n")
-        print(f"run            {config.run_dir} (config.yaml, metrics.jsonl, checkpoints/, report.md)")
-        print(f"curves         {picture}")
-        print(f"TensorBoard    tensorboard --logdir {config.run_dir / 'tensorboard'}")
-        print(f"pictures       {made / 'reconstructions.png'}: what the image tokenizer keeps")
-        start = ["--start", "image"] if "image" in found else []
-        prompt = ["--prompt", "A handwritten digit"] if corpus is None else []
-        call(
-            TOOLS / "generate.py", config.run_dir, *prompt, *start, "--samples", "2", "--max-tokens", "300", quiet=True
-        )
-        print(f"samples        {config.run_dir / 'samples'}: what the model writes and draws")
+        run = config.run_dir
+        if not (run / "report.html").exists() or not finished(config):
+            baseline = unigram(config)
+            write_baseline(run, baseline)
+            call(TOOLS / "plot_run.py", run, "--out", run / "curves.png")
+            (run / "report.md").write_text(f"```\n{report(config, baseline[name], name)}\n```\n")
+            start = ["--start", "image"] if "image" in found else []
+            prompt = ["--prompt", "A handwritten digit"] if corpus is None else []
+            call(TOOLS / "generate.py", run, *prompt, *start, "--samples", "2", "--max-tokens", "300", quiet=True)
+            call(TOOLS / "report.py", run, quiet=True)
+        print("\n" + (run / "report.md").read_text().strip("`\n") + "\n")
+        made_pictures = made / "reconstructions.png"
+        for title, what in {
+            "report": f"{run / 'report.html'}: open it in a browser",
+            "run": f"{run} (config.yaml, metrics.jsonl, checkpoints/, report.md)",
+            "curves": run / "curves.png",
+            "samples": f"{run / 'samples'}: what the model writes, draws and says",
+            "pictures": f"{made_pictures}: what the image tokenizer keeps" if made_pictures.exists() else "",
+            "TensorBoard": f"tensorboard --logdir {work}, then http://localhost:6006/#custom_scalars",
+        }.items():
+            if what:
+                print(f"{title:<15}{what}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@
 
 A set is named by its folder. Figures: loss by modality of the target (nats per token; of continuous pictures the
 squared error per channel), bits per byte of text where the tokenizers can be had, and the squared error by quarter of
-the timesteps. The same sequences and noise for every checkpoint and any number of processes.
+the timesteps; and the losses of counting (unigram/...), which a model must beat. The same sequences and noise for every
+checkpoint and any number of processes.
 """
 
 from __future__ import annotations
+
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
 
 import argparse
 import json
@@ -22,6 +25,7 @@ from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_train import data
+from mom_train.baseline import Baseline, unigram
 from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
 from mom_train.model import LanguageModel
@@ -119,6 +123,9 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             **{f"targets/{m}": n for m, n in targets.items()},
             **({"targets/patches": scores.counts.patches} if config.objective.diffusion is not None else {}),
         }
+    if ranks.main:  # no collective follows
+        for name, losses in counted(config).items():
+            sets[name] |= {f"unigram/{modality}": loss for modality, loss in losses.items()}
     return {
         "checkpoint": str(checkpoint),
         "step": checkpoint.step,
@@ -126,6 +133,15 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "sequences": sequences,
         "sets": sets,
     }
+
+
+def counted(config: RunConfig) -> Baseline:
+    """The unigram baseline of each set; nothing, and a word why, where the run's training data are not here."""
+    try:
+        return unigram(config)
+    except UserError as error:
+        print(f"no unigram baseline, which counts in the run's training data: {error}", file=sys.stderr)
+        return {}
 
 
 def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConfig:

@@ -8,7 +8,6 @@ A RUN/unigram.json, where there is one, is drawn as the baseline.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +18,7 @@ import matplotlib.pyplot as plt
 from curves import AXES, WINDOW, Run, smoothed
 
 from mom_tokenizers.errors import UserError, exit_clearly
+from mom_train.baseline import read_baseline
 
 
 def draw(axes: Axes, run: Run, modality: str, axis: str, colour: str, label: str) -> None:
@@ -30,9 +30,9 @@ def draw(axes: Axes, run: Run, modality: str, axis: str, colour: str, label: str
         else:
             axes.plot(x, y, color=colour, alpha=0.2, linewidth=0.8)
             axes.plot(x, smoothed(x, y, WINDOW), color=colour, linewidth=1.6, label=f"{label}training (smoothed)")
-    baseline = run.path / "unigram.json"
-    if baseline.exists() and modality in (losses := json.loads(baseline.read_text())):
-        axes.axhline(losses[modality], color=colour, linestyle=":", linewidth=1.2, label=f"{label}unigram baseline")
+    for name, losses in read_baseline(run.path).items():
+        if modality in losses:
+            axes.axhline(losses[modality], color=colour, linestyle=":", linewidth=1.2, label=f"{label}unigram, {name}")
 
 
 def main() -> None:

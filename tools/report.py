@@ -14,8 +14,10 @@ import base64
 import itertools
 import json
 import os
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,15 @@ from curves import AXES, WINDOW, Run, compare, smoothed, tokens_of
 from match_loss import HEADER, cells, notes
 from svg_chart import Series, chart
 
-from mom_tokenizers.errors import exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_train.baseline import read_baseline, unigram, write_baseline
+from mom_train.config_file import load_config
 from mom_train.status import read_status
 
 _POINTS = 400  # of a curve
 _SAMPLES = 3  # newest steps whose samples are shown
-_SAMPLE_BYTES = 4_000_000  # of one picture or recording
-_TEXT = 4000  # characters of a sample's text
+_SAMPLE_BYTES = 16_000_000  # of one picture or recording
+_LINK = re.compile(r"^!?\[[^\]\n]*\]\((?P<name>[^()/\n]+)\)[^\S\n]*$", re.MULTILINE)
 _KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".wav": "audio/wav"}
 
 
@@ -115,22 +119,48 @@ def rollbacks(path: Path) -> list[Any]:
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """The newest sampled generations: RUN/samples/step-N/, else what tools/generate.py left in RUN/samples."""
+    """The newest sampled generations: RUN/samples/step-N/, then what tools/generate.py left in RUN/samples.
+
+    Each has parts in the order in which they were made: text, pictures and recordings as they stand in it, and ids
+    by their file's name. Nothing of a sample is cut; a file above 16 MB is named in its place.
+    """
     folder = run.path / "samples"
     steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]) if p.name[5:].isdigit() else -1)
     found = []
-    for place in steps[-_SAMPLES:][::-1] or ([folder] if folder.is_dir() else []):
-        files = [p for p in sorted(place.iterdir()) if p.is_file()]
-        parts = []
-        for file in files:
+    for place in [*steps[-_SAMPLES:][::-1], *([folder] if folder.is_dir() else [])]:
+        files = {p.name: p for p in sorted(place.iterdir()) if p.is_file()}
+        parts: list[dict[str, str]] = []
+        shown = set()
+        for file in files.values():
             if file.suffix in (".txt", ".md"):
-                parts.append({"name": file.name, "text": file.read_text(errors="replace")[:_TEXT]})
-            elif file.suffix in _KINDS and file.stat().st_size <= _SAMPLE_BYTES:
-                uri = f"data:{_KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
-                parts.append({"name": file.name, "picture" if file.suffix != ".wav" else "sound": uri})
+                for text, name in _pieces(file.read_text(errors="replace"), files):
+                    parts += [{"name": file.name, "text": text}] if text.strip() else []
+                    parts += _media(files[name]) if name else []
+                    shown.add(name)
+        for name in sorted(files.keys() - shown):
+            parts += _media(files[name])
         if parts:
             found.append({"name": place.name, "parts": parts})
     return found
+
+
+def _pieces(text: str, files: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """(text, name of the file that follows it) of a sample's Markdown; a link stands alone in its line."""
+    at = 0
+    for link in _LINK.finditer(text):
+        if link["name"] in files and Path(link["name"]).suffix in _KINDS:
+            yield text[at : link.start()], link["name"]
+            at = link.end()
+    yield text[at:], None
+
+
+def _media(file: Path) -> list[dict[str, str]]:
+    if file.suffix not in _KINDS:
+        return []
+    if file.stat().st_size > _SAMPLE_BYTES:
+        return [{"name": file.name, "text": f"[{file.name}: {file.stat().st_size / 1e6:.0f} MB, not shown here]"}]
+    uri = f"data:{_KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    return [{"name": file.name, "picture" if file.suffix != ".wav" else "sound": uri}]
 
 
 # ---- curves --------------------------------------------------------------------------------------------------
@@ -224,6 +254,18 @@ def validation_table(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return table
 
 
+def baseline_of(run: Run) -> dict[str, float]:
+    """Validation loss, as the run names it -> the unigram baseline, which is made where nobody has made it yet."""
+    found = read_baseline(run.path)
+    if not found and run.config:
+        try:
+            found = unigram(load_config(run.path / "config.yaml"))
+            write_baseline(run.path, found)
+        except UserError as error:
+            print(f"{run.path}: no unigram baseline, which counts in the run's data: {error}", file=sys.stderr)
+    return {f"val/{name}/loss/{m}": loss for name, losses in found.items() for m, loss in losses.items()}
+
+
 def differences(runs: Sequence[Run]) -> tuple[dict[str, list[str | None]], list[dict[str, str]]]:
     """(keys of the config in which runs differ -> each one's value, every run's whole config)."""
     configs = [flat(run.config) for run in runs]
@@ -249,6 +291,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
         axes=AXES,
         values=value_charts(runs, wanted),
         validation=validation_table(runs),
+        baselines=[baseline_of(run) for run in runs],
         header=HEADER[:5],
         comparisons=comparisons(runs),
         differing=differing,

@@ -13,10 +13,13 @@ import yaml
 from ranks import mom_train
 from run_config import write_config
 
+from mom_train.baseline import read_baseline, unigram
+from mom_train.config_file import load_config
+
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "tools"))
 from curves import Run  # noqa: E402
-from report import page  # noqa: E402
+from report import page, samples  # noqa: E402
 from svg_chart import Series, chart, short, ticks  # noqa: E402
 
 EVIL = '<script>alert("x")</script><img src=http://example.org/x> & "quoted"'
@@ -129,6 +132,41 @@ def test_what_documents_configs_and_hosts_say_is_only_text(trained, tmp_path):
     assert found.tags.count("audio") == 1
     assert found.says("failed")
     assert found.says("device hours")
+
+
+def test_a_sample_shows_its_pictures_where_they_stand_and_is_not_cut(tmp_path):
+    folder = tmp_path / "samples/step-8"
+    folder.mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "loss/text": 3.0}\n')
+    long = "word " * 5000
+    lines = ["> A seven", "![picture](0-0.png)", long, "[0.5 s of speech](0-1.wav)", "[9 x ids](0-2.json)"]
+    (folder / "text.txt").write_text("\n\n".join([*lines, "![picture](gone.png)", "![picture](../../secret.png)"]))
+    for name in ("0-0.png", "9-unnamed.png", "../../secret.png"):
+        (folder / name).write_bytes(PIXEL)
+    (folder / "0-1.wav").write_bytes(b"RIFF....WAVE")
+    (folder / "0-2.json").write_text("{}")
+    [sample] = samples(Run(tmp_path))
+    kinds = [(kind, part["name"]) for part in sample["parts"] for kind in ("text", "picture", "sound") if kind in part]
+    text = ("text", "text.txt")
+    assert kinds == [text, ("picture", "0-0.png"), text, ("sound", "0-1.wav"), text, ("picture", "9-unnamed.png")]
+    written = "".join(part.get("text", "") for part in sample["parts"])
+    assert long in written
+    assert "0-0.png" not in written
+    for kept in ("[9 x ids](0-2.json)", "![picture](gone.png)", "![picture](../../secret.png)"):
+        assert kept in written
+
+
+def test_the_loss_of_counting_stands_beside_a_runs_own(trained):
+    (trained[0] / "unigram.json").unlink(missing_ok=True)
+    page([Run(trained[0])])
+    kept = read_baseline(trained[0])
+    config = load_config(trained[0] / "config.yaml")
+    assert kept == unigram(config)
+    assert list(kept) == list(config.data.validation)
+    found = Page(page([Run(trained[0])]))
+    for losses in kept.values():
+        for loss in losses.values():
+            assert found.says(f"{loss:.4f}")
 
 
 def test_a_directory_with_nothing_but_metrics_is_enough(tmp_path):
