@@ -11,6 +11,8 @@ time of one thread on a CPU, CUDA events on a GPU. Floors are measured in the sa
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import argparse
 import ctypes
 import json

@@ -11,6 +11,8 @@ stored tokens and latents; for a plan, which reads none, of those it plans for.
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import argparse
 import gc
 import json

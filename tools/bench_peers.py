@@ -6,6 +6,8 @@ module is loaded from a clone that the caller names.
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import contextlib
 import importlib.util
 import sys

@@ -9,6 +9,8 @@ turns' ratios. Times are medians: CPU time of the process on a CPU (all threads 
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import argparse
 import statistics
 import time

@@ -12,6 +12,8 @@ and the permanent ones (checkpoint.keep_every), and removes saves that did not f
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import argparse
 import json
 from pathlib import Path

@@ -9,6 +9,8 @@ Pickled checkpoints are read without running what they hold; discriminators and 
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import argparse
 import json
 import pickle

@@ -10,6 +10,8 @@ AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) where this pac
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import argparse
 import json
 from pathlib import Path

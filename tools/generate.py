@@ -10,6 +10,8 @@ right after the prompt.
 
 from __future__ import annotations
 
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
 import argparse
 from pathlib import Path
 
