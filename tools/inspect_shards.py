@@ -77,7 +77,7 @@ def bars(plan: Plan, piece: Piece) -> list[tuple[int, int]]:
 def packed_rows(plan: Plan, count: int) -> list[dict[str, Any]]:
     rows = []
     for number, row in enumerate(first_rows(plan, count)):
-        pieces = []
+        pieces: list[dict[str, Any]] = []
         for piece in row:
             dataset = plan.sources[piece.source].dataset
             counts, length = tokens_of(plan, piece)
