@@ -133,7 +133,7 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
     vocabulary or the run's tokenizers."""
     made_by = None
     if config.tokenizers is not None:
-        made_by = Tokenizers.load(config.tokenizers).describe()
+        made_by = {m: {"fingerprint": f} for m, f in Tokenizers.load(config.tokenizers).fingerprints().items()}
     check_agreement(list(datasets), dict(config.layout.sizes), made_by)
     diffusion = with_latents_of(config.objective.diffusion, list(datasets))
     return config.model_copy(update={"objective": config.objective.model_copy(update={"diffusion": diffusion})})
@@ -141,14 +141,22 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
 
 def text_bytes(config: RunConfig) -> np.ndarray | None:
     """(V,) int64: UTF-8 bytes of the text that each id of the vocabulary stands for, 0 for those that stand for none;
-    None where the run names no tokenizers. Raises ValueError where they cannot be read."""
+    None where the run names no tokenizers, or ones that need a package which is not installed. Raises UserError where
+    they cannot be read."""
     if config.tokenizers is None:
         return None
     from mom_tokenizers.text import TextTokenizer
 
     [path] = [path for modality, _, path in Tokenizers.load(config.tokenizers).entries if modality == "text"]
     layout = config.layout
-    by_code = TextTokenizer.load(path).bytes_of_id()[: dict(layout.sizes)["text"]]
+    try:
+        by_code = TextTokenizer.stored_bytes_of_id(path)[: dict(layout.sizes)["text"]]
+    except ImportError as error:
+        log.warning(
+            "bits per byte of text are not reported: they need a package that is not installed (%s). "
+            "pip install 'mixture-of-mamba[tokenizers]'", error,
+        )  # fmt: skip
+        return None
     by_id = np.zeros(layout.size, np.int64)
     by_id[layout.ids("text", np.arange(len(by_code)))] = by_code
     by_id[layout.modality_of_id != 0] = 0  # codes may lie among the text's ids

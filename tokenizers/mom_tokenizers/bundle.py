@@ -146,6 +146,15 @@ class Tokenizers:
         """
         return {modality: self._described(modality, kind, path) for modality, kind, path in self.entries}
 
+    def fingerprints(self) -> dict[str, str]:
+        """{modality: fingerprint}, from the files, with no package that only encoding and decoding need."""
+        return {modality: self._fingerprint(modality, kind, path) for modality, kind, path in self.entries}
+
+    def _fingerprint(self, modality: str, kind: str, path: Path) -> str:
+        if kind == READY:
+            return str(self._loaded[modality].fingerprint())
+        return fingerprint_files(kind, _class(kind).files(path))
+
     def _described(self, modality: str, kind: str, path: Path) -> dict[str, str | int | float]:
         if kind == READY:
             tokenizer = self._loaded[modality]
@@ -153,7 +162,7 @@ class Tokenizers:
             return tokenizer.describe()
         return {
             "kind": kind,
-            "fingerprint": fingerprint_files(kind, _class(kind).files(path)),
+            "fingerprint": self._fingerprint(modality, kind, path),
             "size": _class(kind).stored_size(path),
             **(_class(kind).stored_latents(path) if kind == "kl" else {}),
             **(_class(kind).stored_rate(path) if kind == "units" else {}),

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
@@ -24,6 +23,7 @@ from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 SIDECAR = "image_tokenizer.json"
 BATCH_PIXELS = 32 * 256 * 256  # 8 pictures of 512 x 512
@@ -31,6 +31,8 @@ BATCH_PIXELS = 32 * 256 * 256  # 8 pictures of 512 x 512
 
 def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
     """float32 (3, resolution, resolution) in [-1, 1]: alpha on white, short side resized, centre crop."""
+    from PIL import Image  # late: whoever only describes a tokenizer does without it
+
     image = on_white(image)
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
@@ -50,6 +52,7 @@ def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
 def picture(pixels: torch.Tensor) -> Image.Image:
     """RGB picture of (3, H, W) in [-1, 1]; what lies outside is clipped."""
     import torch
+    from PIL import Image
 
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(array.transpose(1, 2, 0))

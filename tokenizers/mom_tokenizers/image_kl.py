@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from mom_tokenizers.bundle import read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.image import SIDECAR, ImageTokenizer, picture
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class KLImageTokenizer(ImageTokenizer):

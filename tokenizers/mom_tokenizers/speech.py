@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import soxr
 
 from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
@@ -331,6 +330,8 @@ def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.nd
         raise UserError(
             f"speech: {len(waveform)} samples at {rate} Hz are below {500 * hop / to_rate:g} ms, too short for a unit"
         )
+    import soxr  # late: whoever only describes a tokenizer does without it
+
     resampled = waveform if rate == to_rate else soxr.resample(waveform, rate, to_rate)
     if len(resampled) == units * hop:
         return resampled

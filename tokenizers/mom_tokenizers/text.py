@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mom_tokenizers.bundle import fingerprint_files
+from mom_tokenizers.bundle import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.vocab import read_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -122,7 +123,10 @@ class TextTokenizer:
 
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
-        """Number of ids of a stored tokenizer."""
+        """Number of ids of a stored tokenizer; of a tokenizer.json without the library `tokenizers`."""
+        files = cls.files(path)
+        if list(files) == [FILE_NAME]:
+            return 1 + max(read_vocabulary(files[FILE_NAME]).values())
         return cls.load(path).size
 
     def save(self, directory: str | Path) -> None:
@@ -184,22 +188,43 @@ class TextTokenizer:
         """(size,) int64: UTF-8 bytes of the text that each id stands for, 0 for special ones and for ids that no token
         has. Their sum over a text's ids is its length where the tokenizer loses nothing; one that puts a space before
         the text, as Llama's does, counts that too."""
-        described = json.loads(self._tokenizer.to_str())
-        decoders = described["decoder"] or {}
-        kinds = [part["type"] for part in decoders.get("decoders", [decoders]) if part]
-        special_of_added = {token["id"]: token["special"] for token in described["added_tokens"]}
+        sizes, undecided = _bytes_by_name(json.loads(self._tokenizer.to_str()), self._tokenizer.get_vocab())
         anchor = next(iter(self.encode("a")[-1:].tolist()), None)  # some decoders treat what begins a text differently
-        sizes = np.zeros(self.size, np.int64)
-        for token, id_ in self._tokenizer.get_vocab().items():
-            if "ByteFallback" in kinds and _BYTE.fullmatch(token):
-                sizes[id_] = 1
-            elif id_ in special_of_added:
-                sizes[id_] = 0 if special_of_added[id_] else len(token.encode())
-            elif "ByteLevel" in kinds:
-                sizes[id_] = len(token)  # one character of the byte-level alphabet for each byte
-            elif anchor is not None:
+        if anchor is not None:
+            for id_ in undecided:
                 sizes[id_] = len(self.decode([anchor, id_]).encode()) - len(self.decode([anchor]).encode())
         return sizes
+
+    @classmethod
+    def stored_bytes_of_id(cls, path: str | Path) -> np.ndarray:
+        """`bytes_of_id` of a stored tokenizer, without the library `tokenizers` where the names of the tokens say it,
+        as those of every byte-level one do. Raises ImportError where the library is needed and absent."""
+        files = cls.files(path)
+        if list(files) == [FILE_NAME]:
+            sizes, undecided = _bytes_by_name(read_json(files[FILE_NAME]), read_vocabulary(files[FILE_NAME]))
+            if not undecided:
+                return sizes
+        return cls.load(path).bytes_of_id()
+
+
+def _bytes_by_name(described: Mapping[str, Any], vocabulary: Mapping[str, int]) -> tuple[np.ndarray, list[int]]:
+    """(size,) int64: bytes of each id of a tokenizer.json, as far as the names of its tokens say it; and the ids whose
+    bytes only its decoder knows."""
+    decoders = described.get("decoder") or {}
+    kinds = [part["type"] for part in decoders.get("decoders", [decoders]) if part]
+    special_of_added = {token["id"]: token["special"] for token in described.get("added_tokens") or ()}
+    sizes = np.zeros(1 + max(vocabulary.values()), np.int64)
+    undecided = []
+    for token, id_ in vocabulary.items():
+        if "ByteFallback" in kinds and _BYTE.fullmatch(token):
+            sizes[id_] = 1
+        elif id_ in special_of_added:
+            sizes[id_] = 0 if special_of_added[id_] else len(token.encode())
+        elif "ByteLevel" in kinds:
+            sizes[id_] = len(token)  # one character of the byte-level alphabet for each byte
+        else:
+            undecided.append(id_)
+    return sizes, undecided
 
 
 def _without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
