@@ -124,8 +124,8 @@ def model_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def convert(tensors: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
-    """The VQModel, and the checkpoint's names that have no place in it. Raises ValueError where a tensor of the model
-    is missing, or has another shape."""
+    """The VQModel, and the names of the checkpoint's bookkeeping that have no place in it. Raises UserError where a
+    tensor of the model is missing or has another shape, or where one of encoder or decoder has no place."""
     config = model_config(tensors)
     model: Any = VQModel(**config)
     wanted, levels = model.state_dict(), len(config["block_out_channels"])
@@ -147,6 +147,13 @@ def convert(tensors: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
         raise UserError(
             f"{len(missing)} tensors of the model have no source, e.g. {missing[0]}; "
             f"without a place: {', '.join(homeless[:5]) or 'none'}"
+        )
+    if more := [
+        name for name in homeless if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    ]:
+        raise UserError(
+            f"{len(more)} tensors have no place in a VQModel, so the pictures would not be those of this checkpoint: "
+            + ", ".join(more[:5])
         )
     model.load_state_dict(placed)
     return model, homeless

@@ -6,6 +6,7 @@ import torch
 from diffusers import VQModel
 from PIL import Image
 
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.image import VQImageTokenizer, preprocess
 
 
@@ -134,6 +135,11 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
     kept = {k: v for k, v in load_file(weights).items() if not k.startswith("quantize")}
     save_file(kept, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack 1 tensors.*quantize"):
+        VQImageTokenizer.load(tmp_path)
+    deeper = load_file(weights) | {"encoder.down_blocks.7.resnets.0.norm1.weight": torch.ones(4)}
+    deeper["quantize.embedding.weight"] = tiny_model().quantize.embedding.weight.detach()
+    save_file(deeper, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"hold 1 tensors .* no place for, e.g. encoder.down_blocks.7"):
         VQImageTokenizer.load(tmp_path)
 
 

@@ -240,7 +240,9 @@ def test_files_that_are_no_checkpoints_are_refused_and_never_run(tmp_path, run, 
     torch.save({"weight": torch.zeros(2)}, "other.pt")
     torch.save({k: v for k, v in tensors.items() if "decoder.up.1" not in k}, "part.pt")
     torch.save({**tensors, "quant_conv.weight": torch.zeros(16, 3, 1, 1)}, "shape.pt")
+    torch.save({**tensors, "encoder.mid.block_3.conv1.weight": torch.zeros(2)}, "more.pt")
     for name, message in {
+        "more.pt": "1 tensors have no place in a VQModel",
         "pickle.ckpt": "could run code",
         "text.pt": "could run code",  # an old pickle, as far as torch can tell
         "text.safetensors": "not a checkpoint",
