@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from mom_tokenizers.errors import user_path
+from mom_tokenizers.errors import UserError, user_path
 from mom_train.config import RunConfig
 
 if TYPE_CHECKING:  # readers of metrics.jsonl need no torch
@@ -86,9 +86,8 @@ class Record:
         from mom_train.writers import TensorBoard, Wandb
 
         self._path = config.run_dir / "metrics.jsonl"
-        known = _whole_lines(self._path) if self._path.exists() else []
-        lines = known if resumed_at else []  # a run that begins anew logs step 0 again
-        kept = [line for line in map(json.loads, lines) if line["step"] <= resumed_at]
+        known = read_metrics(config.run_dir) if resumed_at and self._path.exists() else []
+        kept = [line for line in known if line["step"] <= resumed_at]  # a run that begins anew logs step 0 again
         self._last: dict[str, float] = kept[-1] if kept else {}
         self._failed = FailedWrites()
         with user_path(self._path):
@@ -178,8 +177,19 @@ class Clock:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The logged steps of a run, oldest first. A line that a crash cut short is left out."""
-    return [json.loads(line) for line in _whole_lines(run_dir / "metrics.jsonl")]
+    """The logged steps of a run, oldest first. A line that a crash cut short is left out. Raises UserError where the
+    file is missing or another line is not what was logged."""
+    path = run_dir / "metrics.jsonl"
+    values = []
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(value, dict) or "step" not in value:
+            raise UserError(f"{path}, line {number}: not the figures of a step")
+        values.append(value)
+    return values
 
 
 def _as_text(lines: Sequence[Mapping[str, float]]) -> str:
@@ -187,4 +197,5 @@ def _as_text(lines: Sequence[Mapping[str, float]]) -> str:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().split("\n")[:-1] if line]
+    with user_path(path):
+        return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -37,7 +37,10 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     except UserError:
         if (run_dir / "launch.json").exists():
             raise
-        raise UserError(f"{run_dir}: nothing was launched here (no launch.json); name a run's directory") from None
+        raise UserError(
+            f"{run_dir}: nothing was launched here (no launch.json); name a run's directory. "
+            "A run that python -m mom_train began has its state in status.json"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{run_dir / 'launch.json'}: expected a JSON object")
     return record

@@ -289,3 +289,18 @@ def test_a_holder_on_another_machine_counts_as_long_as_it_renews_its_time_stamp(
     finally:
         stop.set()
         other.join()
+
+
+# ---- what a run left -----------------------------------------------------------------------------------------------
+
+
+def test_figures_that_are_not_what_was_logged_are_refused_by_file_and_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(UserError, match=r"metrics.jsonl: no such file"):
+        read_metrics(tmp_path)
+    path.write_text('{"step": 1}\n{"step": 2, "loss')  # cut short by a crash: the first stands
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    for damaged in ('{"step"\n', "[1]\n", '{"loss/total": 1.0}\n'):
+        path.write_text('{"step": 1}\n' + damaged)
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not"):
+            read_metrics(tmp_path)
