@@ -23,6 +23,9 @@ def pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
     for argument in arguments:
         if not all(argument.partition("=")):
             raise UserError(f"{option} {argument}: expected NAME=VALUE")
+    names = [argument.split("=", 1)[0] for argument in arguments]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{option}: {twice[0]} is given twice")
     return dict(argument.split("=", 1) for argument in arguments)
 
 

@@ -56,6 +56,8 @@ def test_mistakes_are_explained(tokenizer_json, tmp_path):
         (("--special", "null=<absent>"), "'<absent>', which the vocabulary lacks"),
         (("--special", "begin=<s>"), "no special is named 'begin'"),
         (("--further", "speech=many"), "'many' is no number"),
+        (("--further", "speech=2", "speech=3"), "--further: speech is given twice"),
+        (("--further", "text=5"), "text has its ids from the vocabulary already"),
     ]:
         done = run(tokenizer_json, "--output", tmp_path / "layout.json", *arguments)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr

@@ -220,6 +220,8 @@ def chameleon_layout(
     for special, token in names.items():
         if token not in vocabulary:
             raise UserError(f"special '{special}' is to be the token {token!r}, which the vocabulary lacks")
+    if taken := {"text", "image"} & set(further or {}):
+        raise UserError(f"further modalities: {', '.join(sorted(taken))} has its ids from the vocabulary already")
     sizes = {"text": max(vocabulary.values()) + 1, "image": len(codes), **(further or {})}
     reserved = sorted(t for t in vocabulary if re.fullmatch(r"<reserved\d+>", t) and t not in _CHAMELEON_TAKEN)
     reserved = [token for token in reserved if token not in names.values()]
