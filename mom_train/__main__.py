@@ -11,6 +11,7 @@ import sys
 
 from mom_tokenizers.errors import exit_clearly
 from mom_train.config_file import load_config
+from mom_train.preflight import check_places
 from mom_train.status import AGENT_PID
 
 _PR_SET_PDEATHSIG = 1
@@ -34,7 +35,8 @@ def main() -> None:
     )
     with exit_clearly("mom_train"):
         config = load_config(arguments.config, arguments.overrides)
-        from mom_train.trainer import train  # torch comes in here: a config error answers at once
+        check_places(config, int(os.environ.get("WORLD_SIZE", 1)))
+        from mom_train.trainer import train  # torch comes in here: what is wrong so far is said at once
 
         sys.exit(train(config))
 

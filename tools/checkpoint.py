@@ -17,13 +17,16 @@ import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its thre
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export_model import FORMATS, export
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
-from mom_train.checkpoint_store import Checkpoint, Checkpoints
+from mom_train.preflight import check_run, check_writable
+
+if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known to be right
+    from mom_train.checkpoint_store import Checkpoint
 
 
 def describe(checkpoint: Checkpoint, latest: Checkpoint | None, best: Checkpoint | None) -> dict[str, Any]:
@@ -90,14 +93,19 @@ def main() -> None:
     command.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     arguments = parser.parse_args()
     with exit_clearly("checkpoint"):
+        check_run(arguments.run)
+        if arguments.command == "prune" and arguments.keep < 1:
+            raise UserError("--keep: at least 1, which the run carries on from")
+        if arguments.command == "export":
+            check_writable(arguments.out, "--out")
+        from mom_train.checkpoint_store import Checkpoints
+
         checkpoints = Checkpoints.of(arguments.run)
         if arguments.command == "export":
             export(arguments.run, arguments.out, arguments.step, arguments.format, arguments.ema)
             return
         latest, best = checkpoints.latest(), checkpoints.best()
         if arguments.command == "prune":
-            if arguments.keep < 1:
-                raise UserError("--keep: at least 1, which the run carries on from")
             newest = checkpoints.find()
             for removed in checkpoints.clean() + checkpoints.prune(newest.step, arguments.keep, newest.keep_every()):
                 print(f"removed {removed}")

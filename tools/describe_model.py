@@ -156,6 +156,8 @@ def main() -> None:
         overrides = [a for a in arguments.config if a not in names]
         if arguments.json and Path(arguments.json).suffix in (".yaml", ".yml"):
             raise UserError(f"--json {arguments.json} would overwrite a config: put --json last, or name its file")
+        if arguments.ranks is not None and arguments.ranks < 1:
+            raise UserError(f"--ranks {arguments.ranks}: at least 1")
         if not names:
             raise UserError("no CONFIG among the arguments")
         described = {name: describe(load_config(name, overrides), arguments.ranks) for name in names}

@@ -18,25 +18,26 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
-from mom_train import data
-from mom_train.baseline import Baseline, unigram
-from mom_train.checkpoint_store import Checkpoint, Checkpoints
 from mom_train.config import RunConfig
-from mom_train.model import LanguageModel
-from mom_train.parallel import Ranks, agreed, process_group, shard
-from mom_train.passes import Passes
-from mom_train.sequence_parallel import Context
-from mom_train.validation import score
+from mom_train.config_file import validated
+from mom_train.preflight import check_datasets, check_run, check_there
+
+if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known to be right
+    from mom_train.baseline import Baseline
+    from mom_train.checkpoint_store import Checkpoint
+    from mom_train.model import LanguageModel
+    from mom_train.parallel import Ranks
 
 
 def find(where: str, step: int | Literal["best"] | None) -> Checkpoint:
     """A run's checkpoint, or the one whose folder or URL `where` is. Raises ValueError where there is none."""
+    from mom_train.checkpoint_store import Checkpoints
+
     root, _, name = where.rstrip("/").rpartition("/checkpoints/")
     if root and name.startswith("step-"):
         if step is not None:
@@ -57,6 +58,11 @@ def named(places: list[str]) -> dict[str, str]:
 
 def load(config: RunConfig, checkpoint: Checkpoint, weights: str, ranks: Ranks) -> LanguageModel:
     """The model, its parameters dealt to the ranks. Collective."""
+    import torch
+
+    from mom_train.model import LanguageModel
+    from mom_train.parallel import shard
+
     vocab, diffusion = config.layout, config.objective.diffusion
     with torch.device("meta"):
         model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
@@ -82,8 +88,16 @@ def main() -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="to OUT, or standard output")
     arguments = parser.parse_args()
     with exit_clearly("eval"):
-        if min(arguments.sequences or 1, arguments.batch or 1) < 1:
+        if any(n is not None and n < 1 for n in (arguments.sequences, arguments.batch)):
             raise UserError("--sequences, --batch: at least 1")
+        if arguments.step not in (None, "best") and not arguments.step.isdigit():
+            raise UserError(f"--step {arguments.step}: a number, or 'best'")
+        named(arguments.shards)
+        check_run(arguments.run)
+        check_datasets(arguments.shards)
+        check_there("--tokenizers", arguments.tokenizers)
+        from mom_train.parallel import process_group
+
         with process_group() as ranks:
             figures = evaluate(arguments, ranks)
         if ranks.main:
@@ -91,11 +105,13 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    step = arguments.step
-    if step not in (None, "best"):
-        if not step.isdigit():
-            raise UserError(f"--step {step}: a number, or 'best'")
-        step = int(step)
+    from mom_train import data
+    from mom_train.parallel import agreed
+    from mom_train.passes import Passes
+    from mom_train.sequence_parallel import Context
+    from mom_train.validation import score
+
+    step = arguments.step if arguments.step in (None, "best") else int(arguments.step)
     checkpoint = agreed(lambda: find(arguments.run, step))
     agreed(checkpoint.check)
     config = agreed(lambda: the_config(arguments, checkpoint))
@@ -137,6 +153,8 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 def counted(config: RunConfig) -> Baseline:
     """The unigram baseline of each set; nothing, and a word why, where the run's training data are not here."""
+    from mom_train.baseline import unigram
+
     try:
         return unigram(config)
     except UserError as error:
@@ -151,7 +169,7 @@ def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConf
         name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata
     ):
         raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
-    values = checkpoint.train_state()["config"]
+    values = checkpoint.config().model_dump(mode="json")
     values["data"]["validation"] = {name: [{"path": place}] for name, place in named(arguments.shards).items()}
     values["validation"]["sequences"] = arguments.sequences or values["validation"]["sequences"]
     values["training"]["micro_batch"] = arguments.batch or values["training"]["micro_batch"]
@@ -162,7 +180,7 @@ def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConf
     elif values["tokenizers"] is not None and not Path(values["tokenizers"]).exists():
         print(f"{values['tokenizers']} is not here: no bits per byte", file=sys.stderr)
         values["tokenizers"], values["sampling"] = None, {}
-    return RunConfig.model_validate(values)
+    return validated(values, checkpoint)
 
 
 def write(figures: dict[str, Any], out: str | None) -> None:

@@ -16,18 +16,20 @@ import argparse
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from mom_tokenizers.errors import UserError, exit_clearly
-from mom_train.generation import load_model
 from mom_train.migrations import SCHEMA
-from mom_train.published_mamba import mamba_name, to_mamba, transformers_config
+from mom_train.preflight import check_run, check_writable
 
 FORMATS = ("safetensors", "transformers")
 
 
 def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -> None:
     """Write the weights, or their average, of a run's newest checkpoint, or of one step, into the folder `out`."""
+    from safetensors.torch import save_file  # here, for torch takes seconds
+
+    from mom_train.generation import load_model
+    from mom_train.published_mamba import mamba_name, to_mamba, transformers_config
+
     model, config = load_model(run, step, ema=ema)
     values = {name: value.detach() for name, value in model.named_parameters()}
     texts = {"config.yaml": config.to_yaml(), "vocab.json": config.layout.to_json() + "\n"}
@@ -76,6 +78,8 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     arguments = parser.parse_args()
     with exit_clearly("export_model"):
+        check_run(arguments.run)
+        check_writable(arguments.out, "--out")
         export(arguments.run, arguments.out, arguments.step, arguments.format, arguments.ema)
 
 

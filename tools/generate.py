@@ -13,11 +13,13 @@ from __future__ import annotations
 import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
 
 import argparse
+import math
 from pathlib import Path
 
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_train.config import PromptConfig, SamplingConfig
 from mom_train.config_file import checked
+from mom_train.preflight import check_run, check_there, check_writable
 
 
 def main() -> None:
@@ -50,10 +52,13 @@ def generate(arguments: argparse.Namespace) -> None:
     checked(SamplingConfig, chosen)  # before PyTorch is imported, which takes seconds
     for name in ("samples", "patches", "denoised_limit"):
         value = getattr(arguments, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0")
-    if not (arguments.run / "config.yaml").is_file():
-        raise UserError(f"{arguments.run}: no run there, which would have a config.yaml")
+    if min(arguments.seed, arguments.step or 0) < 0:
+        raise UserError("--seed, --step: not below 0")
+    check_run(arguments.run)
+    check_there("--tokenizers", arguments.tokenizers)
+    check_writable(arguments.out or arguments.run / "samples", "--out")
 
     import torch
 

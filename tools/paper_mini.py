@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -29,7 +30,6 @@ from typing import Any
 
 import yaml
 from curves import Run
-from demo import call, present_modalities
 from filelock import FileLock, Timeout
 from mini_plan import (
     EVALUATIONS,
@@ -48,7 +48,6 @@ from mini_plan import (
 from mini_report import write_report
 from mixture import sources
 
-from mom_data.document import expand_inputs
 from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
 
 TOOLS = Path(__file__).parent
@@ -77,6 +76,10 @@ def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -
         if before["corpus"] != place:
             raise UserError(f"{output} was begun with {before['corpus']}; take another --output for {corpus}")
         return before["settings"]
+    from demo import call, present_modalities  # here, for they import torch
+
+    from mom_data.document import expand_inputs
+
     expand_inputs([str(corpus)])
     split = (corpus / "train").is_dir() and (corpus / "val").is_dir()
     found = present_modalities(corpus / "train" if split else corpus)
@@ -302,9 +305,28 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be, before torch is imported."""
+    corpus: Path | None = arguments.corpus
+    if corpus is None:
+        raise UserError(
+            "name the corpus to train on: make paper-mini CORPUS=path/to/raw/tars, or --corpus. It is a folder of tars "
+            "or JSON lines with text, pictures and, for two of the three settings, speech (docs/data.md)."
+        )
+    if not corpus.exists():
+        raise UserError(f"--corpus {corpus}: nothing there")
+    counts = (arguments.seeds, arguments.max_steps, 1 if arguments.jobs is None else arguments.jobs)
+    if min(counts) < 1 or not 0 < arguments.minutes < math.inf:
+        raise UserError("--seeds, --max-steps and --jobs must be at least 1, --minutes above 0")
+    if not all(0 < rate < math.inf for rate in arguments.rates or ()):
+        raise UserError("--rates: learning rates are above 0")
+    if not (arguments.configs / "_common.yaml").is_file():
+        raise UserError(f"--configs {arguments.configs}: no _common.yaml there")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="raw tars, in train/ and val/ or not")
+    parser.add_argument("--corpus", type=Path, help="your raw tars, in train/ and val/ or not")
     parser.add_argument("--output", type=Path, default=Path("runs/paper-mini"), help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=240, help="of training, over all starts (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
@@ -320,8 +342,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with exit_clearly("paper_mini"):
-        if min(arguments.seeds, arguments.max_steps, arguments.jobs or 1) < 1 or arguments.minutes <= 0:
-            raise UserError("--seeds, --max-steps and --jobs must be at least 1, --minutes above 0")
+        check(arguments)
         import torch  # only to know the machine
 
         cores = len(os.sched_getaffinity(0))

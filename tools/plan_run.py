@@ -345,6 +345,11 @@ def main() -> None:
         for flag, value in {"--mfu": given.mfu, "--efficiency": given.efficiency}.items():
             if not 0 < value <= 1:
                 raise UserError(f"{flag} {value}: a share between 0 and 1")
+        if not 0 <= given.patch_share <= 1:
+            raise UserError(f"--patch-share {given.patch_share}: a share from 0 to 1")
+        for flag, value in {"--latency": given.latency, "--price": given.price}.items():
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{flag} {value}: not below 0, and finite")
         if given.gpus_per_node < 1 or (given.nodes is not None and given.nodes < 1):
             raise UserError("--nodes and --gpus-per-node: at least one")
         assumed = Assumptions(given.mfu, given.efficiency, given.latency, given.patch_share, given.price)

@@ -13,6 +13,7 @@ import argparse
 import base64
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -311,6 +312,8 @@ def main() -> None:
     parser.add_argument("--price", type=float, help="of one device (rank) for an hour, in any currency")
     arguments = parser.parse_args()
     with exit_clearly("report"):
+        if arguments.price is not None and not 0 <= arguments.price < math.inf:
+            raise UserError(f"--price {arguments.price}: not below 0, and finite")
         html = page([Run(path) for path in arguments.runs], arguments.price)
         alone = len(arguments.runs) == 1
         output = arguments.output or (arguments.runs[0] / "report.html" if alone else Path("report.html"))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from mom_tokenizers.errors import UserError
 from mom_train.config_file import load_config
+from mom_train.preflight import check_places
 from mom_train.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
 from torchrun_launch.record import check_free, this_process, write_record
@@ -33,9 +34,11 @@ def launch(
 
     With `nodes` other than "1", the same command runs on each node with the same `endpoint` (HOST:PORT of the node with
     node_rank 0, which holds the rendezvous). `command` is what the user called, for the record. Raises UserError for a
-    wrong config before any rank starts.
+    wrong config, and for places that are not there, before any rank starts.
     """
-    run_dir = load_config(config, overrides).run_dir
+    loaded = load_config(config, overrides)
+    check_places(loaded, ranks * int(nodes) if ranks is not None and nodes.isdigit() else None)
+    run_dir = loaded.run_dir
     if ranks is None:
         import torch  # late: --help and config errors need no torch
 

@@ -63,7 +63,7 @@ def test_what_cannot_be_sampled_with_is_one_clear_line_before_pytorch_is_importe
         "--samples 0": "--samples 0: it must be above 0",
         "--patches -3": "--patches -3: it must be above 0",
         "--denoised-limit nan": "--denoised-limit nan: it must be above 0",
-        "": "nowhere: no run there",
+        "": "nowhere: no such folder",
     }
     options = json.dumps([["nowhere", *text.split()] for text in expected])
     done = subprocess.run(

@@ -1,0 +1,108 @@
+"""A mistake on a command line is one message, and it comes before torch does: one process makes all of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+
+MISTAKES = [
+    ("mom_train.__main__", "none.yaml", "no config file none.yaml"),
+    ("mom_train.__main__", "c.yaml model.layer=2", "did you mean 'layers'?"),
+    ("mom_train.__main__", "c.yaml", "nowhere: no manifest.json"),
+    ("mom_train.__main__", "c.yaml tokenizers=t.yaml", "t.yaml: no such file"),
+    ("mom_train.__main__", "c.yaml init_from=weights", "weights: nothing there (init_from)"),
+    ("mom_train.__main__", "c.yaml run_dir=file/run", "run_dir: file/run cannot be a folder, for"),
+    ("mom_train.__main__", "c.yaml data.train=[{raw:[docs]}] tokenizers=t.yaml", "docs: no raw documents there"),
+    ("torchrun_launch.__main__", "local c.yaml", "nowhere: no manifest.json"),
+    ("torchrun_launch.__main__", "local --nproc-per-node 3 c.yaml", "training.batch (4) must be a multiple"),
+    ("eval", "none --shards nowhere", "none: no such folder"),
+    ("eval", "file --shards nowhere", "file is a file"),
+    ("eval", "empty --shards nowhere", "empty: no checkpoints there"),
+    ("eval", "run --shards nowhere elsewhere", "elsewhere: no manifest.json"),
+    ("eval", "run --shards empty empty", "is named twice"),
+    ("eval", "run --shards empty --step last", "--step last: a number, or 'best'"),
+    ("eval", "run --shards empty --sequences 0", "--sequences, --batch: at least 1"),
+    ("generate", "none", "none: no such folder"),
+    ("generate", "empty", "empty: no checkpoints there"),
+    ("generate", "run --tokenizers t.yaml", "--tokenizers t.yaml: nothing there"),
+    ("generate", "run --top-p 0", "top_p: Input should be greater than 0"),
+    ("generate", "run --temperature nan", "temperature: Input should be a finite number"),
+    ("generate", "run --max-tokens 0", "max_tokens: Input should be greater than 0"),
+    ("generate", "run --samples 0", "--samples 0: it must be above 0"),
+    ("generate", "run --denoised-limit nan", "--denoised-limit nan: it must be above 0"),
+    ("generate", "run --seed=-1", "--seed, --step: not below 0"),
+    ("export_model", "none --out x", "none: no such folder"),
+    ("export_model", "run --out file/x", "--out: file/x cannot be a folder"),
+    ("checkpoint", "none list", "none: no such folder"),
+    ("checkpoint", "empty verify", "empty: no checkpoints there"),
+    ("checkpoint", "run prune --keep 0", "--keep: at least 1"),
+    ("report", "none", "none: no metrics.jsonl, so not a run directory"),
+    ("report", "run --price nan", "--price nan: not below 0"),
+    ("match_loss", "--baseline empty --candidate run", "empty: no metrics.jsonl, so not a run directory"),
+    ("match_loss", "--baseline run --candidate run --window 1", "the window is a share"),
+    ("match_loss", "--baseline run --candidate run --paper 9:1B", "9"),
+    ("plot_run", "none --out x.png", "none: no metrics.jsonl"),
+    ("describe_model", "none.yaml", "no config file none.yaml"),
+    ("describe_model", "c.yaml --ranks 0", "--ranks 0: at least 1"),
+    ("plan_run", "none.yaml", "no config file none.yaml"),
+    ("plan_run", "c.yaml --nodes 0", "--nodes and --gpus-per-node: at least one"),
+    ("plan_run", "c.yaml --mfu nan", "--mfu nan: a share"),
+    ("plan_run", "c.yaml --latency nan", "--latency nan: not below 0"),
+    ("plan_run", "c.yaml --patch-share 2", "--patch-share 2.0: a share from 0 to 1"),
+    ("pack_stats", "--data empty", "empty: no manifest.json"),
+    ("pack_stats", "c.yaml --data empty", "give either a CONFIG, or --data"),
+    ("inspect_shards", "empty --output x.html", "empty: no manifest.json"),
+    ("inspect_shards", "--output x.html", "give a DATASET folder, or --config"),
+    ("inspect_shards", "empty --output x.html --rows 0", "--rows must be at least 1"),
+    ("verify_shards", "empty", "empty"),
+    ("paper_mini", "", "make paper-mini CORPUS=path/to/raw/tars"),
+    ("paper_mini", "--corpus none", "--corpus none: nothing there"),
+    ("paper_mini", "--corpus empty --seeds 0", "--seeds, --max-steps and --jobs must be at least 1"),
+    ("paper_mini", "--corpus empty --minutes nan", "--minutes above 0"),
+    ("paper_mini", "--corpus empty --rates 0", "--rates: learning rates are above 0"),
+]
+
+ALL = """
+import contextlib, importlib, io, json, sys
+sys.path.insert(0, sys.argv[1])
+found = []
+for tool, line in json.loads(sys.argv[2]):
+    sys.argv = [tool, *line.split()]
+    said, code = io.StringIO(), "no exit"
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            importlib.import_module(tool).main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            code = repr(error)
+    found.append([code, said.getvalue(), "torch" in sys.modules])
+print(json.dumps(found))
+"""
+
+
+def test_a_mistake_is_one_message_with_exit_code_2_before_torch_is_imported(tmp_path):
+    for folder in ("empty", "run/checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    metrics = [{"step": s, "loss/text": 3.0, "tokens/text": 9 * s, "flops/total": 9 * s} for s in (1, 2)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics))
+    (tmp_path / "c.yaml").write_text(
+        "run_dir: new\nvocabulary: {text: 100}\nmodel: {dim: 32, layers: 1, decoupled: []}\n"
+        "data: {train: [{path: nowhere}], sequence_length: 64}\noptimizer: {learning_rate: 1.0e-3}\n"
+        "training: {steps: 10, batch: 4, micro_batch: 2}\n"
+    )
+    line = [sys.executable, "-c", ALL, CHECKOUT / "tools", json.dumps([m[:2] for m in MISTAKES])]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wrong = []
+    for (tool, given, message), (code, said, torch) in zip(MISTAKES, json.loads(done.stdout), strict=True):
+        if code != 2 or message not in said or "Traceback" in said:
+            wrong.append(f"{tool} {given}: ended with {code}, said {said!r} instead of {message!r}")
+        elif torch:
+            wrong.append(f"{tool} {given}: torch was imported before, or by an earlier tool")
+    assert not wrong, "\n".join(wrong)
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "x").exists()
