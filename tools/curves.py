@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mom_data.forecast import FEW_TARGETS
 from mom_tokenizers.errors import UserError
 from mom_train.config_file import read_saved, with_defaults
 from mom_train.metrics import read_metrics
@@ -57,6 +58,18 @@ class Run:
         """Of its losses: loss/<modality>, then val/<set>/loss/<modality>."""
         found = dict.fromkeys(name for line in self.lines for name in line if _LOSS.fullmatch(name))
         return sorted(found, key=lambda name: name.startswith("val/"))
+
+    def targets(self, name: str) -> int | None:
+        """About how many targets one value of a validation loss is a mean of, at most: the positions that a validation
+        reads, times the modality's share of the tokens trained on. None where the run does not say."""
+        modality = name.rpartition("/")[2]
+        sequences = self.config.get("validation", {}).get("sequences")
+        length = self.config.get("data", {}).get("sequence_length")
+        tokens: dict[str, float] = next((t for line in reversed(self.lines) if (t := tokens_of(line))), {})
+        if not name.startswith("val/") or None in (sequences, length) or not sum(tokens.values()):
+            return None
+        share = 1.0 if modality == "total" else tokens.get(modality, 0.0) / sum(tokens.values())
+        return round(sequences * length * share)
 
     def over(self, name: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
         """(x (N,), y (N,)) of what is logged as `name`, over one of AXES."""
@@ -172,6 +185,19 @@ def compare(baseline: Sequence[Run], candidate: Sequence[Run], window: float = W
         raise UserError(f"{baseline[0].path} and the others have no loss in common")
     baseline, candidate = in_pairs(baseline, candidate)
     return {name: _compare(baseline, candidate, name, window) for name in common}
+
+
+def few_targets(counts: dict[str, int]) -> str | None:
+    """A warning that names the losses (name -> targets) which are means of too few targets to decide anything by.
+
+    One token's loss spreads about as much as its mean, so a mean of n targets has a standard error of about
+    1 / sqrt(n): 2 % at FEW_TARGETS, which is as much as models are apart, and 8 % at 176.
+    """
+    few = {name: n for name, n in counts.items() if 0 < n < FEW_TARGETS}
+    if not few:
+        return None
+    listed = ", ".join(f"{name} {n:,} (about ±{100 / math.sqrt(n):.0f} %)" for name, n in few.items())
+    return f"Few targets, so chance alone may decide: {listed}. Validate on {FEW_TARGETS:,} or more."
 
 
 def in_pairs(baseline: Sequence[Run], candidate: Sequence[Run]) -> tuple[list[Run], list[Run]]:

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from curves import few_targets
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
@@ -197,6 +198,14 @@ def write(figures: dict[str, Any], out: str | None) -> None:
         cells = (values.get(name) for values in figures["sets"].values())
         shown = ("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in cells)
         print(f"{name:24}" + "".join(f"{text:>{width}}" for text in shown))
+    counts = {
+        f"{place}/{name.removeprefix('targets/')}": n
+        for place, values in figures["sets"].items()
+        for name, n in values.items()
+        if name.startswith("targets/")
+    }
+    if (warning := few_targets(counts)) is not None:
+        print(f"\nWARNING: {warning}")
 
 
 if __name__ == "__main__":

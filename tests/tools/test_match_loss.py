@@ -231,3 +231,17 @@ def test_mistakes_are_one_message(tmp_path):
     assert done.returncode == 2
     assert "no row '2B'; it has 37M" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_validation_loss_of_few_targets_is_called_so_with_its_number(tmp_path):
+    from curves import Run, few_targets
+
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"step": 1, "tokens/text": 900, "tokens/speech": 100, "flops/total": 5, "val/v/loss/speech": 2.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "config.yaml").write_text("validation: {sequences: 11}\ndata: {sequence_length: 160}\n")
+    counts = {name: Run(run).targets(name) for name in ("val/v/loss/speech", "val/v/loss/text", "loss/text")}
+    assert counts == {"val/v/loss/speech": 176, "val/v/loss/text": 1584, "loss/text": None}
+    assert "val/v/loss/speech 176 (about ±8 %)" in few_targets({"val/v/loss/speech": 176, "val/v/loss/total": 99_999})
+    assert few_targets({"val/v/loss/speech": 2000}) is None
