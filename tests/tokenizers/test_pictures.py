@@ -9,6 +9,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
 from mom_data.document import Limits, Segment
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.image import preprocess
 from mom_tokenizers.pictures import FORMATS, IMAGE_EXTENSIONS, decode_image, picture_size
 
@@ -210,6 +211,20 @@ def test_a_png_is_refused_wherever_a_byte_of_its_pixels_is_damaged():
     for at in RNG.integers(8, len(data), 40):
         with pytest.raises(ValueError, match="not a readable picture"):
             decode_image(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+
+
+@pytest.mark.parametrize(("kind", "options"), CODINGS)
+def test_a_damaged_picture_ends_in_a_message_or_in_a_picture(kind, options):
+    data = saved(Image.fromarray(RNG.integers(0, 255, (32, 32, 3), np.uint8)), kind, **options)
+    for _ in range(40):
+        damaged = bytearray(data)
+        for at in RNG.integers(min(len(data), 300), size=2):
+            damaged[at] = RNG.integers(256)
+        try:
+            picture = decode_image(bytes(damaged), max_pixels=10_000)
+        except UserError:
+            continue
+        assert picture.mode == "RGB"
 
 
 def test_what_follows_a_jpeg_does_not_matter():

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from mom_data.document import Limits, Segment
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.recordings import SPEECH_EXTENSIONS, decode_audio, recording_seconds
 
 RATE = 16_000
@@ -72,9 +73,9 @@ def test_a_recording_gives_the_samples_that_were_written_and_no_part_of_its_byte
             decode_audio(data[:end])
 
 
-@pytest.mark.parametrize("kind", ["FLAC", "OGG"])
-def test_a_recording_with_checksums_is_refused_wherever_a_byte_of_its_sound_is_damaged(kind):
-    data = encoded(NOISE, kind)
+@pytest.mark.parametrize(("kind", "coding"), [("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS")])
+def test_a_recording_with_checksums_is_refused_wherever_a_byte_of_its_sound_is_damaged(kind, coding):
+    data = encoded(NOISE, kind, coding)
     for at in RNG.integers(len(data) // 2, len(data), 10):
         with pytest.raises(ValueError, match="recording"):
             decode_audio(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
@@ -234,8 +235,9 @@ def test_the_same_bytes_give_the_same_samples_whatever_was_read_before(kind, cod
 # ------------------------------------------------------------------------------------------------------------------ Ogg
 
 
-def test_an_ogg_of_several_streams_or_with_pages_missing_is_refused():
-    data = encoded(np.tile(NOISE, 9), "OGG")
+@pytest.mark.parametrize("coding", ["VORBIS", "OPUS"])
+def test_an_ogg_of_several_streams_or_with_pages_missing_is_refused(coding):
+    data = encoded(np.tile(NOISE, 9), "OGG", coding)
     starts = [match.start() for match in re.finditer(b"OggS", data)]
     pages = [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
     assert len(pages) > 4
@@ -298,6 +300,20 @@ def test_what_is_no_recording_or_of_another_format_is_refused_by_name():
     for kind in ("WAV", "OGG", "AIFF", "CAF"):
         with pytest.raises(ValueError, match="recording"):
             decode_audio(encoded(NOISE[:0], kind))
+
+
+@pytest.mark.parametrize(("kind", "coding"), FORMATS)
+def test_a_damaged_header_ends_in_a_message_or_in_a_recording_of_the_length_that_is_told(kind, coding):
+    data = encoded(NOISE[:2000], kind, coding)
+    for _ in range(40):
+        damaged = bytearray(data)
+        for at in RNG.integers(min(len(data), 200), size=2):
+            damaged[at] = RNG.integers(256)
+        try:
+            waveform, rate = decode_audio(bytes(damaged))
+        except UserError:
+            continue
+        assert recording_seconds(bytes(damaged)) == pytest.approx(len(waveform) / rate)
 
 
 def test_the_extensions_of_recordings_are_lower_case_and_in_one_place():

@@ -17,6 +17,8 @@ from mom_tokenizers.errors import UserError
 
 WAV_CODINGS = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law", 2: "MS ADPCM", 0x11: "IMA ADPCM", 0x31: "GSM 6.10"}
 UNCOMPRESSED = (1, 3, 6, 7)
+EXTENSIBLE = 0xFFFE  # the coding stands further behind
+CAF_UNCOMPRESSED = (b"lpcm", b"ulaw", b"alaw")
 AIFF_UNCOMPRESSED = (b"none", b"sowt", b"twos", b"fl32", b"fl64", b"ulaw", b"alaw")
 # Lengths that stand in the header of a WAV while nobody knows its length: those of FFmpeg, SoX, arecord and others
 NEVER_FILLED = (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0x7FFFFF00, 0xFFFFFFFFFFFFFFFF)
@@ -125,14 +127,12 @@ def _sound(data: bytes, found: list[tuple[bytes, int, int]], name: bytes) -> Non
 def _wav(data: bytes) -> Container:
     """RIFF and RF64. A length that was never filled in (a file written to a pipe, or not closed) is what is there."""
     long: tuple[int, ...] = ()
+    frame = None
     for name, start, size in _chunks(data, 12, "<4sI", 2):  # noqa: B007  # `start` and `size` serve below
         if name == b"ds64":
             long = struct.unpack_from("<QQ", data, start)
         if name == b"fmt ":
-            coding, align = struct.unpack_from("<H10xH", data, start)
-            coding = struct.unpack_from("<H", data, start + 24)[0] if coding == 0xFFFE else coding
-            if coding not in WAV_CODINGS:
-                raise _damaged(f"a WAV of coding {coding:#06x}; known are {', '.join(WAV_CODINGS.values())}")
+            frame = _wav_frame(data, start)
         if name == b"data":
             break
     else:
@@ -151,7 +151,19 @@ def _wav(data: bytes) -> Container:
     riff = struct.pack("<4sI", b"RIFF", min(len(data) - 8, 0xFFFFFFFE))
     data = b"".join((riff, b"WAVE", head, struct.pack("<I", size), data[start:]))
     _sound(data, list(_chunks(data, 12, "<4sI", 2)), b"data")
-    return Container(data, size // align if align and coding in UNCOMPRESSED else None)
+    if frame is None:
+        raise _damaged("a WAV that does not say how its samples are coded")
+    return Container(data, size // frame if frame else None)
+
+
+def _wav_frame(data: bytes, start: int) -> int:
+    """Bytes of a sample of all channels, by the chunk 'fmt ' at `start`; 0 where they are compressed."""
+    coding, frame = struct.unpack_from("<H10xH", data, start)
+    if coding == EXTENSIBLE:
+        coding = struct.unpack_from("<H", data, start + 24)[0]
+    if coding not in WAV_CODINGS:
+        raise _damaged(f"a WAV of coding {coding:#06x}; known are {', '.join(WAV_CODINGS.values())}")
+    return frame if coding in UNCOMPRESSED else 0
 
 
 def _aiff(data: bytes) -> Container:
@@ -163,21 +175,35 @@ def _aiff(data: bytes) -> Container:
     start, size = common[0]
     coding = data[start + 18 : start + 22] if size >= 22 else b"NONE"
     frames = struct.unpack_from(">I", data, start + 2)[0]
-    return Container(data, frames if coding.lower() in AIFF_UNCOMPRESSED else None)
+    if coding.lower() not in AIFF_UNCOMPRESSED:
+        raise _damaged(f"a compressed AIFF ({coding!r}); known is what is not compressed")
+    return Container(data, frames)
 
 
 def _w64(data: bytes) -> Container:
-    _sound(data, list(_chunks(data, 40, "<16sq", 8, own=True)), b"data")
-    return Container(data, None)
+    found = list(_chunks(data, 40, "<16sq", 8, own=True))
+    _sound(data, found, b"data")
+    frames = [_wav_frame(data, start) for name, start, _ in found if name == b"fmt "]
+    size = next(size for name, _, size in found if name == b"data")
+    return Container(data, size // frames[0] if frames and frames[0] else None)
 
 
 def _caf(data: bytes) -> Container:
-    for name, start, size in _chunks(data, 8, ">4sq", 1):
-        if name == b"data" and size == -1:  # by the format's rule the last chunk, and of unknown length
-            data = data[: start - 8] + struct.pack(">q", len(data) - start) + data[start:]
+    coding, frame = b"", 0
+    for name, start, size in _chunks(data, 8, ">4sq", 1):  # noqa: B007  # `size` serves below
+        if name == b"desc":
+            coding, frame = struct.unpack_from(">8x4s4xI", data, start)
+        if name == b"data":
             break
+    else:
+        raise _damaged("no chunk 'data' in a CAF")
+    if coding not in CAF_UNCOMPRESSED or not frame:
+        raise _damaged(f"a compressed CAF ({coding!r}); known is what is not compressed")
+    if size == -1:  # by the format's rule the last chunk, and of unknown length
+        size = len(data) - start
+        data = data[: start - 8] + struct.pack(">q", size) + data[start:]
     _sound(data, list(_chunks(data, 8, ">4sq", 1)), b"data")
-    return Container(data, None)
+    return Container(data, (size - 4) // frame)  # it begins with a count of edits
 
 
 def _au(data: bytes) -> Container:

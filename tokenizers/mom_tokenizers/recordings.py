@@ -75,7 +75,8 @@ def _opened(container: Container) -> Iterator[soundfile.SoundFile]:
 
 def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
     """float32 (samples, channels) of a second after the other, until nothing comes."""
-    while len(block := file.read(file.samplerate, dtype="float32", always_2d=True)):
+    # about a second; a damaged header may name any rate
+    while len(block := file.read(min(max(file.samplerate, 8_000), 192_000), dtype="float32", always_2d=True)):
         yield block
 
 
