@@ -6,10 +6,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo paper-mini test cluster image faults lint format lock clean
 demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
-	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus $(CORPUS)) $(ARGS)
+	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
 paper-mini: $(ENV)  ## the paper's tables in miniature on CORPUS=path/to/raw/tars; ARGS='--minutes 480 --seeds 3' (GPU: --full)
-	.venv/bin/python tools/paper_mini.py $(if $(CORPUS),--corpus "$(CORPUS)") $(ARGS)
+	.venv/bin/python tools/paper_mini.py $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
 # one thread a process: several processes whose threads spin while they wait take each other's cores
 test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some

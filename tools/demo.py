@@ -17,13 +17,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import yaml
 from mixture import sources
 
-from mom_data.document import Document, expand_inputs, read_documents
+from mom_data.inputs import files_of_side, modalities_at_the_head
 from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
 from mom_train.baseline import unigram, write_baseline
 from mom_train.config import RunConfig
@@ -55,12 +54,9 @@ def call(*command: str | Path, threads: int | None = None, quiet: bool = False) 
 
 
 def present_modalities(corpus: Path) -> list[str]:
-    """The modalities in the first documents of each input file, text first."""
-    found = {"text"}
-    for path in expand_inputs([str(corpus)]):
-        for item in islice(read_documents(path), 100):
-            if isinstance(item, Document):
-                found |= {segment.modality for segment in item.segments}
+    """The modalities in the first documents of the input files that are trained on, text first."""
+    files, _ = files_of_side([str(corpus)], "train")
+    found = {"text", *modalities_at_the_head(files)}
     return sorted(found, key=lambda modality: (modality != "text", modality))
 
 
@@ -120,7 +116,7 @@ def main() -> None:
 
 def demo(arguments: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
-    corpus: Path | None = arguments.corpus
+    corpus: Path | None = arguments.corpus and arguments.corpus.expanduser()  # make quotes it
     work: Path = arguments.work or Path("runs") / (f"demo-{corpus.resolve().name}" if corpus else "demo")
     work.mkdir(parents=True, exist_ok=True)
 
@@ -131,13 +127,11 @@ def demo(arguments: argparse.Namespace) -> None:
             call(TOOLS / "make_demo_corpus.py", "--output", raw, *size)
     else:
         raw = corpus
-        expand_inputs([str(raw)])
-    split = (raw / "train").is_dir() and (raw / "val").is_dir()
-    train_input = raw / "train" if split else raw
+        files_of_side([str(raw)], "train")
 
     with stage("2/5 tokenizers: byte-level BPE, image codes or latents, speech units"):
         wanted = yaml.safe_load(Path(arguments.tokenizers).read_text())
-        found = present_modalities(train_input)
+        found = present_modalities(raw)
         recipe = work / "tokenizers.yaml"
         # The recipe decides: what it has no tokenizer for is left out on purpose, not by mistake.
         dropped = [m for m in found if m not in wanted]
@@ -146,11 +140,10 @@ def demo(arguments: argparse.Namespace) -> None:
             print(f"    left out: {', '.join(dropped)}, for which {arguments.tokenizers} has no tokenizer")
         recipe.write_text(yaml.safe_dump({m: wanted[m] for m in found}, sort_keys=False))
         made = work / "tokenizers"
-        call(TOOLS / "train_tokenizers.py", "--config", recipe, "--input", train_input, "--output", made, threads=cores)
+        call(TOOLS / "train_tokenizers.py", "--config", recipe, "--input", raw, "--output", made, threads=cores)
 
     with stage("3/5 token shards"):
         for part in ("train", "val"):
-            inputs = [raw / part] if split else [raw, "--split", part]
             tool = (
                 TOOLS / "tokenize_shards.py",
                 "--config",
@@ -158,7 +151,7 @@ def demo(arguments: argparse.Namespace) -> None:
                 "--output",
                 work / "tokens" / part,
             )
-            call(*tool, "--input", *inputs, *(["--drop-modalities", *dropped] if dropped else []))
+            call(*tool, "--input", raw, "--split", part, *(["--drop-modalities", *dropped] if dropped else []))
 
     name = "held_out"
     given = load_config(arguments.config)

@@ -15,8 +15,9 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,8 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from tqdm import tqdm
 
-from mom_data.document import BadSample, Document, expand_inputs, read_documents
+from mom_data.document import BadSample, Document, read_documents
+from mom_data.inputs import files_of_side
 from mom_tokenizers.bundle import resolved_device
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.image import preprocess
@@ -236,6 +238,34 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int,
     return figures
 
 
+def warnings_of(config: Config, figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is the matter with tokenizers that came out worse than asked, and what to change."""
+    warnings = []
+    text, image, speech = (figures.get(name, {}) for name in STAGES)
+    if text and text["size"] < config.text.size:
+        warnings.append(
+            f"text: the tokenizer has {text['size']} ids, fewer than the {config.text.size} asked for: {text['texts']} "
+            f"texts of {text['characters']:,} characters hold no more pairs. Give more texts (text.max_documents is "
+            f"{config.text.max_documents}), or set text.size to {text['size']} or less. A vocabulary.text above "
+            "it costs parameters that are never used."
+        )
+    if image and config.image and image["psnr"] <= image["psnr_of_mean_colour"]:
+        shown = config.image.model_dump()
+        steps = ", ".join(f"{name} is {value}" for name, value in shown.items() if name.endswith("steps"))
+        warnings.append(
+            f"image: held-out pictures come back worse ({image['psnr']} dB) than painted all over in their mean colour "
+            f"({image['psnr_of_mean_colour']} dB): a model can learn nothing from these tokens. Look at "
+            f"reconstructions.png. Train for longer ({steps}), on more pictures (there were {image['images']}), with "
+            "a lower learning_rate or smaller pictures (resolution); or use a pretrained tokenizer."
+        )
+    if speech and speech["usage"] < 0.5:
+        warnings.append(
+            f"speech: only {speech['usage']:.0%} of the {speech['size']} units ever occur. Give more recordings, or "
+            "set a lower speech.size."
+        )
+    return warnings
+
+
 def _finished(directory: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     """Figures of a stage that was trained by the same recipe."""
     try:
@@ -260,15 +290,18 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU where there is one (%(default)s)")
     arguments = parser.parse_args()
     with exit_clearly("train_tokenizers"):
+        config = load_config(arguments.config)
         figures = train_tokenizers(
-            load_config(arguments.config),
-            expand_inputs(arguments.input),
+            config,
+            files_of_side(arguments.input, "train")[0],  # what is held out in folders is not trained on
             arguments.output,
             arguments.seed,
             resolved_device(arguments.device),
         )
         for name, found in figures.items():
             print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in found.items() if k != "losses"))
+        for warning in warnings_of(config, figures):
+            print(f"\nWARNING: {warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
 
 from mom_tokenizers.errors import UserError
 
@@ -23,7 +23,10 @@ def lines(
     path: Path, start: int = 0, number: int = 0, end: int | None = None
 ) -> Iterator[tuple[str, int, bytes | int]]:
     """(key, offset, line) of the lines that begin in bytes [start, end) of the file as unpacked, `number` of them being
-    before; of a line longer than MAX_LINE_BYTES, its length in place of its bytes. Raises UserError for damaged gzip."""
+    before. A line longer than MAX_LINE_BYTES gives its length in place of its bytes.
+
+    Raises UserError where the gzip is damaged.
+    """
     at = start
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
@@ -43,7 +46,7 @@ def lines(
         raise UserError(f"{path}: not readable as gzip: {error}") from error
 
 
-def _skip_line(file: IO[bytes]) -> int:
+def _skip_line(file: BufferedIOBase) -> int:
     """Read on to the end of the line; how many bytes that were."""
     skipped = 0
     while block := file.readline(_BLOCK):

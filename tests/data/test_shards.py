@@ -172,3 +172,20 @@ def test_the_manifest_holds_checksums_of_the_files(tmp_path):
     write_dataset(tmp_path / "d")
     for shard in json.loads((tmp_path / "d/manifest.json").read_text())["shards"]:
         assert hashlib.sha256((tmp_path / "d" / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("ids", [[0, 300], [-1, 5], [1 << 16, 2], [(1 << 32) - 1]])
+def test_an_id_that_its_tokenizer_cannot_have_never_enters_a_shard(tmp_path, dtype, ids):
+    sizes = {"text": 300, "image": 16}
+    with ShardWriter(tmp_path / "x.tar", list(sizes), dtype, sizes) as writer:
+        writer.add("good", [TokenSegment(0, np.array([299], np.uint32)), TokenSegment(1, np.array([15], np.uint16))])
+        for modality, values in ((0, ids), (1, [16])):
+            with pytest.raises(ValueError, match=r"but its tokenizer has (300|16)"):
+                writer.add("bad", [TokenSegment(0, np.array([1])), TokenSegment(modality, np.array(values))])
+        writer.add("good too", [TokenSegment(0, np.array([7], np.uint32))])
+    assert writer.record()["documents"] == 2
+    assert writer.record()["tokens"] == {"text": 2, "image": 1}
+    if dtype is np.uint16:  # and without sizes no id becomes another one for want of bits
+        with ShardWriter(tmp_path / "y.tar", ["text"], dtype) as writer, pytest.raises(ValueError, match="65536"):
+            writer.add("wraps", [TokenSegment(0, np.array([1 << 16]))])

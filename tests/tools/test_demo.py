@@ -1,6 +1,7 @@
 """The main job, whole but small: the same program as `make demo`."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,22 @@ def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path
     assert [json.loads(x) for x in (work / "run/metrics.jsonl").read_text().splitlines()] == lines, "trained again"
     assert again.split("loss (nats")[1].split("run  ")[0] == table.split("loss (nats")[1].split("run  ")[0]
 
-    raw = tmp_path / "own"
+    raw = tmp_path / "my own"  # with a space, as folders have
     raw.mkdir()
     text = "".join(json.dumps({"text": f"document {i} about nothing but text " * 20}) + "\n" for i in range(200))
     (raw / "pages.jsonl").write_text(text)
-    table = demo(tmp_path / "demo-own", recipe, "--corpus", str(raw))
+    table = demo(tmp_path / "demo own", recipe, "--corpus", str(raw))
     assert "image" not in table.split("loss (nats")[1].split("FLOPs")[0]
+
+
+def test_a_corpus_with_a_space_in_its_name_reaches_the_program_whole():
+    for target in ("demo", "paper-mini"):
+        said = subprocess.run(
+            ["make", "-n", "-o", ".venv/.ok", target, "CORPUS=my raw/tars"],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+        )
+        assert said.returncode == 0, said.stderr
+        words = shlex.split(said.stdout.splitlines()[-1])
+        assert words[words.index("--corpus") + 1] == "my raw/tars"

@@ -137,6 +137,14 @@ def words(tmp_path_factory):
     return folder
 
 
+def test_after_success_with_several_workers_nothing_is_said_but_the_result(words, tmp_path):
+    """Workers once went on while their parent was being torn down, and printed what broke under them."""
+    for turn in range(3):
+        done = run(words, tmp_path / f"t{turn}", "--workers", "2", "--part-mib", "0.5")
+        for word in ("Traceback", "Exception", "Error", "resource_tracker"):
+            assert word not in done.stderr
+
+
 PARTS = ("--part-mib", "0.25", "--shard-mib", "0.1")  # several shards a part
 
 

@@ -191,3 +191,22 @@ def test_mistakes_end_with_one_message_and_code_2(raw, tmp_path, config, inputs,
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_tokenizer_that_came_out_worse_than_asked_is_said_loudly_with_what_to_change():
+    module = tool()
+    config = module.Config.model_validate(CONFIG)
+    text = {"size": 300, "texts": 9, "characters": 500}
+    image = {"psnr": 17.0, "psnr_of_mean_colour": 16.85, "images": 40}
+    speech = {"size": 8, "usage": 0.9}
+    assert module.warnings_of(config, {"text": text, "image": image, "speech": speech}) == []
+    assert module.warnings_of(config, {"text": text}) == []
+    [said] = module.warnings_of(config, {"text": text, "image": {**image, "psnr": 15.97}})
+    assert "15.97 dB" in said
+    assert "mean colour (16.85 dB)" in said
+    assert "autoencoder_steps is 120, quantized_steps is 120" in said
+    [said] = module.warnings_of(config, {"text": {**text, "size": 271}})
+    assert "271 ids, fewer than the 300 asked for" in said
+    assert "text.max_documents is 20000" in said
+    [said] = module.warnings_of(config, {"text": text, "speech": {**speech, "usage": 0.25}})
+    assert "only 25% of the 8 units" in said
