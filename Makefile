@@ -4,7 +4,7 @@ ENV = .venv/.ok
 # where nothing may be written beside the sources, every process compiles torch again: 4 s more each
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo paper-mini test cluster image faults lint format lock clean
+.PHONY: demo paper-mini test cluster image faults lint format lowest lock clean
 demo: $(ENV)  ## the main job on this machine; CORPUS=path/to/raw/tars for your own documents
 	.venv/bin/python tools/demo.py $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
@@ -33,11 +33,14 @@ format: $(ENV)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+lowest: $(ENV)  ## the lowest versions that pyproject.toml names, in .venv-lowest, with the quick tests; TESTS='...' for others
+	sh tools/lowest.sh $(TESTS)
+
 lock: $(ENV)  ## moves every dependency to its newest version that fits, in requirements.lock
 	sh tools/lock.sh
 
 clean:  ## the environment and caches; runs/ stays
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
 $(ENV): pyproject.toml requirements.lock tools/install.sh
 	PYTHON=$(PYTHON) sh tools/install.sh

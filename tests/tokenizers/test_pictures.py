@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
@@ -119,6 +120,8 @@ def two_colours(mode: str = "RGB") -> Image.Image:
     ],
 )
 def test_pictures_of_every_format_and_mode_have_the_colours_that_were_written(mode, kind):
+    if (mode, kind) == ("YCbCr", "TIFF") and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow before 13 refuses such a file, and so it is left out and counted")
     picture = two_colours(mode)
     expected = np.asarray(picture.convert("RGB"), np.int16)
     found = np.asarray(decode_image(saved(picture, kind)), np.int16)
