@@ -22,6 +22,8 @@ from pathlib import Path
 import yaml
 from mixture import sources
 
+from mom_data.content import keep_inputs
+from mom_data.document import expand_inputs
 from mom_data.inputs import files_of_side, modalities_at_the_head
 from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
 from mom_train.baseline import unigram, write_baseline
@@ -128,6 +130,7 @@ def demo(arguments: argparse.Namespace) -> None:
     else:
         raw = corpus
         files_of_side([str(raw)], "train")
+        keep_inputs(work, expand_inputs([str(raw)]))
 
     with stage("2/5 tokenizers: byte-level BPE, image codes or latents, speech units"):
         wanted = yaml.safe_load(Path(arguments.tokenizers).read_text())

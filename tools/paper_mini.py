@@ -48,6 +48,7 @@ from mini_plan import (
 from mini_report import write_report
 from mixture import sources
 
+from mom_data.content import keep_inputs
 from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
 
 TOOLS = Path(__file__).parent
@@ -69,18 +70,20 @@ def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -
     """Tokenizers and token shards of every setting that the corpus has the modalities for, once: OUTPUT/data.json says
     that they are there. Returns the settings. Raises ValueError for a corpus without pictures, or without what the
     `experiments` need."""
+    from mom_data.document import expand_inputs  # here, for it imports torch
+
     place = str(corpus.resolve())
     record = output / "data.json"
     if record.exists():
         before = json.loads(record.read_text())
         if before["corpus"] != place:
             raise UserError(f"{output} was begun with {before['corpus']}; take another --output for {corpus}")
+        if (output / "inputs.json").exists() and corpus.exists():
+            keep_inputs(output, expand_inputs([place]))
         return before["settings"]
     from demo import call, present_modalities  # here, for they import torch
 
-    from mom_data.document import expand_inputs
-
-    expand_inputs([str(corpus)])
+    keep_inputs(output, expand_inputs([place]))
     split = (corpus / "train").is_dir() and (corpus / "val").is_dir()
     found = present_modalities(corpus / "train" if split else corpus)
     if "image" not in found:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -62,3 +63,25 @@ def _remembered(file: Path, seen: tuple[str, ...]) -> str | None:
         return str(value["sha256"]) if tuple(value["seen"]) == seen else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None  # nothing there, or cut short by a crash
+
+
+def keep_inputs(folder: Path, files: Sequence[Path]) -> None:
+    """Write into FOLDER/inputs.json which files, with which contents, everything in `folder` is made from.
+
+    Raises UserError where the folder was begun with other files or other contents, and names the first of them.
+    """
+    record = folder / "inputs.json"
+    now = {str(file.absolute()): content_of(file, folder / ".contents") for file in files}
+    if record.exists():
+        before = json.loads(record.read_text())
+        other = sorted(f for f in now.keys() | before.keys() if now.get(f) != before.get(f))
+        if other:
+            gone = "is new" if other[0] not in before else "is gone" if other[0] not in now else "has other contents"
+            raise UserError(
+                f"{folder} was made from other inputs: {other[0]} {gone} since then. Take another folder, or delete this "
+                "one to make it anew"
+            )
+        return
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(now, indent=1) + "\n")
+    partial.replace(record)

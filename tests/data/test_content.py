@@ -7,7 +7,7 @@ import random
 import pytest
 
 from mom_data import content
-from mom_data.content import content_of
+from mom_data.content import content_of, keep_inputs
 from mom_data.online import OnlineDataset, OnlineFolder
 from mom_data.tokenize import Settings, index, jobs_of, tokenize_part, tokenizing
 from mom_tokenizers.bundle import Tokenizers
@@ -121,3 +121,17 @@ def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path, monkeypatch):
     assert content_of(file, tmp_path / "memory") == wanted
     with pytest.raises(UserError, match=r"nowhere cannot be read: .*No such file"):
         content_of(tmp_path / "nowhere", tmp_path / "memory")
+
+
+def test_a_folder_of_results_is_never_continued_with_other_inputs(tmp_path):
+    made, a, b = tmp_path / "made", tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    made.mkdir()
+    a.write_text('{"text": "one"}')
+    b.write_text('{"text": "two"}')
+    keep_inputs(made, [a, b])
+    keep_inputs(made, [a, b])
+    with pytest.raises(UserError, match=r"made was made from other inputs: .*b\.jsonl is gone"):
+        keep_inputs(made, [a])
+    a.write_text('{"text": "six"}')  # of the same size
+    with pytest.raises(UserError, match=r"a\.jsonl has other contents"):
+        keep_inputs(made, [a, b])
