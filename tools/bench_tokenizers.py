@@ -127,7 +127,7 @@ def speech_stages(tokenizer: SpeechTokenizer, modality: str, parts: Sequence[byt
 def whole_path(tokenizers: Tokenizers, documents: Sequence[Document]) -> Iterator[dict[str, Any]]:
     """Encoding as tokenize_shards.py does it, and writing what comes out."""
     places = [(d, s) for d, document in enumerate(documents) for s, _ in enumerate(document.segments)]
-    encoded: dict[tuple[int, int], np.ndarray | ValueError] = {}
+    encoded: dict[tuple[int, int], np.ndarray | Exception] = {}
     start = time.process_time()
     for modality in tokenizers.modalities:
         where = [(d, s) for d, s in places if documents[d].segments[s].modality == modality]

@@ -78,8 +78,8 @@ def keep_inputs(folder: Path, files: Sequence[Path]) -> None:
         if other:
             gone = "is new" if other[0] not in before else "is gone" if other[0] not in now else "has other contents"
             raise UserError(
-                f"{folder} was made from other inputs: {other[0]} {gone} since then. Take another folder, or delete this "
-                "one to make it anew"
+                f"{folder} was made from other inputs: {other[0]} {gone} since then. Take another folder, or delete "
+                "this one to make it anew"
             )
         return
     partial = record.with_suffix(".partial")
