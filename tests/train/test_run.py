@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from ranks import mom_train
+from ranks import mom_train, mom_train_ranks
 from run_config import tiny_config, write_config
 
 CHECKOUT = Path(__file__).parents[2]
@@ -23,15 +23,17 @@ def command(config, *overrides, ranks=2):
     return [*launcher, str(config), *overrides]
 
 
-def run(config, *overrides, ranks=2, code=0):
-    """Through the launcher and torchrun; with ranks=0 as one plain process, which starts faster."""
-    if not ranks:
-        ended, said = mom_train(config, *overrides)
-        assert ended == code, said[-3000:]
-        return said
-    done = subprocess.run(command(config, *overrides, ranks=ranks), cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr
+def run(config, *overrides, ranks=2, code=0, torchrun=False):
+    """Ends with `code` on every rank; what they say, rank 0 first. With torchrun=True by the launcher, as a user starts
+    it; else ranks are forked from a process that has imported torch, and ranks=0 is one process without a group."""
+    if torchrun:
+        done = subprocess.run(command(config, *overrides, ranks=ranks), cwd=CHECKOUT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done.stderr
+    ended = mom_train_ranks(ranks, None, config, *overrides, timeout=900) if ranks else [mom_train(config, *overrides)]
+    said = "".join(printed for _, printed in ended)
+    assert {exit_code for exit_code, _ in ended} == {code}, said[-3000:]
+    return said
 
 
 def metrics(run_dir):
@@ -65,7 +67,7 @@ def assert_equal_tensors(a, b):
 def whole(tmp_path_factory):
     """One uninterrupted run over two ranks."""
     folder = tmp_path_factory.mktemp("whole")
-    run(write_config(folder))
+    run(write_config(folder), torchrun=True)
     return folder
 
 
@@ -169,18 +171,18 @@ def test_validation_and_checkpoints_come_when_due_whatever_the_logging(whole, tm
 def test_each_error_of_the_user_is_one_clear_message_and_exit_code_2(whole, tmp_path):
     config = write_config(tmp_path)
 
-    def says(*overrides, ranks=0):
-        error = run(config, *overrides, ranks=ranks, code=2)
+    def says(*overrides, **how):
+        error = run(config, *overrides, code=2, **({"ranks": 0} | how))
         assert "Traceback" not in error, error
         return error
 
     assert "model.layer: unknown key; did you mean 'layers'?" in says("model.layer=3")
-    assert "must be a multiple of training.micro_batch x ranks (1 x 3 = 3)" in says(ranks=3)
+    assert "must be a multiple of training.micro_batch x ranks (1 x 3 = 3)" in says(ranks=3, torchrun=True)
 
     short = tmp_path / "train/part-00001.tar"
     content = short.read_bytes()
     short.write_bytes(content[:-512])
-    assert "part-00001.tar has" in says(ranks=2)
+    assert "part-00001.tar has" in says(ranks=2, torchrun=True)
     short.unlink()
     assert "part-00001.tar is missing" in says()
     short.write_bytes(content)
