@@ -134,6 +134,14 @@ class Files(filesystem.FileSystemBase):
         except FileNotFoundError:
             return []
 
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders in it."""
+        try:
+            found = self.fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(file_name(entry["name"]) for entry in found if entry["type"] == "directory")
+
     def size(self, path: str) -> int:
         return int(self.fs.size(path))
 

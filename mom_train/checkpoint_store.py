@@ -193,6 +193,15 @@ class Checkpoint:
             raise (UserError if no_dist else AgreedError)(said) from None
 
 
+def with_absolute_place(config: RunConfig) -> RunConfig:
+    """The config as a run keeps it: whoever reads it from another folder finds the checkpoints."""
+    path = config.checkpoint.path
+    if path is None or "://" in path:
+        return config
+    absolute = config.checkpoint.model_copy(update={"path": str(Path(path).absolute())})
+    return config.model_copy(update={"checkpoint": absolute})
+
+
 class Checkpoints:
     """All of a run's."""
 
@@ -211,7 +220,9 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """Committed or not, by step."""
-        names = [n.removeprefix("step-") for n in self.files.names(f"{self.root}/checkpoints") if n.startswith("step-")]
+        names = (
+            name.removeprefix("step-") for name in self.files.folders(f"{self.root}/checkpoints") if "step-" in name
+        )
         return [self[step] for step in sorted(int(n) for n in names if n.isdigit())]
 
     def committed(self) -> list[Checkpoint]:
@@ -251,6 +262,16 @@ class Checkpoints:
             what = "best checkpoint (checkpoint.best)" if step == "best" else "committed checkpoint"
             raise UserError(f"{found or self.root}: no {what} there")
         return found
+
+    def check_begins_anew(self, config: RunConfig) -> None:
+        """Raises UserError where these are none, and the run has some in the place that its config named before."""
+        before = Checkpoints.of(config.run_dir)
+        if before.root != self.root and (latest := before.latest()) is not None:
+            raise UserError(
+                f"the checkpoints of {config.run_dir} are in {before.root} (step {latest.step} is there), and "
+                f"checkpoint.path now names {self.root}, which holds none: the run would begin anew. Name the old "
+                "place, move what is there to the new one, or use another run_dir."
+            )
 
     def point(self, to: Checkpoint) -> None:
         self.files.write(f"{self.root}/LATEST", f"{to.name}\n".encode())

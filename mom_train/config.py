@@ -266,8 +266,8 @@ class OptimizerConfig(Section):
     """On matrices only: not on norms, biases, A_log and D."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of AdamW's two moments."""
-    eps: float = Field(1e-8, ge=0)
-    """AdamW's epsilon."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon. Without it, an id that no row has held yet would become NaN (0 / 0)."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the whole gradient."""
 

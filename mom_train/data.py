@@ -60,7 +60,8 @@ def training_plan(
     """(the plan, its phases) of a run whose checkpoint, where there is one, stands at `sequence` in the plan of that
     `fingerprint` with the `saved` phases.
 
-    Raises ValueError where the config asks for another order than the checkpoint's and does not say `new_phase`.
+    Raises UserError where the config asks for another order than the checkpoint's and does not say `new_phase`, or for
+    diffusion of pictures that no source of a run that begins holds.
     """
     data = config.data
 
@@ -90,6 +91,8 @@ def training_plan(
     since = saved[-1]["since"] if saved else 0
     earlier = list(saved[:-1])
     same = plan({**now, "since": since}, chain(earlier))
+    if config.objective.diffusion is not None and not saved:
+        _check_latents(same.sources)
     if not saved or same.fingerprint == fingerprint:
         return same, [*earlier, {**now, "since": since}]
     if not data.new_phase:
@@ -109,6 +112,16 @@ def training_plan(
     return plan({**now, "since": sequence}, before), [*saved, {**now, "since": sequence}]
 
 
+def _check_latents(sources: Iterable[Source]) -> None:
+    """Raises UserError where none of the sources can hold a picture's latents."""
+    if not any(source.dataset.manifest["latent_width"] for source in sources):
+        raise UserError(
+            "objective.diffusion denoises latents of pictures, and no source of data.train holds any: "
+            f"{', '.join(source.dataset.location for source in sources)}. Tokenize them with a tokenizer of latents "
+            "(kind: kl), or leave objective.diffusion out: pictures as codes need none."
+        )
+
+
 def validation_plans(config: RunConfig, datasets: Datasets) -> dict[str, Plan]:
     """The order of each validation set: the same in every run, whatever the training order is."""
     data = config.data
@@ -126,6 +139,14 @@ def log_forecast(config: RunConfig, plan: Plan, validation: Mapping[str, Plan]) 
         log.info(line)
     for warning in warnings:
         log.warning("data: %s", warning)
+    trained_on = set(plan.identities)
+    for name, of_set in validation.items():
+        known = zip(of_set.sources, of_set.identities, strict=True)
+        if shared := [source.dataset.location for source, identity in known if identity in trained_on]:
+            log.warning(
+                "data: validation set '%s' is trained on as well (%s), so its loss says nothing about new documents",
+                name, ", ".join(shared),
+            )  # fmt: skip
 
 
 def check(config: RunConfig, datasets: Datasets) -> RunConfig:

@@ -186,7 +186,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
             value = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(value, dict) or "step" not in value:
+        if not isinstance(value, dict) or "step" not in value or {*map(type, value.values())} - {int, float}:
             raise UserError(f"{path}, line {number}: not the figures of a step")
         values.append(value)
     return values

@@ -23,7 +23,7 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train import data
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
-from mom_train.checkpoint_store import Checkpoint, Checkpoints
+from mom_train.checkpoint_store import Checkpoint, Checkpoints, with_absolute_place
 from mom_train.config import ModelConfig, ObjectiveConfig, RunConfig
 from mom_train.config_file import differences, with_defaults
 from mom_train.convert import fill, match, open_weights
@@ -76,7 +76,8 @@ class Trainer:
         self.sampler = None if config.sampling.every is None else agreed(lambda: Sampler(config, ranks))
         checkpoints = agreed(lambda: Checkpoints(config.checkpoint.path or config.run_dir))
         self.checkpointer = Checkpointer(checkpoints, config.checkpoint)
-        resume_from = self.checkpointer.newest()
+        if (resume_from := self.checkpointer.newest()) is None:
+            agreed(lambda: checkpoints.check_begins_anew(config))
         saved = TrainState() if resume_from is None else agreed(lambda: read_train_state(resume_from))
         self.plan, phases = agreed(
             lambda: data.training_plan(config, datasets, saved.phases, saved.data_fingerprint, saved.sequence)
@@ -298,7 +299,7 @@ class Trainer:
         self.left_out += int(local[-7])
         share = self.config.data.max_unreadable_fraction
         if self.unreadable > share * max(self.read, 100):
-            raise UserError(
+            raise AgreedError(
                 f"{self.unreadable} of {self.read} raw documents could not be read, more than "
                 f"data.max_unreadable_fraction={share} allows. The log names them and says why: mend the inputs, or "
                 "set a larger share. The last checkpoint is intact."
@@ -429,7 +430,7 @@ def _begin(trainer: Trainer, machines: Sequence[Any]) -> None:
     config, ranks, step = trainer.config, trainer.ranks, trainer.state.step
     with user_path(config.run_dir):
         write_environment(config.run_dir, machines, ranks, step)
-        (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        (config.run_dir / "config.yaml").write_text(with_absolute_place(config).to_yaml())
         trainer.vocab.save(config.run_dir / "vocab.json")
         write_status(config.run_dir, "running", step, config.training.steps)
     log.info(

@@ -7,7 +7,8 @@
 
 RUN is a run's folder, or the URL that its checkpoints are under (s3://bucket/run). `verify` reads every byte and ends
 with exit code 2 where one is not as it was written; `list` looks at sizes only. `prune` keeps the newest K, the best
-and the permanent ones (checkpoint.keep_every), and removes saves that did not finish: not while the run is training.
+and the permanent ones (checkpoint.keep_every), and removes saves that did not finish; it holds RUN/lock meanwhile, so
+that it never takes the save that a run is writing for one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its thre
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,8 @@ from export_model import FORMATS, export
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
-from mom_train.preflight import check_run, check_writable
+from mom_train.preflight import check_run, check_writable, is_local
+from mom_train.run_lock import RunLock
 
 if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known to be right
     from mom_train.checkpoint_store import Checkpoint
@@ -76,6 +80,18 @@ def verify(checkpoint: Checkpoint) -> list[str]:
         return checkpoint.damage(progress=bar.update)
 
 
+@contextmanager
+def held(run: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, nobody trains in the run's folder. `run` may be the place of its checkpoints instead, so the folder that
+    the checkpoint names is held as well, where it is there. Raises UserError where somebody does."""
+    run_dir = (checkpoint.train_state().get("config") or {}).get("run_dir", "")
+    places = {Path(place).resolve() for place in (run, run_dir) if place and is_local(place) and Path(place).is_dir()}
+    with ExitStack() as stack:
+        for place in sorted(places):
+            stack.enter_context(RunLock(place))
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run directory, or URL")
@@ -107,8 +123,10 @@ def main() -> None:
         latest, best = checkpoints.latest(), checkpoints.best()
         if arguments.command == "prune":
             newest = checkpoints.find()
-            for removed in checkpoints.clean() + checkpoints.prune(newest.step, arguments.keep, newest.keep_every()):
-                print(f"removed {removed}")
+            with held(arguments.run, newest):
+                removed = checkpoints.clean() + checkpoints.prune(newest.step, arguments.keep, newest.keep_every())
+            for checkpoint in removed:
+                print(f"removed {checkpoint}")
             return
         chosen = checkpoints.all()
         if arguments.command == "verify":

@@ -275,7 +275,8 @@ def build_batch(
 
     if corrupt_share and M > 1:
         for sequence, row in zip(sequences, modality.reshape(B, length), strict=True):
-            hit = hashed(length, "corrupt", int(sequence)) < np.uint64(corrupt_share * (2**64 - 1))
+            limit = min(int(corrupt_share * (2**64 - 1)), 2**64 - 1)  # as a float, a share of 1 is above uint64
+            hit = hashed(length, "corrupt", int(sequence)) <= np.uint64(limit)
             shift = 1 + hashed(length, "corrupt to", int(sequence)) % np.uint64(M - 1)
             row[:] = np.where(hit, (row + shift) % M, row)
     # the stable sort by modality; cheaper than argsort, which takes half of all the time otherwise

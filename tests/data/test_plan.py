@@ -283,3 +283,4 @@ def test_a_corrupted_mask_routes_the_share_of_tokens_elsewhere_and_changes_nothi
     assert dirty.offsets.tolist() == [0, *np.bincount(flat, minlength=3).cumsum()]
     again = next(batches(plan, VOCAB, Share(0, 1, 4, 4), 0, corrupt_share=0.2))
     assert bool((again.modality == dirty.modality[:4]).all())
+    assert bool((next(batches(plan, VOCAB, share, corrupt_share=1.0)).modality != clean.modality).all())

@@ -19,6 +19,8 @@ from ranks import _rank, free_port, run_ranks
 from run_config import tiny_config, write_config
 from test_run import assert_equal_tensors, metrics, run
 
+from mom_train.run_lock import RunLock
+
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -344,6 +346,11 @@ def test_the_tool_lists_verifies_prunes_and_exports(averaged, tmp_path):
     flip(folder / "checkpoints/step-2/__0_0.distcp")
     assert "step-2/__0_0.distcp has crc32" in tool(folder, "verify", code=2)
     (folder / "checkpoints/step-3/.metadata").unlink()
-    (folder / "checkpoints/step-5/train_state.json").write_text(json.dumps(state | {"config": {"checkpoint": {}}}))
+    kept = {"config": {"checkpoint": {}, "run_dir": str(tmp_path / "elsewhere")}}
+    (folder / "checkpoints/step-5/train_state.json").write_text(json.dumps(state | kept))
+    (folder / "checkpoints/step-9").touch()  # somebody's file is no checkpoint
+    (tmp_path / "elsewhere").mkdir()
+    with RunLock(tmp_path / "elsewhere"):  # the checkpoint says where its run trains
+        assert f"elsewhere: process {os.getpid()} on" in tool(folder, "prune", "--keep", 2, code=2)
     assert "step-3" in tool(folder, "prune", "--keep", 2)
-    assert names(folder) == ["step-4", "step-5"]
+    assert names(folder) == ["step-4", "step-5", "step-9"]

@@ -297,7 +297,7 @@ def test_figures_that_are_not_what_was_logged_are_refused_by_file_and_line(tmp_p
         read_metrics(tmp_path)
     path.write_text('{"step": 1}\n{"step": 2, "loss')  # cut short by a crash: the first stands
     assert read_metrics(tmp_path) == [{"step": 1}]
-    for damaged in ('{"step"\n', "[1]\n", '{"loss/total": 1.0}\n'):
+    for damaged in ('{"step"\n', "[1]\n", '{"loss/total": 1.0}\n', '{"step": "2"}\n', '{"step": 2, "loss/x": null}\n'):
         path.write_text('{"step": 1}\n' + damaged)
         with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not"):
             read_metrics(tmp_path)

@@ -1,0 +1,48 @@
+import logging
+
+import pytest
+from corpus import write_dataset
+from run_config import tiny_config
+
+from mom_tokenizers.errors import UserError
+from mom_train.checkpoint_store import Checkpoints, with_absolute_place
+from mom_train.data import Datasets, build_plans, log_forecast, training_plan
+
+LATENTS = {"diffusion": {"patch_width": 4}}
+
+
+def test_diffusion_of_pictures_that_no_source_holds_is_refused(tmp_path):
+    config = tiny_config(tmp_path, objective=LATENTS)
+    with pytest.raises(UserError, match=r"no source of data.train holds any: .*/train\. Tokenize them"):
+        build_plans(config)
+    write_dataset(tmp_path / "latents", documents=8, shards=1, latent_width=4)
+    sources = [{"path": str(tmp_path / "train")}, {"path": str(tmp_path / "latents")}]
+    mixed = tiny_config(tmp_path, objective=LATENTS, data__train=sources)
+    phases = training_plan(mixed, Datasets(mixed))[1]  # one source with latents is enough
+    assert [source["path"] for source in phases[0]["train"]] == [s["path"] for s in sources]
+
+
+def test_a_validation_set_that_is_trained_on_is_warned_about(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    config = tiny_config(tmp_path)
+    log_forecast(config, *build_plans(config))
+    assert "trained on as well" not in caplog.text
+    (tmp_path / "moved").symlink_to(tmp_path / "train")
+    config = tiny_config(tmp_path, data__validation={"held": [{"path": str(tmp_path / "moved")}]})
+    log_forecast(config, *build_plans(config))
+    assert f"validation set 'held' is trained on as well ({tmp_path / 'moved'})" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path, checkpoint={"path": "kept"})
+    Checkpoints("kept").check_begins_anew(config)  # the run has nothing yet
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text(with_absolute_place(config).to_yaml())
+    (tmp_path / "kept/checkpoints/step-8").mkdir(parents=True)
+    (tmp_path / "kept/checkpoints/step-8/.metadata").touch()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the same relative path is another place
+    with pytest.raises(UserError, match=rf"are in {tmp_path}/kept \(step 8 is there\)"):
+        Checkpoints("kept").check_begins_anew(config)
+    Checkpoints(tmp_path / "kept").check_begins_anew(config)
