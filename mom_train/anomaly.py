@@ -151,7 +151,9 @@ class BadSteps:
             for sequence in batch.sequences.tolist():
                 number, given = sequence % self._plan.lanes, sequence // self._plan.lanes
                 cursor = batch.cursors.get(number)
-                lane = Lane(self._plan, number, cursor if cursor is not None and cursor.rows <= given else None)
+                lane = Lane(self._plan, number, cursor)
+                if lane.given > given:  # an earlier row of the batch than the one that the cursor is of
+                    lane = Lane(self._plan, number)
                 lane.skip_to(given)
                 for piece in next(lane):
                     dataset = self._plan.sources[piece.source].dataset

@@ -23,18 +23,22 @@ def unigram(config: RunConfig) -> Baseline:
     zero for noise of unit variance, and for a flow's velocity of twice that. Raises UserError where the data that the
     config names cannot be had.
     """
-    from mom_data.loader import Share, batches  # here: they import torch, and reports of a baseline need none
+    from mom_data.batch import first_sequences  # here: they import torch, and reports of a baseline need none
+    from mom_data.loader import Share, batches
     from mom_data.statistics import unigram_losses
     from mom_train.data import build_plans
+    from mom_train.validation import rows_of
 
     train, validation = build_plans(config)
     vocab, diffusion = config.layout, config.objective.diffusion
     share = Share(0, 1, _AT_ONCE, _AT_ONCE)
     found: Baseline = {}
     for name, plan in validation.items():
+        rows, _ = rows_of(plan, config.validation.sequences)
+        held_out = islice(batches(plan, vocab, share), -(-rows // _AT_ONCE))
         losses = unigram_losses(
             islice(batches(train, vocab, share), _ROWS // _AT_ONCE),
-            islice(batches(plan, vocab, share), max(1, config.validation.sequences // _AT_ONCE)),
+            (first_sequences(batch, rows) for batch in held_out),
             vocab,
         )
         if diffusion is not None and "image" in vocab.modalities:

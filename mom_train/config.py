@@ -297,8 +297,9 @@ class TrainingConfig(Section):
 class ValidationConfig(Section):
     every: PositiveInt | None = None
     """Steps between validations; one always follows the last step. Nothing by default but that one."""
-    sequences: PositiveInt = 64
-    """Sequences per set, the same ones each time."""
+    sequences: PositiveInt | None = 64
+    """Most sequences of each set, the same ones each time: the first of one pass over its documents. A set of fewer is
+    taken whole, each document once. null: every set whole."""
     ema: bool = False
     """Validate, and sample from, the averaged weights (training.ema_decay) in place of those being trained."""
 

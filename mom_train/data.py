@@ -10,7 +10,7 @@ import numpy as np
 
 from mom_data.dataset import TokenDataset, check_agreement
 from mom_data.forecast import remarks
-from mom_data.plan import Cursor, Plan, Source
+from mom_data.plan import PLAN_VERSION, Cursor, Plan, Source
 from mom_data.storage import default_cache
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
@@ -19,8 +19,12 @@ from mom_train.objective import with_latents_of
 
 log = logging.getLogger(__name__)
 
+VALIDATION_WINDOW = 2048
+"""Pieces of a validation set that are packed together. Not the run's `data.pack_window`: figures of runs that train in
+another order can be compared."""
 Phase = dict[str, Any]
-"""What a checkpoint keeps of a phase: `since`, its first sequence, and the settings of the order that may change."""
+"""What a checkpoint keeps of a phase: `since`, its first sequence, the version of the order, and the settings of the
+order that may change."""
 
 
 class Datasets:
@@ -54,14 +58,21 @@ class Datasets:
         return iter(self._opened.values())
 
 
+def planned_as_now(phases: Sequence[Phase]) -> bool:
+    """Whether this program plans the order that a checkpoint's phases are of; its cursors mean nothing otherwise."""
+    return all(phase.get("plan_version") == PLAN_VERSION for phase in phases)
+
+
 def training_plan(
     config: RunConfig, datasets: Datasets, saved: Sequence[Phase] = (), fingerprint: str = "", sequence: int = 0
 ) -> tuple[Plan, list[Phase]]:
     """(the plan, its phases) of a run whose checkpoint, where there is one, stands at `sequence` in the plan of that
     `fingerprint` with the `saved` phases.
 
-    Raises UserError where the config asks for another order than the checkpoint's and does not say `new_phase`, or for
-    diffusion of pictures that no source of a run that begins holds.
+    Raises UserError where the config asks for another order than the checkpoint's and does not say `new_phase`, where the
+    checkpoint's order is one that this program does not plan any more (then `new_phase` begins a new order at
+    `sequence`, with every document once per epoch from there on), or for diffusion of pictures that no source of a run
+    that begins holds.
     """
     data = config.data
 
@@ -87,7 +98,17 @@ def training_plan(
         return before
 
     settings = {"train", "pack_window", "shuffle_units", "packing", "cut_spans"}
-    now = data.model_dump(mode="json", include=settings)
+    now = data.model_dump(mode="json", include=settings) | {"plan_version": PLAN_VERSION}
+    if not planned_as_now(saved):
+        if not data.new_phase:
+            raise UserError(
+                f"the order of the data has changed since the run's checkpoint was made (it is version {PLAN_VERSION} "
+                "now), and the old order cannot be gone on with. To carry the run on in a new order, add "
+                f"data.new_phase=true: from sequence {sequence} on every document then comes once per epoch, those too "
+                "that the checkpoint's last epoch has had already. Or finish the run with the version of this program "
+                "that began it; or use another run_dir."
+            )
+        return plan({**now, "since": sequence}, None), [{**now, "since": sequence}]
     since = saved[-1]["since"] if saved else 0
     earlier = list(saved[:-1])
     same = plan({**now, "since": since}, chain(earlier))
@@ -123,11 +144,12 @@ def _check_latents(sources: Iterable[Source]) -> None:
 
 
 def validation_plans(config: RunConfig, datasets: Datasets) -> dict[str, Plan]:
-    """The order of each validation set: the same in every run, whatever the training order is."""
-    data = config.data
+    """One pass over each validation set, every document once: the same in every run, whatever the training order is."""
     return {
-        name: Plan(datasets.sources(entries), data.sequence_length, 1, data.pack_window, 0)
-        for name, entries in data.validation.items()
+        name: Plan(
+            datasets.sources(entries), config.data.sequence_length, lanes=1, window=VALIDATION_WINDOW, seed=0, once=True
+        )
+        for name, entries in config.data.validation.items()
     }
 
 

@@ -40,7 +40,7 @@ from mom_train.run_lock import RunLock
 from mom_train.sampling import Sampler
 from mom_train.sequence_parallel import Context
 from mom_train.status import State, Stop, write_status
-from mom_train.validation import validate
+from mom_train.validation import rows_of, validate
 from mom_train.watch import Watch
 from mom_train.writers import check_wandb
 
@@ -86,6 +86,7 @@ class Trainer:
             data.log_forecast(config, self.plan, self.validation_plans)
         # resolved before anything keeps the config: a checkpoint must say what its model was trained on
         config = self.config = agreed(lambda: data.check(config, datasets))
+        agreed(self._say_what_is_validated)
         self.state = TrainState(
             tokens=dict.fromkeys(self.modalities, 0),
             data_fingerprint=self.plan.fingerprint,
@@ -129,8 +130,19 @@ class Trainer:
             config.model, self.vocab.size, length, diffusion.patch_width if diffusion else 0
         )
         self.read = self.damaged = self.unreadable = self.left_out = 0
+        self._named: set[str] = set()  # damaged documents that this rank has warned of
         self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
         self.stepped = False
+
+    def _say_what_is_validated(self) -> None:
+        for name, plan in self.validation_plans.items():
+            rows, more = rows_of(plan, self.config.validation.sequences)
+            if more and self.ranks.main:
+                log.info(
+                    "val/%s: the first %d rows of one pass over the set, which has more (validation.sequences)",
+                    name,
+                    rows,
+                )
 
     def _check_same_model(self, saved: TrainState, path: Checkpoint) -> None:
         if saved.config is None:
@@ -164,7 +176,7 @@ class Trainer:
         self.checkpointer.load(checkpoint, self.model, self.optimizer, self.ema)
         state = self.state
         state.step, state.tokens, state.flops = saved.step, saved.tokens, saved.flops
-        state.sequence, state.lanes = saved.sequence, saved.lanes
+        state.sequence, state.lanes = saved.sequence, saved.lanes if data.planned_as_now(saved.phases) else {}
         state.validated = saved.validated
         self.checkpointer.restore_best(saved.best)
         if saved.judge:
@@ -278,9 +290,10 @@ class Trainer:
             local[:M] += self.passes.targets(batch)
             local[M : 2 * M] += batch.real_tokens
             local[-4] += len(batch.latent_position)
-            local[-3] += len(batch.damaged)
+            local[-3] += batch.documents_damaged
             local[-2] += batch.documents_read
-            for name in batch.damaged:
+            for name in (n for n in batch.damaged if n not in self._named):
+                self._named.add(name)
                 log.warning("masked %s: its bytes are not what its checksum says, or cannot be had", name)
             local[-8] += len(batch.unreadable)
             local[-7] += len(batch.left_out)

@@ -1,4 +1,5 @@
-"""Validation: the same sequences of a set, with the same noise, at every step, in every run, at any number of ranks."""
+"""Validation: one pass over a set, every document once, with the same rows and noise at every step, in every run, at
+any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mom_data.batch import first_sequences
 from mom_data.loader import batches
-from mom_data.plan import Plan
+from mom_data.plan import Lane, Plan
 from mom_train.config import QUARTERS
 from mom_train.objective import Counts
 from mom_train.passes import Passes
@@ -33,6 +34,8 @@ class Scores:
     """Cross-entropy of the targets that are text proper: not of specials, which stand for no byte."""
     text_bytes: int
     """UTF-8 bytes of those targets; 0 where the tokenizer is not known."""
+    rows: int
+    """Packed rows of the set that were scored."""
     squares_Q: Tensor
     """(4,) float64: squared error of patches by quarter of the timesteps."""
     patches_Q: Tensor
@@ -52,16 +55,23 @@ class Scores:
         return values
 
 
+def rows_of(plan: Plan, limit: int | None) -> tuple[int, bool]:
+    """(rows of one pass over a set, `limit` at most; whether there are more). Planning alone."""
+    rows = sum(1 for _ in islice(Lane(plan, 0), None if limit is None else limit + 1))
+    return (rows, False) if limit is None or rows <= limit else (limit, True)
+
+
 @torch.no_grad()
 def score(
     passes: Passes,
     plan: Plan,
-    sequences: int,
+    sequences: int | None,
     bytes_of_id: np.ndarray | None,
     interrupted: Callable[[], bool] = bool,
 ) -> Scores | None:
-    """The first `sequences` sequences of a set, with as many passes on every rank; None once `interrupted` is true,
-    which it must be on all ranks alike and is asked before each pass. `bytes_of_id` (V,): see `data.text_bytes`."""
+    """One pass over a set, or its first `sequences` rows, with as many forward passes on every rank: rows behind the
+    last one are padding without targets. None once `interrupted` is true, which it must be on all ranks alike and is
+    asked before each forward pass. `bytes_of_id` (V,): see `data.text_bytes`."""
     passes.model.eval()
     ranks, config, M = passes.ranks, passes.config, len(passes.modalities)
     context, micro_batch = passes.context, config.training.micro_batch
@@ -71,11 +81,12 @@ def score(
     share = context.share(at_once, micro_batch)
     sums = torch.zeros(M + 2 + QUARTERS, dtype=torch.float64, device=ranks.device)
     counts = torch.zeros(M + 2 + QUARTERS, dtype=torch.int64)
+    rows, _ = rows_of(plan, sequences)
     stream = batches(plan, passes.vocab, share, corrupt_share=config.data.corrupt_share)
-    for batch in islice(stream, -(-sequences // at_once)):
+    for batch in islice(stream, -(-rows // at_once)):
         if interrupted():
             return None
-        batch = first_sequences(batch, sequences)
+        batch = first_sequences(batch, rows)
         scored = passes.score(batch, _NOISE)
         nats_T = torch.where(is_text_V[scored.labels_T.clamp_min(0)], scored.losses.tokens_T, 0.0)
         sums[: M + 1] += scored.sums
@@ -94,9 +105,10 @@ def score(
     dist.all_reduce(sums)
     return Scores(
         sums[: M + 1],
-        Counts(counts[:M], int(counts[M]), sequences * config.data.sequence_length),
+        Counts(counts[:M], int(counts[M]), rows * config.data.sequence_length),
         float(sums[M + 1]),
         int(counts[M + 1]),
+        rows,
         sums[M + 2 :].cpu(),
         counts[M + 2 :],
     )

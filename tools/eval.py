@@ -4,10 +4,11 @@
     python tools/eval.py runs/demo/run --step best --shards tokens/val tokens/other --weights ema --json figures.json
     torchrun --nproc-per-node 8 tools/eval.py RUN/checkpoints/step-1000 --shards s3://bucket/val
 
-A set is named by its folder. Figures: loss by modality of the target (nats per token; of continuous pictures the
-squared error per channel), bits per byte of text where the tokenizers can be had, and the squared error by quarter of
-the timesteps; and the losses of counting (unigram/...), which a model must beat. The same sequences and noise for every
-checkpoint and any number of processes.
+A set is named by its folder, and taken whole, every document once, unless --sequences says less (training validates on
+the first `validation.sequences` rows of the same pass). Figures: loss by modality of the target (nats per token; of
+continuous pictures the squared error per channel), bits per byte of text where the tokenizers can be had, the squared
+error by quarter of the timesteps, and the losses of counting (unigram/...), which a model must beat. The same rows and
+noise for every checkpoint and any number of processes.
 """
 
 from __future__ import annotations
@@ -81,9 +82,7 @@ def main() -> None:
     parser.add_argument("--shards", nargs="+", required=True, metavar="PATH", help="folders or URLs of token shards")
     parser.add_argument("--step", help="checkpoint: a number, or 'best' (default: the newest)")
     parser.add_argument("--weights", choices=["model", "ema"], default="model", help="ema: their average")
-    parser.add_argument(
-        "--sequences", type=int, help="of each set; those of a small set come again (default: the run's)"
-    )
+    parser.add_argument("--sequences", type=int, help="only the first so many rows of each set (default: all of them)")
     parser.add_argument("--batch", type=int, help="sequences per process and forward pass (default: the run's)")
     parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml, for bits per byte (default: the run's)")
     parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="to OUT, or standard output")
@@ -110,7 +109,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     from mom_train.parallel import agreed
     from mom_train.passes import Passes
     from mom_train.sequence_parallel import Context
-    from mom_train.validation import score
+    from mom_train.validation import rows_of, score
 
     step = arguments.step if arguments.step in (None, "best") else int(arguments.step)
     checkpoint = agreed(lambda: find(arguments.run, step))
@@ -123,19 +122,22 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     model = load(config, checkpoint, arguments.weights, ranks)
     context = Context.of(ranks, 1)
     passes = Passes(config, config.layout, ranks, model, context)
-    sequences, sets = config.validation.sequences, {}
-    rows = config.training.micro_batch * ranks.world_size
+    at_once = config.training.micro_batch * ranks.world_size
+    sets: dict[str, dict[str, Any]] = {}
     for name, plan in plans.items():
-        with tqdm(total=-(-sequences // rows), desc=name, unit="pass", disable=None if ranks.main else True) as bar:
+        rows, more = rows_of(plan, config.validation.sequences)
+        with tqdm(total=-(-rows // at_once), desc=name, unit="pass", disable=None if ranks.main else True) as bar:
 
             def interrupted(bar: tqdm[Any] = bar) -> bool:
                 bar.update()
                 return False
 
-            scores = score(passes, plan, sequences, bytes_of_id, interrupted)
+            scores = score(passes, plan, rows, bytes_of_id, interrupted)
         assert scores is not None, "nothing interrupts it"
         targets = dict(zip(config.layout.modalities, scores.counts.targets_M.tolist(), strict=True))
         sets[name] = {
+            "sequences": rows,
+            "whole": not more,
             **scores.figures("", passes),
             **{f"targets/{m}": n for m, n in targets.items()},
             **({"targets/patches": scores.counts.patches} if config.objective.diffusion is not None else {}),
@@ -147,7 +149,6 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "step": checkpoint.step,
         "weights": arguments.weights,
-        "sequences": sequences,
         "sets": sets,
     }
 
@@ -172,7 +173,7 @@ def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConf
         raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
     values = checkpoint.config().model_dump(mode="json")
     values["data"]["validation"] = {name: [{"path": place}] for name, place in named(arguments.shards).items()}
-    values["validation"]["sequences"] = arguments.sequences or values["validation"]["sequences"]
+    values["validation"]["sequences"] = arguments.sequences
     values["training"]["micro_batch"] = arguments.batch or values["training"]["micro_batch"]
     values["checkpoint"]["best"] = None
     values.setdefault("parallel", {})["context_ranks"] = 1
@@ -190,7 +191,7 @@ def write(figures: dict[str, Any], out: str | None) -> None:
         return
     if out is not None:
         write_text(out, json.dumps(figures, indent=1) + "\n")
-    print(f"{figures['checkpoint']}, {figures['weights']} weights, {figures['sequences']} sequences of each set\n")
+    print(f"{figures['checkpoint']}, {figures['weights']} weights\n")
     names = list(dict.fromkeys(name for values in figures["sets"].values() for name in values))
     width = max(12, *(len(name) + 2 for name in figures["sets"]))
     print(f"{'':24}" + "".join(f"{name:>{width}}" for name in figures["sets"]))

@@ -35,6 +35,8 @@ class PackedBatch:
     offsets          (M+1,) int64    segment bounds of the sorted rows; stays on the CPU
     real_tokens      (M,) int64      input tokens by modality without padding; stays on the CPU
     end_sequence     number of the next sequence of the whole run, over all ranks
+    documents_read   documents that begin in these rows; one is counted here, wherever its other pieces are
+    documents_damaged  those of them that are masked
     damaged          documents masked because of their checksum or their ids, as "shard#document"
     unreadable       raw documents that could not be read, masked, as "shard#document: reason"
     left_out         raw documents that are empty, too large or of dropped modalities, masked, in the same form
@@ -55,6 +57,7 @@ class PackedBatch:
     offsets: Tensor
     real_tokens: Tensor
     documents_read: int = 0
+    documents_damaged: int = 0
     end_sequence: int = 0
     damaged: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
@@ -209,13 +212,15 @@ def build_batch(
     latents: list[np.ndarray] = []
     latents_at: list[int] = []
     leads: list[bool] = []
-    damaged: list[str] = []
+    damaged: dict[str, None] = {}
     unreadable: list[str] = []
     left_out: list[str] = []
+    documents_read = documents_damaged = 0
     at = 0
     for b, pieces in enumerate(rows):
         for number, piece in enumerate(pieces):
             start, end = piece.start, piece.end
+            documents_read += start == 0
             dataset, kind_of = sources[piece.source].dataset, kinds[piece.source]
             segments = dataset.index(piece.shard).segments(piece.document)
             runs, brackets, stored, positions = _runs(segments, kind_of, start, end)
@@ -229,7 +234,8 @@ def build_batch(
             if values is None:
                 name = f"{dataset.where(piece.shard)}#{piece.document}"
                 if (why := dataset.left_out(piece.shard, piece.document)) is None:
-                    damaged.append(name)
+                    damaged[name] = None
+                    documents_damaged += start == 0
                 else:
                     (unreadable if why[1] else left_out).append(f"{name}: {why[0]}")
                 tokens[base + start : at] = pad
@@ -303,7 +309,8 @@ def build_batch(
         rows=tensor(in_rows),
         offsets=tensor(np.cumsum([0, *map(len, segments_of)])),
         real_tokens=tensor(np.array(real, np.int64)),
-        documents_read=sum(map(len, rows)),
+        documents_read=documents_read,
+        documents_damaged=documents_damaged,
         damaged=tuple(damaged),
         unreadable=tuple(unreadable),
         left_out=tuple(left_out),

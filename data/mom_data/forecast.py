@@ -211,9 +211,9 @@ def epochs_by_modality(plan: Plan, found: Mapping[str, Any], sequences: int) -> 
     return {m: share * n / held[m] for m, n in found["tokens"].items() if held[m]}
 
 
-def remarks(plan: Plan, sequences: int, validation: Mapping[str, Plan], limit: int) -> tuple[str, list[str]]:
+def remarks(plan: Plan, sequences: int, validation: Mapping[str, Plan], limit: int | None) -> tuple[str, list[str]]:
     """What a run of `sequences` rows does with its data, in a line, and warnings: padding, modalities seen many
-    times, validation sets (of which `limit` rows count) with few tokens of a modality.
+    times, validation sets (of which `limit` rows count, or all) with few tokens of a modality.
 
     Reads the indices of a few lanes. Raw sources, which are tokenized while the run trains, have no counts to go by:
     then both are empty.
@@ -245,7 +245,7 @@ def remarks(plan: Plan, sequences: int, validation: Mapping[str, Plan], limit: i
         tokens: Counter[str] = Counter()
         for shard in shards:
             tokens.update(shard["tokens"])
-        counted = min(1.0, limit * held_out.length / max(1, tokens.total()))
+        counted = 1.0 if limit is None else min(1.0, limit * held_out.length / max(1, tokens.total()))
         few = {m: round(n * counted) for m, n in tokens.items() if 0 < n * counted < FEW_TARGETS}
         if few:
             said.append(

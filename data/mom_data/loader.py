@@ -40,7 +40,8 @@ class Share:
 
 
 class PlannedBatches(IterableDataset):
-    """The rank's micro-batches from sequence `start` on, without end: worker k of n makes every n-th of them.
+    """The rank's micro-batches from sequence `start` on, without end: worker k of n makes every n-th of them. Rows
+    behind the end of a plan that has one (`Plan.once`) are padding alone.
 
     Sequences that others take are planned and not read, so the order never depends on who reads. `cursors` (lane ->
     where a chunk of it began, at or before `start`) spare planning everything from the first sequence on.
@@ -83,10 +84,10 @@ class PlannedBatches(IterableDataset):
                 if lane is None:
                     lane = lanes[number] = Lane(plan, number, self.cursors.get(number))
                 lane.skip_to(given)
-                lane.entered.clear()
-                rows.append(next(lane))
+                rows.append(next(lane, []))
                 for source, shard in lane.entered:
                     plan.sources[source].dataset.prefetch(shard)
+                lane.entered.clear()
                 cursors[number] = lane.cursor
             batch = build_batch(rows, plan.sources, self.vocab, plan.length, sequences, self.corrupt_share)
             batch = replace(batch, end_sequence=end, cursors=cursors)

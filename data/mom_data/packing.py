@@ -80,11 +80,13 @@ def cut(
     return [p for i, p in enumerate(pieces) if p[1] > p[0] or (i == 0 and room is not None)]
 
 
-def best_fit(pieces: Sequence[Piece], row: int) -> list[list[Piece]]:
+def best_fit(pieces: Sequence[Piece], row: int, begun: Sequence[Piece] = ()) -> list[list[Piece]]:
     """Best-fit-decreasing: each piece, longest first, into the fullest row that still takes it. Then rows of divisible
-    pieces alone, the emptiest first, are dissolved into the gaps of the others."""
-    rows: list[list[Piece]] = []
-    free: list[tuple[int, int]] = []  # (positions left, row), sorted
+    pieces alone, the emptiest first, are dissolved into the gaps of the others. The first row goes on from what is in
+    `begun`, where that is given."""
+    rows: list[list[Piece]] = [list(begun)] if begun else []
+    used = sum(p.end - p.start for p in begun)
+    free = [(row - used, 0)] if 0 < used < row else []  # (positions left, row), sorted
     for piece in sorted(pieces, key=lambda p: p.start - p.end):
         size = piece.end - piece.start
         at = bisect.bisect_left(free, (size, -1))
@@ -94,18 +96,19 @@ def best_fit(pieces: Sequence[Piece], row: int) -> list[list[Piece]]:
         rows[target].append(piece)
         if left > size:
             bisect.insort(free, (left - size, target))
-    return _fill_gaps(rows, free, row)
+    return _fill_gaps(rows, free, row, 1 if begun else 0)
 
 
-def _fill_gaps(rows: list[list[Piece]], free: Iterable[tuple[int, int]], row: int) -> list[list[Piece]]:
+def _fill_gaps(rows: list[list[Piece]], free: Iterable[tuple[int, int]], row: int, fixed: int) -> list[list[Piece]]:
     """Split-to-fill: every row dissolved is a row of padding saved. Gaps below a 32nd of a row are left alone, so that
-    documents are not cut into crumbs."""
+    documents are not cut into crumbs. The first `fixed` rows are never dissolved."""
     shortest = max(1, row // 32)
     left = dict.fromkeys(range(len(rows)), 0) | {target: n for n, target in free}
     wasted = sum(left.values())
     gaps = [(-n, target) for target, n in left.items() if n >= shortest]
     heapq.heapify(gaps)
-    candidates = sorted((r for r in left if all(p.divisible for p in rows[r])), key=lambda r: (-left[r], r))
+    candidates = [r for r in left if r >= fixed and all(p.divisible for p in rows[r])]
+    candidates.sort(key=lambda r: (-left[r], r))
     dissolved: set[int] = set()
     for r in candidates:
         if wasted <= _ENOUGH * row * (len(rows) - len(dissolved)):
@@ -152,12 +155,16 @@ Segments = tuple[list[int], list[int], list[bool]]
 
 
 def concatenate(
-    documents: Sequence[Piece], row: int, segments_of: Callable[[Piece], Segments], cut_spans: bool = False
+    documents: Sequence[Piece],
+    row: int,
+    segments_of: Callable[[Piece], Segments],
+    cut_spans: bool = False,
+    begun: Sequence[Piece] = (),
 ) -> list[list[Piece]]:
     """Documents one after another, cut where a row ends; what must stay whole goes to the next row instead, and the
-    last row stays as full as it is."""
-    rows: list[list[Piece]] = [[]]
-    room = row
+    last row stays as full as it is. The first row goes on from what is in `begun`."""
+    rows: list[list[Piece]] = [list(begun)]
+    room = row - sum(p.end - p.start for p in begun)
     for document in documents:
         if document.end <= room:
             pieces: list[Cut] = [(0, document.end, document.divisible)]

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from itertools import pairwise
 
 import numpy as np
 
-from mom_data.shards import ShardWriter, TokenSegment, write_manifest
+from mom_data.dataset import ShardIndex
+from mom_data.shards import LATENT_BIT, ShardWriter, TokenSegment, write_manifest
 from mom_tokenizers.vocab import VocabLayout
 
 MODALITIES = ("text", "image", "speech")
@@ -46,3 +48,39 @@ def rewrite_manifest(folder, manifest):
     content = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(content)
     (folder / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
+
+
+class Indices:
+    """What a plan reads of a dataset, in memory: no file, no payload.
+
+    `documents` are the segments of each document, (length, modality, latent) each, and `shards` the number of documents
+    in each shard.
+    """
+
+    def __init__(self, name, documents, shards):
+        self.location = self.fingerprint = name
+        self.shards = [{"name": f"{k}.tar", "documents": n} for k, n in enumerate(shards)]
+        first = np.cumsum([0, *shards])
+        assert first[-1] == len(documents)
+        self._indices = [self._index(documents[a:b]) for a, b in pairwise(first)]
+        self.lengths = {
+            (k, d): 2 + sum(n + 2 * (m > 0) for n, m, _ in documents[a + d])
+            for k, (a, size) in enumerate(zip(first, shards, strict=False))
+            for d in range(size)
+        }
+
+    def index(self, shard):
+        return self._indices[shard]
+
+    @staticmethod
+    def _index(documents):
+        flat = [segment for document in documents for segment in document]
+        nothing = np.zeros(len(documents), np.uint64)
+        return ShardIndex(
+            nothing,
+            nothing.astype(np.uint32),
+            np.cumsum([0, *map(len, documents)]).astype(np.uint32),
+            np.array([n for n, _, _ in flat], np.uint32),
+            np.array([m | LATENT_BIT * latent for _, m, latent in flat], np.uint8),
+            None,
+        )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mom_data.batch import PackedBatch, assemble_document, build_batch
 from mom_data.dataset import TokenDataset
 from mom_data.packing import Piece, cut
-from mom_data.plan import Source
+from mom_data.plan import Lane, Plan, Source
 from mom_data.shards import ShardWriter, TokenSegment, write_manifest
 from mom_data.wire import from_wire, to_wire
 from mom_tokenizers.vocab import VocabLayout
@@ -217,7 +217,10 @@ def test_a_batch_is_what_its_documents_say_position_by_position(corpora, seed, l
     assert batch.latents.numpy().tobytes() == np.array(latents, np.float16).tobytes()
     assert len(batch.latents) == len(latents)
     masked = [p for row in rows for p in row if truth[p.source][p.shard, p.document] is None]
-    assert batch.damaged == tuple(f"{datasets[p.source].where(p.shard)}#{p.document}" for p in masked)
+    names = [f"{datasets[p.source].where(p.shard)}#{p.document}" for p in masked]
+    assert batch.damaged == tuple(dict.fromkeys(names))
+    assert batch.documents_damaged == sum(p.start == 0 for p in masked)
+    assert batch.documents_read == sum(p.start == 0 for row in rows for p in row)
 
 
 def test_a_document_damaged_only_outside_the_piece_is_masked_all_the_same(tmp_path):
@@ -228,8 +231,24 @@ def test_a_document_damaged_only_outside_the_piece_is_masked_all_the_same(tmp_pa
     damage(tmp_path / "d", dataset.index(0), 0)
     batch = build_batch([[Piece(0, 0, 0, 50, 60)]], [Source(dataset, 1.0)], VOCAB, 16, [0])
     assert len(batch.damaged) == 1
+    assert (batch.documents_read, batch.documents_damaged) == (0, 0), "it is counted where it begins"
     assert (batch.tokens == S["pad"]).all()
     assert (batch.labels == -100).all()
+
+
+def test_a_damaged_document_in_a_hundred_pieces_is_one_damaged_document(tmp_path):
+    write_dataset(
+        tmp_path / "d", documents=1, shards=1, make=lambda rng, _: [TokenSegment(0, np.arange(798, dtype="u2") % 90)]
+    )
+    dataset = TokenDataset(tmp_path / "d")
+    damage(tmp_path / "d", dataset.index(0), 0)
+    plan = Plan((Source(dataset, 1.0),), 8, 4, 16, 0)
+    lanes = [Lane(plan, number) for number in range(4)]
+    rows = [next(lanes[i % 4]) for i in range(100)]
+    whole = build_batch(rows, plan.sources, VOCAB, 8, range(100))
+    assert (len(whole.damaged), whole.documents_read, whole.documents_damaged) == (1, 1, 1)
+    halves = [build_batch(rows[a : a + 50], plan.sources, VOCAB, 8, range(a, a + 50)) for a in (0, 50)]
+    assert sum(b.documents_damaged for b in halves) == 1
 
 
 class Sender(torch.utils.data.IterableDataset):

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
-from itertools import islice
+from itertools import chain, count, islice
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from corpus import VOCAB, write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mom_data import plan as plan_module
 from mom_data.dataset import TokenDataset
 from mom_data.loader import PlannedBatches, Share, batches
 from mom_data.plan import Cursor, Lane, Plan, Source, permutation
@@ -44,6 +45,16 @@ def plan(tmp_path_factory):
     write_dataset(folder / "b", documents=90, shards=2, seed=2)
     sources = (Source(TokenDataset(folder / "a"), 3.0), Source(TokenDataset(folder / "b"), 1.0))
     return Plan(sources, length=128, lanes=4, window=64, seed=5)
+
+
+@pytest.fixture(scope="module")
+def streams_plan(plan):
+    """The same sources with a stream per lane, as where they have many documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "ONE_STREAM_DOCUMENTS", 0)
+        many = Plan(plan.sources, length=128, lanes=4, window=64, seed=5)
+    assert (plan.streams, many.streams) == (1, 4)
+    return many
 
 
 def rows_of(plan, world, batch, micro_batch, workers, start, steps):
@@ -82,7 +93,15 @@ def test_the_order_does_not_depend_on_ranks_workers_batch_or_where_one_resumes(p
         assert got == {i: reference[i] for i in range(start, start + batch)}
 
 
-def test_every_position_of_every_document_comes_once_per_epoch(plan):
+def test_the_order_of_streams_does_not_depend_on_ranks_workers_batch_or_where_one_resumes(streams_plan):
+    reference = rows_of(streams_plan, 1, 8, 8, 0, 0, 6)
+    for world, workers, batch, start in ((4, 0, 8, 0), (2, 1, 16, 24), (8, 0, 8, 40)):
+        got = rows_of(streams_plan, world, batch, 1, workers, start, 1)
+        assert got == {i: reference[i] for i in range(start, start + batch)}
+
+
+def test_every_position_of_every_document_comes_once_per_epoch_of_a_stream(plan, monkeypatch):
+    monkeypatch.setattr(plan_module, "ONE_STREAM_DOCUMENTS", 0)
     alone = Plan(plan.sources[:1], length=128, lanes=4, window=64, seed=0)
     for number in range(4):
         lane = Lane(alone, number)
@@ -100,8 +119,8 @@ def test_every_position_of_every_document_comes_once_per_epoch(plan):
 
 def test_sources_get_their_share_of_the_tokens(plan):
     used = [0, 0]
-    for row in islice(Lane(plan, 0), 400):
-        for piece in row:
+    for number in range(4):
+        for piece in (p for row in islice(Lane(plan, number), 100) for p in row):
             used[piece.source] += piece.end - piece.start
     assert used[0] / sum(used) == pytest.approx(0.75, abs=0.01)
 
@@ -119,10 +138,9 @@ def test_the_fingerprint_knows_what_decides_the_order(plan):
         Plan(plan.sources, 128, 4, 64, 5, packing="concatenate"),
         Plan(plan.sources, 128, 4, 64, 5, cut_spans=True),
         Plan(plan.sources, 128, 4, 64, 5, before=plan, since=8),
+        Plan(plan.sources, 128, 4, 64, 5, since=8),
     ]
-    assert len({p.fingerprint for p in (plan, *others)}) == 10
-    with pytest.raises(ValueError, match="cannot be dealt to 400 lanes"):
-        Plan(plan.sources, 128, 400, 64, 5)
+    assert len({p.fingerprint for p in (plan, *others)}) == 11
 
 
 def test_a_source_named_twice_is_refused(plan):
@@ -130,52 +148,91 @@ def test_a_source_named_twice_is_refused(plan):
         Plan((plan.sources[0], plan.sources[0]), 128, 4, 64, 5)
 
 
+@pytest.mark.parametrize("many_streams", [False, True])
 @pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
-def test_a_lane_goes_on_from_its_cursor_at_any_point(plan, packing):
-    plan = Plan(plan.sources, 128, 4, 16, 5, pool=2, packing=packing)
+def test_a_lane_goes_on_from_its_cursor_at_any_point(plan, packing, many_streams, monkeypatch):
+    if many_streams:
+        monkeypatch.setattr(plan_module, "ONE_STREAM_DOCUMENTS", 0)
+
+    def planned():  # a new plan each time, for one keeps chunks
+        return Plan(plan.sources, 128, 4, 16, 5, pool=2, packing=packing)
+
     for number in range(4):
-        lane, rows, cursors = Lane(plan, number), [], []
-        for _ in range(300):  # several epochs of both sources
+        lane, rows, cursors = Lane(planned(), number), [], []
+        for _ in range(160):  # several epochs of both sources
             rows.append(next(lane))
             cursors.append(Cursor(*json.loads(json.dumps(lane.cursor))))
-        assert cursors[-1].sources[0][0] > 1
-        for start in (1, 7, 50, 51, 52, 200, 299):
-            again = Lane(plan, number, cursors[start - 1])
+        assert cursors[-1].sources[0][0] >= 1
+        for start in (1, 7, 50, 51, 159):
+            again = Lane(planned(), number, cursors[start - 1])
             again.skip_to(start)
-            assert list(islice(again, 300 - start)) == rows[start:]
+            assert list(islice(again, 160 - start)) == rows[start:]
 
 
-def test_a_changed_mix_takes_over_at_each_lanes_next_chunk_and_nothing_is_repeated_or_left_out(plan, tmp_path):
+@pytest.mark.parametrize("many_streams", [False, True])
+def test_a_changed_mix_takes_over_at_the_next_chunk_and_nothing_is_repeated_or_left_out(
+    plan, tmp_path, many_streams, monkeypatch
+):
+    if many_streams:
+        monkeypatch.setattr(plan_module, "ONE_STREAM_DOCUMENTS", 0)
     write_dataset(tmp_path / "c", documents=240, shards=2, seed=3)
     first = Plan(plan.sources, 128, 4, 16, 5)
     new = (Source(plan.sources[1].dataset, 1.0), Source(TokenDataset(tmp_path / "c"), 3.0))
     since = 64
     second = Plan(new, 128, 4, 24, 5, before=first, since=since)
     assert [s.weight for s in second.sources] == [0.0, 1.0, 3.0]
-    seen = Counter()
-    for number in range(4):
-        old, lane = Lane(first, number), Lane(second, number)
-        rows = list(islice(lane, 120))
-        assert rows[: since // 4] == list(islice(old, since // 4))
-        chunk_end = old._next.rows
-        assert rows[:chunk_end] == list(islice(Lane(first, number), chunk_end)), "the chunk at hand is ended"
-        assert all(p.source != 0 for row in rows[chunk_end:] for p in row)
-        used = [sum(p.end - p.start for row in rows[chunk_end:] for p in row if p.source == s) for s in range(3)]
+    assert second.streams == first.streams
+
+    def rows_of_stream(plan, stream, n):
+        """(where its chunk begins, row) of the stream's first rows."""
+        if plan.streams == 4:
+            lanes, found = [Lane(plan, stream)], []
+        else:
+            lanes, found = [Lane(plan, number) for number in range(4)], []
+        for i in range(n):
+            row = next(lanes[i % len(lanes)])
+            found.append((lanes[i % len(lanes)].cursor.rows, row))
+        return found
+
+    for stream in range(second.streams):
+        n = 480 // second.streams
+        rows, old = rows_of_stream(second, stream, n), rows_of_stream(first, stream, n)
+        at_hand = old[since // second.streams - 1][0]
+        chunk_end = next(i for i, (begun, _) in enumerate(old) if begun > at_hand)
+        assert chunk_end >= since // second.streams
+        assert rows[:chunk_end] == old[:chunk_end], "the chunk at hand is ended"
+        after = [p for _, row in rows[chunk_end:] for p in row]
+        assert all(p.source != 0 for p in after)
+        used = [sum(p.end - p.start for p in after if p.source == s) for s in range(3)]
         assert used[2] / sum(used) == pytest.approx(0.75, abs=0.04)
         # a source that both phases have is gone through once before it comes again
-        chosen = [p for row in rows for p in row if p.source == 1 and p.start == 0]
-        epoch = sum(b - a for pool in second.pools(number, 1, 0) for _, a, b in pool)
-        for p in chosen[:epoch]:
-            seen[p.shard, p.document] += 1
-        # and the cursor knows its phase
-        half = Lane(second, number)
-        half.skip_to(chunk_end + 5)
-        again = Lane(second, number, half.cursor)
-        again.skip_to(chunk_end + 5)
-        assert list(islice(again, 20)) == rows[chunk_end + 5 : chunk_end + 25]
-    assert set(seen.values()) <= {1, 2}  # 2 only where a chunk reached into the next epoch
+        chosen = [(p.shard, p.document) for _, row in rows for p in row if p.source == 1 and p.start == 0]
+        epoch = sum(b - a for pool in second.pools(stream, 1, 0) for _, a, b in pool)
+        assert len(chosen) > epoch
+        assert len(set(chosen[:epoch])) == epoch
+    # and the cursor knows its phase
+    half, rows = Lane(second, 3), list(islice(Lane(second, 3), 120))
+    half.skip_to(60)
+    assert next(half) == rows[60]
+    again = Lane(Plan(new, 128, 4, 24, 5, before=first, since=since), 3, half.cursor)
+    again.skip_to(61)
+    assert list(islice(again, 20)) == rows[61:81]
     with pytest.raises(AssertionError):
         Plan(new, 64, 4, 24, 5, before=first, since=since)
+
+
+@pytest.mark.parametrize("many_streams", [False, True])
+def test_a_plan_may_begin_at_any_sequence_with_each_document_once_from_there(plan, many_streams, monkeypatch):
+    if many_streams:
+        monkeypatch.setattr(plan_module, "ONE_STREAM_DOCUMENTS", 0)
+    begun = Plan(plan.sources[1:], 128, 4, 64, 5, since=30)
+    lanes = [Lane(begun, number) for number in range(4)]
+    seen = Counter()
+    for i in range(30, 60):
+        lanes[i % 4].skip_to(i // 4)
+        seen.update((p.shard, p.document) for p in next(lanes[i % 4]) if p.start == 0)
+    assert seen
+    assert set(seen.values()) == {1}
 
 
 def _consume(pipe, folder, world, workers, start, cursors, steps, batch):
@@ -214,28 +271,30 @@ def test_every_document_comes_once_per_epoch_however_often_a_run_is_killed_and_r
     plan = Plan((Source(TokenDataset(tmp_path / "d"), 1.0),), 128, 4, 16, 9, pool=2)
     # the rest of the epoch, planned from the cursors, and what was consumed, planned from the start
     covered = Counter()
+    lanes, consumed_rows = [], [[]] * sequence
     for number in range(4):
         before = sequence // 4
         lane = Lane(plan, number, cursors[number])
         lane.skip_to(before)
-        reference = Lane(plan, number)
-        rows = list(islice(reference, before))
-        while lane.cursor.sources[0][0] == 0 if lane.cursor.sources else True:
-            rows.append(next(lane))
-        rows.pop()
-        for piece in (p for row in rows for p in row):
-            for position in range(piece.start, piece.end):
-                covered[piece.shard, piece.document, position] += 1
+        lanes.append(lane)
+        consumed_rows[number::4] = islice(Lane(plan, number), before)
     wanted = {
         (k, d, i)
         for (k, d), segments in truth.items()
         for i in range(2 + sum(len(s.values) + 2 * (s.modality > 0) for s in segments))
     }
+    rest = (next(lanes[i % 4]) for i in count())
+    left = len(wanted)
+    for piece in (p for row in chain(consumed_rows, rest) for p in row):
+        covered.update((piece.shard, piece.document, i) for i in range(piece.start, piece.end))
+        if not (left := left - (piece.end - piece.start)):
+            break
     assert set(covered) == wanted
     assert set(covered.values()) == {1}
 
 
-def test_cursors_of_128_lanes_and_two_sources_stay_under_16_kib(plan, tmp_path):
+def test_cursors_of_128_lanes_and_two_sources_stay_under_16_kib(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "ONE_STREAM_DOCUMENTS", 0)
     for seed, name in enumerate(("a", "b")):
         write_dataset(tmp_path / name, documents=1200, shards=3, seed=seed)
     sources = tuple(Source(TokenDataset(tmp_path / name), 1.0) for name in ("a", "b"))
@@ -244,6 +303,7 @@ def test_cursors_of_128_lanes_and_two_sources_stay_under_16_kib(plan, tmp_path):
     assert len(json.dumps(state)) <= 16384
     lane = Lane(far, 77)
     lane.skip_to(200)
+    next(lane)
     assert len(json.dumps(lane.cursor)) <= 128
 
 

@@ -38,10 +38,10 @@ def counted(plan, sequences):
     tokens, pieces, begun, split = np.zeros(3, int), 0, 0, 0
     for batch in islice(batches(plan, VOCAB, Share(0, 1, 1, 1)), sequences):
         tokens += batch.real_tokens.numpy()
-        pieces += batch.documents_read
         ids, document = batch.tokens[0], batch.document[0]
         for number in document.unique():
             of_piece = ids[document == number]
+            pieces += not bool((of_piece == VOCAB.specials["pad"]).all())
             if of_piece[0] == VOCAB.specials["bos"]:
                 begun += 1
                 split += int(of_piece[-1] != VOCAB.specials["eos"])
