@@ -12,6 +12,8 @@ from ranks import mom_train, run_ranks
 from run_config import tiny_config
 from tokenized import tokenized_config
 
+from mom_data.dataset import TokenDataset
+
 
 def figures_and_oracle(folder):
     """(what two ranks validate; the same by hand on whole logits, rank 0)."""
@@ -77,6 +79,40 @@ def test_bits_per_byte_and_errors_by_timestep_are_what_whole_logits_give(tmp_pat
     quarters = {name.removeprefix("val/held/mse/"): v for name, v in values.items() if "/mse/" in name}
     assert quarters == pytest.approx({q: v for q, v in oracle.items() if q != "bits"}, rel=1e-4)
     assert len(quarters) == 4
+
+
+def whole_set(folder, window):
+    """(rows, pieces of documents, targets by modality, sums) of one pass over the validation set."""
+    from mom_data.plan import Lane
+    from mom_train.parallel import process_group
+    from mom_train.trainer import Trainer
+    from mom_train.validation import score
+
+    config = tiny_config(folder, validation={"sequences": None}, data__pack_window=window)
+    with process_group() as ranks:
+        trainer = Trainer(config, ranks)
+        [plan] = trainer.validation_plans.values()
+        scores = score(trainer.passes, plan, None, None)
+    pieces = sum(len(row) for row in Lane(plan, 0))
+    return scores.rows, pieces, scores.counts.targets_M.tolist(), scores.sums.tolist()
+
+
+def test_a_validation_set_is_scored_once_and_whole_whatever_the_training_order_and_the_ranks(tmp_path):
+    tiny_config(tmp_path)
+    [(rows, pieces, targets, sums)] = run_ranks(1, whole_set, tmp_path, 64)
+    (again, _) = run_ranks(2, whole_set, tmp_path, 500)
+    assert rows % 2, "with two ranks one of them gets a row of padding"
+    assert again[:3] == (rows, pieces, targets)
+    assert again[3] == pytest.approx(sums, rel=1e-5)
+    dataset = TokenDataset(tmp_path / "val")
+    positions = documents = 0
+    for k, shard in enumerate(dataset.shards):
+        for d in range(shard["documents"]):
+            lengths, modalities, _ = dataset.index(k).segments(d)
+            positions += 2 + sum(n + 2 * (m > 0) for n, m in zip(lengths, modalities, strict=True))
+            documents += 1
+    assert documents == 30
+    assert sum(targets) == positions - pieces, "each token is a target once, but for the first of a piece"
 
 
 def train_until_interrupted(folder, where):
