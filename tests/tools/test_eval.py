@@ -15,6 +15,7 @@ import pytest
 from ranks import mom_train
 from tokenized import tokenized_config
 
+from mom_train.config_file import load_config
 from mom_train.metrics import read_metrics
 
 CHECKOUT = Path(__file__).parents[2]
@@ -61,9 +62,10 @@ def test_the_figures_are_those_that_validation_logged(run_dir, tmp_path):
     lines = {line["step"]: line for line in read_metrics(run_dir)}
 
     def figures(*more, line=(sys.executable,)):
-        call(*line, "tools/eval.py", *more, "--shards", shards, "--json", tmp_path / "out.json")
+        rows = ["--sequences", str(load_config(run_dir / "config.yaml").validation.sequences)]
+        call(*line, "tools/eval.py", *more, "--shards", shards, *rows, "--json", tmp_path / "out.json")
         found = json.loads((tmp_path / "out.json").read_text())
-        beside = ("targets/", "unigram/")  # what training does not log
+        beside = ("targets/", "unigram/", "sequences", "whole")  # what training does not log
         return found, {name: value for name, value in found["sets"]["val"].items() if not name.startswith(beside)}
 
     newest, values = figures(run_dir)

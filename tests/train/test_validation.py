@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_ranks import bests
+from corpus import VOCAB
 from ranks import mom_train, run_ranks
-from run_config import tiny_config
+from run_config import tiny_config, write_config
 from tokenized import tokenized_config
 
 from mom_data.dataset import TokenDataset
@@ -174,12 +175,12 @@ def test_the_best_checkpoint_outlives_newer_ones_until_a_better_one_is_committed
 
 
 def test_the_figure_that_decides_must_exist(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint.best=val/other/loss/total is no figure.*val/held/loss/total"):
-        tiny_config(tmp_path, checkpoint={"best": "val/other/loss/total"})
-    config = tiny_config(tmp_path, checkpoint={"best": "val/held/loss/video"}, training__steps=3)
-    path = tmp_path / "c.yaml"
-    path.write_text(config.to_yaml())
-    code, said = mom_train(path)
+    for figure in ("val/other/loss/total", "val/held/loss/video"):
+        with pytest.raises(ValueError, match=f"checkpoint.best={figure} is no figure.*val/held/loss/"):
+            tiny_config(tmp_path, checkpoint={"best": figure})
+    # a modality that the vocabulary has, and no document of the set
+    changes = {"vocabulary": {**VOCAB.sizes, "music": 8}, "checkpoint": {"best": "val/held/loss/music"}}
+    code, said = mom_train(write_config(tmp_path, **changes, training__steps=3))
     assert code == 2
-    assert "checkpoint.best=val/held/loss/video: the validation has no such figure, only val/held/" in said
+    assert "checkpoint.best=val/held/loss/music: the validation has no such figure, only val/held/" in said
     assert "Traceback" not in said
