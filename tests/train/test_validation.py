@@ -179,7 +179,7 @@ def test_the_figure_that_decides_must_exist(tmp_path):
         with pytest.raises(ValueError, match=f"checkpoint.best={figure} is no figure.*val/held/loss/"):
             tiny_config(tmp_path, checkpoint={"best": figure})
     # a modality that the vocabulary has, and no document of the set
-    changes = {"vocabulary": {**VOCAB.sizes, "music": 8}, "checkpoint": {"best": "val/held/loss/music"}}
+    changes = {"vocabulary": {**dict(VOCAB.sizes), "music": 8}, "checkpoint": {"best": "val/held/loss/music"}}
     code, said = mom_train(write_config(tmp_path, **changes, training__steps=3))
     assert code == 2
     assert "checkpoint.best=val/held/loss/music: the validation has no such figure, only val/held/" in said
