@@ -69,8 +69,8 @@ def training_plan(
     """(the plan, its phases) of a run whose checkpoint, where there is one, stands at `sequence` in the plan of that
     `fingerprint` with the `saved` phases.
 
-    Raises UserError where the config asks for another order than the checkpoint's and does not say `new_phase`; where the
-    checkpoint's order is one that this program does not plan any more (then `new_phase` begins a new order at
+    Raises UserError where the config asks for another order than the checkpoint's and does not say `new_phase`; where
+    the checkpoint's order is one that this program does not plan any more (then `new_phase` begins a new order at
     `sequence`, with every document once per epoch from there on); or for diffusion of pictures that no source of a run
     that begins holds.
     """
