@@ -154,7 +154,7 @@ class Checkpointer:
         self._copies = HostCopies()
         self._copied: Future[dict[str, Any]] | None = None  # a copy that the optimiser must wait for
         self._thread: threading.Thread | None = None
-        self._step, self._error, self._failures = 0, "", 0
+        self._step, self._error, self._mendable, self._failures = 0, "", False, 0
         self._last = time.monotonic()
 
     def __enter__(self) -> Checkpointer:
@@ -296,7 +296,7 @@ class Checkpointer:
         """
         begun = time.perf_counter()
         self.wait()
-        self._last, self._step, self._error = time.monotonic(), train_state.step, ""
+        self._last, self._step, self._error, self._mendable = time.monotonic(), train_state.step, "", False
         self._saving = train_state.best = self.best
         text = json.dumps(train_state.state_dict(), indent=1) + "\n"
         self._copied = self._copies.begin(tensors(model, optimizer, ema))
@@ -315,7 +315,8 @@ class Checkpointer:
     def settle(self) -> None:
         """Take note of how the save ended that all ranks have finished.
 
-        Raises ValueError where it failed and `max_failures` were reached in a row.
+        Where it failed and `max_failures` were reached in a row, raises AgreedError if the last one failed for what the
+        user can mend, such as a full disk, else RuntimeError: starting again may then help.
         """
         if self._thread is None:
             return
@@ -330,7 +331,7 @@ class Checkpointer:
         self._failures += 1
         log.error("CHECKPOINT FAILED at step %d, LATEST stays as it was: %s", self._step, self._error)
         if self._failures >= self.config.max_failures:
-            raise AgreedError(
+            raise (AgreedError if self._mendable else RuntimeError)(
                 f"{self._failures} checkpoints in a row could not be written (checkpoint.max_failures="
                 f"{self.config.max_failures}), the last because of {self._error}. The newest committed one is of step "
                 f"{self.committed_step}; the run carries on from there when started again."
@@ -352,7 +353,7 @@ class Checkpointer:
                     return
             self.checkpoints.write(self._step, copied.result(), train_state, self._group)
         except Exception as error:
-            self._error = _described(error) or ""
+            self._error, self._mendable = _described(error) or "", isinstance(error, UserError)
             return
         if dist.get_rank() == 0:
             try:

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from mom_tokenizers.errors import AgreedError, UserError
+from mom_tokenizers.errors import AgreedError, UserError, mendable
 from mom_train.checkpoint_files import METADATA, Files, Sum, file_name
 from mom_train.config import RunConfig
 from mom_train.config_file import read_saved, validated
@@ -302,8 +302,9 @@ class Checkpoints:
         return removed
 
     def write(self, step: int, values: dict[str, Any], train_state: str, group: dist.ProcessGroup) -> None:
-        """Save and commit the nested dict of tensors `values`; collective over `group`. Raises ValueError, on all
-        ranks, where any rank could not write; what it left there is then removed."""
+        """Save and commit the nested dict of tensors `values`; collective over `group`. Raises on all ranks where any
+        rank could not write: UserError where the user can mend that, such as a full disk, else RuntimeError. What it
+        left there is then removed."""
         checkpoint = self[step]
         writer = _Writer(self, checkpoint, train_state)
         try:
@@ -312,7 +313,8 @@ class Checkpoints:
             if dist.get_rank(group) == 0 and not checkpoint.committed:
                 with suppress(OSError):  # a full disk needs its space back; a read-only one has nothing to remove
                     self.files.remove(checkpoint.path)
-            raise UserError(f"{checkpoint}: {first_failure(error)}") from None
+            _, (reason, _) = min(error.failures.items())
+            raise (UserError if mendable(reason) else RuntimeError)(f"{checkpoint}: {first_failure(error)}") from None
 
 
 def first_failure(error: CheckpointException) -> str:

@@ -82,7 +82,7 @@ def write_span(folder: Path, name: str, modality: str, values: list[int] | Tenso
         instead = f"[{len(values)} {modality} ids]({name}.json)"
     try:
         decoded = tokenizers.tokenizer(modality).decode(values.numpy() if isinstance(values, Tensor) else values)
-    except ValueError as error:
+    except UserError as error:  # such as a picture of too few codes, which a model may well write
         return Span(name, modality, f"{instead} ({error})")
     if modality == "image":
         decoded.save(folder / f"{name}.png")

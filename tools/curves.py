@@ -17,13 +17,14 @@ import numpy as np
 
 from mom_data.forecast import FEW_TARGETS
 from mom_tokenizers.errors import UserError
-from mom_train.config_file import read_saved, with_defaults
+from mom_train.config_file import differences, read_saved, with_defaults
 from mom_train.metrics import read_metrics
 
 WINDOW = 0.1
 """Training losses are averaged over this last share of the FLOPs spent so far."""
 _LOSS = re.compile(r"(val/[^/]+/)?loss/[^/]+")
 _REPLICATES = 2000
+_SHOWN = 6  # differences between runs, in a warning
 _FEWEST_LINES = 20  # in the window, for a bootstrap
 Interval = tuple[float, float] | None
 AXES = {"steps": "steps", "tokens": "tokens", "flops": "training FLOPs"}
@@ -185,6 +186,28 @@ def compare(baseline: Sequence[Run], candidate: Sequence[Run], window: float = W
         raise UserError(f"{baseline[0].path} and the others have no loss in common")
     baseline, candidate = in_pairs(baseline, candidate)
     return {name: _compare(baseline, candidate, name, window) for name in common}
+
+
+def unlike(baseline: Sequence[Run], candidate: Sequence[Run]) -> str | None:
+    """A warning that names what decides which tokens a loss is of, where the runs' configs differ in it: then their
+    losses differ for more than their models."""
+    keys = ("vocabulary", "tokenizers", "data.sequence_length", "data.train", "data.validation", "validation.sequences")
+    first, *others = (*baseline, *candidate)
+    said = []
+    for run in others:
+        for key in keys:
+            section, _, leaf = key.partition(".")
+            was, now = (r.config.get(section, {}) for r in (first, run))
+            if leaf:
+                was, now = was.get(leaf), now.get(leaf)
+            said += [f"{run.path}: {line}" for line in differences(was, now, key)]
+    if not said:
+        return None
+    listed = "; ".join(said[:_SHOWN]) + (f"; and {len(said) - _SHOWN} more" if len(said) > _SHOWN else "")
+    return (
+        "The runs differ in more than their models, so their losses may not be of the same tokens "
+        f"({first.path} -> the other): {listed}"
+    )
 
 
 def few_targets(counts: dict[str, int]) -> str | None:

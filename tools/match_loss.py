@@ -25,7 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from curves import WINDOW, Comparison, Interval, Model, Run, compare, few_targets, first_reach
+from curves import WINDOW, Comparison, Interval, Model, Run, compare, few_targets, first_reach, unlike
 from matplotlib.axes import Axes
 from published import Published, select
 from tabulate import tabulate
@@ -200,6 +200,8 @@ def main() -> None:
         baseline, candidate = ([Run(p) for p in side] for side in (arguments.baseline, arguments.candidate))
         found = compare(baseline, candidate, arguments.window)
         table = as_markdown(found, published) + f"\n{notes(found, arguments.window)}\n"
+        if (warning := unlike(baseline, candidate)) is not None:
+            table += f"\nWARNING: {warning}\n"
         counts = {name: n for name in found if (n := baseline[0].targets(name)) is not None}
         if (warning := few_targets(counts)) is not None:
             table += f"\nWARNING: {warning}\n"

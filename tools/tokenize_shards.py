@@ -52,7 +52,7 @@ from mom_data.tokenize import (
     with_a_document_held_out,
 )
 from mom_tokenizers.bundle import READY, Tokenizers
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly, user_path, write_text
 from mom_tokenizers.pictures import MAX_PIXELS
 
 _REPORTED = 256  # samples between two touches of the shared counters
@@ -93,8 +93,9 @@ def _report(documents: int, tokens: int) -> None:
 
 def _tokenize(job: Job) -> dict[str, Any]:
     try:
-        return tokenize_part(job, lambda: tokenizing(job.settings.tokenizers, _device), _report)
-    except (UserError, OSError, MemoryError) as error:
+        with user_path(job.output):
+            return tokenize_part(job, lambda: tokenizing(job.settings.tokenizers, _device), _report)
+    except (UserError, MemoryError) as error:
         raise UserError(f"{job.name} (process {os.getpid()}): {error or 'out of memory'}") from error
     except Exception as error:
         raise RuntimeError(f"{job.name} (process {os.getpid()}): {type(error).__name__}: {error}") from error
@@ -102,11 +103,9 @@ def _tokenize(job: Job) -> dict[str, Any]:
 
 def _index(arguments: tuple[Path, str, Settings, Path]) -> Index:
     source, _, _, output = arguments
-    try:
+    with user_path(source):
         content_of(source, output / RECORDS)  # all of it is read here, in a worker, and remembered for the jobs
         return index(*arguments)
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror or error}") from error
 
 
 def each(

@@ -51,7 +51,7 @@ from mom_data.tokenize import (
     with_a_document_held_out,
 )
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly, user_path
 from mom_tokenizers.pictures import MAX_PIXELS
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,8 @@ class OnlineFolder(LocalFolder):
         return self.__dict__ | {"_wanted": None}
 
     def record(self, name: str) -> dict[str, Any]:
-        """The record of a shard, tokenized now where it was not. Raises OSError where that fails."""
+        """The record of a shard, tokenized now where it was not. Raises UserError where the file or the disk does not
+        allow it, and RuntimeError with the other process's traceback where anything else went wrong."""
         if name not in self._records:
             job = self._jobs[name]
             record = job.finished()
@@ -194,8 +195,10 @@ class OnlineFolder(LocalFolder):
         made = subprocess.run([sys.executable, "-m", "mom_data.online"], input=task, capture_output=True, check=False)
         record = job.finished()
         if record is None:
-            said = made.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {made.returncode}"]
-            raise OSError(f"{job.source} could not be tokenized: {said[-1]}")
+            said = made.stderr.decode(errors="replace").strip() or f"exit code {made.returncode}"
+            if made.returncode == EXIT_USER_ERROR:
+                raise UserError(f"{job.source} could not be tokenized: {said.splitlines()[-1]}")
+            raise RuntimeError(f"{job.source} could not be tokenized:\n{said}")
         return record
 
     def checked(self, file: Stored) -> bytes:
@@ -219,7 +222,7 @@ class OnlineFolder(LocalFolder):
     def _make_wanted(self, wanted: queue.SimpleQueue[str], names: set[str]) -> None:
         while True:
             name = wanted.get()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 self.record(name)
             names.discard(name)
 
@@ -256,10 +259,8 @@ def main() -> None:
         held.append(_slot(job.output, processes))
         return tokenizing(job.settings.tokenizers, device)
 
-    try:
+    with exit_clearly("mom_data.online"), user_path(job.output):
         tokenize_part(job, load)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

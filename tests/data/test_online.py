@@ -193,6 +193,16 @@ def test_a_file_that_changes_or_is_damaged_is_one_clear_message(made, tmp_path):
         dataset.index(0)
 
 
+def test_a_bug_in_the_process_that_tokenizes_keeps_its_traceback_and_is_no_users_mistake(made, tmp_path, monkeypatch):
+    dataset = OnlineDataset([str(made / "raw/words.jsonl")], made / "words.yaml", tmp_path / "cache")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json, sys\nif '-m' in sys.orig_argv:\n    import pickle\n    pickle.loads = lambda _: 1 / 0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"(?s)words.jsonl could not be tokenized:.*Traceback.*ZeroDivisionError"):
+        dataset.index(0)
+
+
 def test_a_modality_without_a_tokenizer_is_refused_before_anything_is_tokenized(made, tmp_path):
     with pytest.raises(ValueError, match=r"hold image .*--drop-modalities image.*'image' to the recipe"):
         OnlineDataset([str(made / "raw")], made / "words.yaml", tmp_path)

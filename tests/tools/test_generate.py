@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -15,7 +16,7 @@ from mom_tokenizers.image_kl import KLImageTokenizer
 from mom_train.sampling import write_span
 
 
-def test_latents_become_a_picture_where_the_tokenizer_makes_latents(tmp_path):
+def test_latents_become_a_picture_where_the_tokenizer_makes_latents(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
@@ -33,6 +34,13 @@ def test_latents_become_a_picture_where_the_tokenizer_makes_latents(tmp_path):
     assert "b.npy" in line
     assert "a picture has (16, 12)" in line
     assert not (tmp_path / "b.png").exists()
+
+    def faulty(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(KLImageTokenizer, "decode", faulty)
+    with pytest.raises(ValueError, match="a bug"):  # no line of a sample, where nobody would look for it
+        write_span(tmp_path, "c", "image", latents, tokenizers)
 
 
 _ALL = """

@@ -13,7 +13,7 @@ import yaml
 
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "tools"))
-from curves import Run, compare, first_reach, t_quantile  # noqa: E402
+from curves import Run, compare, first_reach, t_quantile, unlike  # noqa: E402
 from match_loss import as_json, notes  # noqa: E402
 from published import TABLES, read, select  # noqa: E402
 
@@ -245,3 +245,18 @@ def test_a_validation_loss_of_few_targets_is_called_so_with_its_number(tmp_path)
     assert counts == {"val/v/loss/speech": 176, "val/v/loss/text": 1584, "loss/text": None}
     assert "val/v/loss/speech 176 (about ±8 %)" in few_targets({"val/v/loss/speech": 176, "val/v/loss/total": 99_999})
     assert few_targets({"val/v/loss/speech": 2000}) is None
+
+
+def test_runs_that_differ_in_their_tokens_are_compared_with_a_warning_that_names_the_keys(tmp_path):
+    dense, mixture, other = (write_run(tmp_path / name, {"loss/text": law()}) for name in ("dense", "mixture", "other"))
+    assert unlike([dense], [mixture]) is None
+    settings = {"vocabulary": {"text": 100}, "data": {"train": [{"path": "a"}]}, "model": {"dim": 32}}
+    for run, text in ((dense, 100), (mixture, 100), (other, 200)):
+        found = {**settings, "vocabulary": {"text": text}, "model": {"dim": text}}
+        (run.path / "config.yaml").write_text(yaml.safe_dump(found))
+    dense, mixture, other = (Run(run.path) for run in (dense, mixture, other))
+    assert unlike([dense], [mixture]) is None  # models may differ
+    said = unlike([dense], [mixture, other])
+    assert said.endswith(f"{other.path}: vocabulary.text: 100 -> 200")
+    done = tool("--baseline", dense.path, "--candidate", other.path)
+    assert "WARNING: The runs differ in more than their models" in done.stdout

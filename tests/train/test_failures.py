@@ -1,5 +1,6 @@
 """What fails while a run trains: who says it, with which exit code, and that a full disk costs no step."""
 
+import errno
 import json
 import os
 import resource
@@ -7,14 +8,21 @@ import signal
 import socket
 import threading
 import time
+import traceback
+from concurrent.futures import Future
 
 import pytest
+import torch.distributed as dist
 from ranks import mom_train_ranks, run_ranks
 from run_config import write_config
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mom_data import loader
-from mom_tokenizers.errors import UserError, exit_clearly, read_json, user_path
-from mom_train import run_lock
+from mom_tokenizers.errors import AgreedError, UserError, exit_clearly, read_json, user_path
+from mom_train import checkpoint_store, run_lock
+from mom_train.checkpoint import Checkpointer
+from mom_train.checkpoint_store import Checkpoints
+from mom_train.config import CheckpointConfig
 from mom_train.metrics import read_metrics
 from mom_train.run_lock import RunLock
 from mom_train.status import read_status, write_status
@@ -286,6 +294,34 @@ def test_a_holder_on_another_machine_counts_as_long_as_it_renews_its_time_stamp(
     finally:
         stop.set()
         other.join()
+
+
+# ---- a checkpoint that cannot be written -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "raised"),
+    [(OSError(errno.ENOSPC, "No space left"), AgreedError), (PermissionError("403"), AgreedError),
+     (OSError(errno.EIO, "Input/output error"), RuntimeError), (ConnectionError("the store is away"), RuntimeError)],
+)  # fmt: skip
+def test_saves_that_fail_in_a_row_end_restartable_unless_the_user_can_mend_the_cause(
+    tmp_path, monkeypatch, reason, raised
+):
+    def save(*_, **__):
+        raise CheckpointException("save", {1: (reason, traceback.extract_stack())})
+
+    monkeypatch.setattr(checkpoint_store.dcp, "save", save)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, mine, group=None: found.__setitem__(0, mine))
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    with Checkpointer(Checkpoints(tmp_path), CheckpointConfig(max_failures=1)) as checkpointer:
+        copied = Future()
+        copied.set_result({})
+        checkpointer._thread = threading.Thread(target=checkpointer._write, args=(copied, "{}"))
+        checkpointer._thread.start()
+        with pytest.raises(raised, match=rf"checkpoint.max_failures=1.*\[rank 1\] .*{reason.args[-1]}"):
+            checkpointer.settle()
 
 
 # ---- what a run left -----------------------------------------------------------------------------------------------

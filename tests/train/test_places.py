@@ -1,12 +1,16 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 from corpus import write_dataset
 from run_config import tiny_config
 
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.vocab import VocabLayout
+from mom_train.checkpoint import TrainState
 from mom_train.checkpoint_store import Checkpoints, with_absolute_place
 from mom_train.data import Datasets, build_plans, log_forecast, training_plan
+from mom_train.trainer import Trainer
 
 LATENTS = {"diffusion": {"patch_width": 4}}
 
@@ -46,3 +50,19 @@ def test_a_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(tmp_path, mon
     with pytest.raises(UserError, match=rf"are in {tmp_path}/kept \(step 8 is there\)"):
         Checkpoints("kept").check_begins_anew(config)
     Checkpoints(tmp_path / "kept").check_begins_anew(config)
+
+
+def test_a_layout_that_changed_in_its_file_is_refused_when_the_run_carries_on(tmp_path):
+    layout = tmp_path / "layout.json"
+    was = VocabLayout({"text": 100, "image": 4}, {"image": [7, 8, 9, 10]}, {})
+    was.save(layout)
+    config = tiny_config(tmp_path, vocabulary=str(layout))
+    config.run_dir.mkdir()
+    was.save(config.run_dir / "vocab.json")  # as a run keeps it
+    saved = TrainState(config=config.model_dump(mode="json"))
+    trainer = SimpleNamespace(config=config, vocab=config.layout)
+    Trainer._check_same_model(trainer, saved, "step-8")
+    VocabLayout({"text": 100, "image": 4}, {"image": [8, 7, 9, 10]}, {}).save(layout)  # the same sizes, other ids
+    trainer.vocab = tiny_config(tmp_path, vocabulary=str(layout)).layout
+    with pytest.raises(UserError, match=r"layout.json is another layout than the one that step-8 was trained with"):
+        Trainer._check_same_model(trainer, saved, "step-8")

@@ -44,6 +44,12 @@ class AgreedError(UserError):
     """A UserError that all ranks of a distributed program raise with the same message, so that rank 0 alone says it."""
 
 
+def mendable(error: BaseException) -> bool:
+    """Whether a user can mend it: a UserError, or an OSError such as no such file, no permission, no space."""
+    known = (UserError, FileNotFoundError, PermissionError)  # an object store's client gives the latter two no number
+    return isinstance(error, known) or (isinstance(error, OSError) and error.errno in _MENDABLE)
+
+
 @contextmanager
 def user_path(path: str | os.PathLike[str]) -> Iterator[None]:
     """A block that opens, reads or writes `path`, which a user has named.
@@ -56,9 +62,11 @@ def user_path(path: str | os.PathLike[str]) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from error
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        if not mendable(error):
             raise
-        reason = (error.strerror or type(error).__name__).replace("No such", "no such").replace("Is a", "is a")
+        reason = (
+            (error.strerror or str(error) or type(error).__name__).replace("No such", "no such").replace("Is a", "is a")
+        )
         raise UserError(f"{error.filename or path}: {reason}") from error
 
 
