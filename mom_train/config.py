@@ -218,8 +218,8 @@ class DataConfig(Section):
     sequence_length: int = Field(ge=2)
     """L, positions in a packed row."""
     lanes: PositiveInt = 16
-    """Independent streams that sequence i is dealt from (lane i mod lanes). Part of the order: do not change it
-    mid-run."""
+    """Lanes that the order is dealt from: sequence i is the next one of lane i mod lanes. Part of the order: do not
+    change it mid-run."""
     pack_window: PositiveInt = 2048
     """Pieces of documents packed together. Part of the order, as the next three are."""
     packing: Literal["best_fit", "concatenate"] = "best_fit"

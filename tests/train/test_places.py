@@ -9,7 +9,7 @@ from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.checkpoint import TrainState
 from mom_train.checkpoint_store import Checkpoints, with_absolute_place
-from mom_train.data import Datasets, build_plans, log_forecast, training_plan
+from mom_train.data import Datasets, build_plans, log_forecast, planned_as_now, training_plan
 from mom_train.trainer import Trainer
 
 LATENTS = {"diffusion": {"patch_width": 4}}
@@ -24,6 +24,21 @@ def test_diffusion_of_pictures_that_no_source_holds_is_refused(tmp_path):
     mixed = tiny_config(tmp_path, objective=LATENTS, data__train=sources)
     phases = training_plan(mixed, Datasets(mixed))[1]  # one source with latents is enough
     assert [source["path"] for source in phases[0]["train"]] == [s["path"] for s in sources]
+
+
+def test_a_checkpoint_of_an_older_order_asks_for_a_new_phase_and_begins_a_new_order_there(tmp_path):
+    config = tiny_config(tmp_path)
+    plan, phases = training_plan(config, Datasets(config))
+    older = [{k: v for k, v in phases[0].items() if k != "plan_version"}]
+    assert planned_as_now(phases)
+    assert not planned_as_now(older)
+    with pytest.raises(UserError, match=r"old order cannot be gone on with.*data.new_phase=true: from sequence 32 on"):
+        training_plan(config, Datasets(config), older, "0" * 16, 32)
+    again = tiny_config(tmp_path, data={**config.model_dump(mode="json")["data"], "new_phase": True})
+    begun, now = training_plan(again, Datasets(again), older, "0" * 16, 32)
+    assert (begun.since, begun.before, planned_as_now(now)) == (32, None, True)
+    resumed, _ = training_plan(again, Datasets(again), now, begun.fingerprint, 48)
+    assert resumed.fingerprint == begun.fingerprint
 
 
 def test_a_validation_set_that_is_trained_on_is_warned_about(tmp_path, caplog):
