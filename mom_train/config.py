@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,8 @@ Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_fo
 Recompute = bool | Literal["selective"]
 PROJECTIONS: tuple[Part, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
 """What the paper decouples: Mixture-of-Mamba is Mamba with all four of them by modality."""
+PATH_KEYS = ("path", "raw")
+"""Keys whose text names a place: a path, a URL, and in `raw` a glob as well. So does every value of type Path."""
 _PARTS: dict[str, tuple[Part, ...]] = {
     "mamba": (*PROJECTIONS, "norm"),
     "transformer": ("attention", "feed_forward", "norm"),
@@ -68,6 +71,12 @@ class Section(BaseModel):
             raise UserError("true and false are no value of this key")
         if Path in kinds and value == "":
             raise UserError("the path is empty")
+        if (
+            Path in kinds or str(info.field_name) in PATH_KEYS
+        ):  # a shell expands ~ at the start of a word only, and YAML never
+            if isinstance(value, list | tuple):
+                return [os.path.expanduser(v) if isinstance(v, str) else v for v in value]
+            return os.path.expanduser(value) if isinstance(value, str) else value
         return value
 
 

@@ -20,13 +20,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from mom_tokenizers.errors import UserError
-from mom_train.config import RunConfig
+from mom_train.config import PATH_KEYS, RunConfig
 from mom_train.config_file import load_config
 from torchrun_launch.job import NodeTask
 from torchrun_launch.record import check_free, write_json, write_record
 
-PATH_KEYS = ("path", "raw")
-"""Config keys whose text names a place; raw's may be a glob."""
 _PACKAGES = ("torchrun_launch", "mom_train", "mom_data", "mom_tokenizers")
 
 

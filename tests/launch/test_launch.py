@@ -11,12 +11,12 @@ import pytest
 from run_config import tiny_config, write_config
 
 from mom_data.document import expand_inputs
-from mom_train.config import RunConfig, Section
+from mom_train.config import PATH_KEYS, RunConfig, Section
 from mom_train.config_file import _arguments
 from mom_train.status import write_status
 from torchrun_launch.ranks import exit_code, rank_environment
 from torchrun_launch.record import this_process, write_record
-from torchrun_launch.submit import PATH_KEYS, absolute
+from torchrun_launch.submit import absolute
 from torchrun_launch.watch import describe, status
 
 CHECKOUT = Path(__file__).parents[2]

@@ -274,3 +274,14 @@ def test_config_errors_and_help_do_not_wait_for_torch(minimal):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_place_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {"train": [{"raw": ["~/a.tar", "b.tar"]}], "validation": {"v": [{"path": "~/val"}]}, "sequence_length": 64}
+    values = {"vocabulary": {"text": 9}, "model": {"dim": 8, "layers": 1, "decoupled": []}, "data": data}
+    values |= {"optimizer": {"learning_rate": 0.1}, "training": {"steps": 9, "batch": 1, "micro_batch": 1}}
+    config = RunConfig.model_validate({**values, "run_dir": "~/run", "tokenizers": "~/t.yaml"})
+    assert (config.run_dir, config.tokenizers) == (tmp_path / "run", tmp_path / "t.yaml")
+    assert config.data.train[0].raw == (f"{tmp_path}/a.tar", "b.tar")
+    assert config.data.validation["v"][0].path == f"{tmp_path}/val"

@@ -28,7 +28,7 @@ def test_diffusion_of_pictures_that_no_source_holds_is_refused(tmp_path):
 
 def test_a_checkpoint_of_an_older_order_asks_for_a_new_phase_and_begins_a_new_order_there(tmp_path):
     config = tiny_config(tmp_path)
-    plan, phases = training_plan(config, Datasets(config))
+    _, phases = training_plan(config, Datasets(config))
     older = [{k: v for k, v in phases[0].items() if k != "plan_version"}]
     assert planned_as_now(phases)
     assert not planned_as_now(older)
