@@ -347,10 +347,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def devices_of(wanted: str, settings: Settings) -> list[str]:
     """Where models run: every GPU there is, or the CPU."""
-    import torch
-
     if all(t["kind"] in ("bpe", READY) for t in settings.described.values()) or wanted == "cpu":
         return ["cpu"]
+    import torch
+
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
     return [f"cuda:{k}" for k in range(torch.cuda.device_count())] or ["cpu"]

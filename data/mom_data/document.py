@@ -20,14 +20,13 @@ import itertools
 import json
 import operator
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from webdataset.tariterators import base_plus_ext
 
 from mom_data.json_lines import MAX_LINE_BYTES, text_of
 from mom_data.json_lines import lines as json_lines
@@ -36,6 +35,8 @@ from mom_tokenizers.pictures import IMAGE_EXTENSIONS, TooManyPixels, picture_siz
 from mom_tokenizers.ready import as_npy
 from mom_tokenizers.recordings import SPEECH_EXTENSIONS, recording_seconds
 
+# WebDataset's rule, that of webdataset.tariterators.base_plus_ext, whose package imports torch.
+KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 # Of captioned pairs, this share has its text first (text -> image); the rest is read image -> text.
 TEXT_FIRST_SHARE = 0.8
@@ -232,9 +233,9 @@ def _tar_members(path: Path, part: Part | None) -> Iterator[tuple[tarfile.TarFil
                         return
                     if size is not None and member.offset_data + member.size > size and member.sparse is None:
                         raise UserError(f"{path}: truncated inside member {member.name}")
-                    key, extension = base_plus_ext(member.name)
-                    if member.isfile() and member.sparse is None and key is not None:
-                        yield tar, member, key, extension.lower()
+                    name = KEY_AND_EXTENSION.match(member.name)
+                    if member.isfile() and member.sparse is None and name is not None:
+                        yield tar, member, name[1], name[2].lower()
                     tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                 file.seek(tar.offset)
                 trailer = file.read(1024)

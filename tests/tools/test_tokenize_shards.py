@@ -201,7 +201,8 @@ def test_a_worker_that_is_killed_is_one_clear_message_and_nothing_is_lost(words,
     while not list((tmp_path / "t").glob(".*.tar.partial")):
         assert process.poll() is None
         time.sleep(0.001)
-    worker = max(children(process.pid), key=lambda pid: len(Path(f"/proc/{pid}/maps").read_text()))
+    # the other child is multiprocessing's resource tracker
+    [worker] = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(worker, signal.SIGKILL)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 2
@@ -237,6 +238,18 @@ def test_submitted_as_an_array_it_writes_the_same_bytes(words, undisturbed, tmp_
     assert checksums(output) == checksums(undisturbed)
     said = run(words, output, *PARTS, "--submit", "--dry-run", "--partition", "p", "--gpus-per-task", "1").stdout
     assert "tokenize: 8 x 8 cpus, 1 gpus, 1440 min, partition p, array_parallelism 8, dependency afterok" in said
+
+
+def test_text_is_tokenized_without_torch_by_any_of_the_processes(words, tmp_path):
+    """Importing it takes seconds and most of a process's memory, in each of the workers."""
+    (tmp_path / "raw").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "raw/a.tar")) as tar:
+        tar.write({"__key__": "d", "txt": "some words"})
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')")
+    line = command(words, tmp_path / "t", "--workers", "1", raw=tmp_path / "raw")
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert TokenDataset(tmp_path / "t").manifest["documents"] == 1
 
 
 def test_stripes_together_are_the_whole(words, undisturbed, tmp_path):
