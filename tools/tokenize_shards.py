@@ -32,12 +32,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mom_data.content import content_of
-from mom_data.document import TOO_LARGE, Limits
+from mom_data.document import Limits, Reading
 from mom_data.inputs import check_modalities, files_of_side
 from mom_data.json_lines import MAX_CHARACTERS
+from mom_data.raw_account import EMPTY, TOO_LARGE, Account, category, is_damage
+from mom_data.sample import TEXT_KEYS
 from mom_data.shards import write_manifest
 from mom_data.tokenize import (
-    EMPTY,
     RECORDS,
     Index,
     Job,
@@ -48,7 +49,6 @@ from mom_data.tokenize import (
     names_of,
     tokenize_part,
     tokenizing,
-    unreadable,
     with_a_document_held_out,
 )
 from mom_tokenizers.bundle import READY, Tokenizers
@@ -192,29 +192,55 @@ def _to(bar: Any, n: int) -> None:
     bar.update(n - bar.n)
 
 
-def commit(jobs: Sequence[Job], records: Mapping[str, Mapping[str, Any]], max_bad_fraction: float) -> dict[str, Any]:
-    """Write the manifest, unless too much could not be read. Returns the figures of the data set."""
+def commit(
+    jobs: Sequence[Job], records: Mapping[str, Mapping[str, Any]], account: Account, max_bad_fraction: float
+) -> dict[str, Any]:
+    """Write the manifest, unless too much could not be read. `account`: of the input files; that of their members is
+    added here. Returns the figures of the data set."""
     output, settings = jobs[0].output, jobs[0].settings
     ordered = [records[job.name] for job in jobs]
     shards = [s for record in ordered for s in record["shards"] if s["documents"]]
     skipped = [entry for record in ordered for entry in record["skipped"]]
     (output / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped))
+    for record in ordered:
+        account.add(Account.from_json(record["account"]))
     documents = sum(s["documents"] for s in shards)
+    assert account.documents == documents, f"{account.documents} documents accounted for, {documents} in the shards"
     if not documents:
-        raise UserError(f"no document could be read from the inputs; see {output}/skipped.jsonl")
-    bad = sum(unreadable(entry["reason"]) for entry in skipped)
-    if bad > max_bad_fraction * (documents + len(skipped)):
         raise UserError(
-            f"{bad} of {documents + len(skipped)} documents could not be read, more than "
-            f"--max-bad-fraction {max_bad_fraction}; {output}/skipped.jsonl lists them. What is done "
-            "is kept: run again with a larger share to commit it."
+            f"no document could be read from the inputs; see {output}/skipped.jsonl, and what became of them:\n"
+            + account.text()
         )
-    reasons = Counter(entry["reason"].split(":")[0] for entry in skipped)
-    write_manifest(output, shards, settings.described, settings.token_dtype, reasons)
+    refuse_bad_share(account, max_bad_fraction, f"{output}/skipped.jsonl")
+    reasons = Counter(category(entry["reason"]) for entry in skipped)
+    write_manifest(output, shards, settings.described, settings.token_dtype, reasons, account.as_json())
     tokens = {m: sum(s["tokens"][m] for s in shards) for m in settings.described}
-    return {"documents": documents, "shards": len(shards), "tokens": tokens, "unreadable": bad,
-            "above_limits": sum(entry["reason"].startswith(TOO_LARGE) for entry in skipped),
-            "empty": sum(entry["reason"] == EMPTY for entry in skipped)}  # fmt: skip
+    return {"documents": documents, "shards": len(shards), "tokens": tokens,
+            "unreadable": sum(n for reason, n in reasons.items() if is_damage(reason)),
+            "above_limits": reasons[TOO_LARGE], "empty": reasons[EMPTY], "account": account.as_json()}  # fmt: skip
+
+
+def refuse_bad_share(account: Account, most: float, listed: str) -> None:
+    """Raise UserError where more than the share `most` of samples, members or files is damaged or not understood."""
+    done = "What is done is kept: run again with a larger share to commit it."
+    bad, of = account.bad_samples
+    if bad > most * of:
+        raise UserError(
+            f"{bad} of {of} documents could not be read, more than --max-bad-fraction {most}; {listed} lists them. "
+            f"{account.worst()}. {done}"
+        )
+    bad, of = account.bad_members
+    if bad > most * of:
+        raise UserError(
+            f"{bad} of {of} members of the inputs are left out, more than --max-bad-fraction {most}: "
+            f"{account.worst()}. Name extensions that are to be left out with --ignore. {done}"
+        )
+    bad, of = account.bad_files
+    if bad > most * of:
+        raise UserError(
+            f"{bad} of {of} files in the input folders are not read, more than --max-bad-fraction {most}:\n"
+            f"{account.text()}\nName the files that are meant as --input, or unpack the others. {done}"
+        )
 
 
 def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output: Path) -> None:
@@ -313,6 +339,11 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
     parser.add_argument("--holdout", type=float, default=0.03, help="share of documents that is val (%(default)s)")
     parser.add_argument("--drop-modalities", nargs="+", default=(), metavar="MODALITY",
                         help="leave out segments of these, and documents of nothing else; no error")  # fmt: skip
+    parser.add_argument("--text-key", nargs="+", default=(), metavar="KEY",
+                        help="keys of a JSON, beside a picture or a recording or in a line, that hold the text; the "
+                        f"first found counts, before any .txt (default, after: {' '.join(TEXT_KEYS)})")  # fmt: skip
+    parser.add_argument("--ignore", nargs="+", default=(), metavar="EXTENSION",
+                        help="members with these extensions (npz, srt, ...) are left out; no error")  # fmt: skip
     parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, help="of a picture (%(default)s)")
     parser.add_argument("--max-seconds", type=positive, default=7200, help="of a recording (%(default)s)")
     parser.add_argument("--max-characters", type=positive, default=MAX_CHARACTERS, help="of a text (%(default)s)")
@@ -342,6 +373,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     return Settings(
         arguments.config, described, int(arguments.part_mib * 2**20), int(arguments.shard_mib * 2**20),
         arguments.split, arguments.holdout, tuple(arguments.drop_modalities), limits,
+        Reading(tuple(arguments.text_key), frozenset(e.lower().lstrip(".") for e in arguments.ignore)),
     )  # fmt: skip
 
 
@@ -359,7 +391,8 @@ def devices_of(wanted: str, settings: Settings) -> list[str]:
 def main() -> None:
     arguments, options, rest = parse()
     with exit_clearly("tokenize_shards"):
-        sources, arguments.split = files_of_side(arguments.input, arguments.split)
+        account = Account()
+        sources, arguments.split = files_of_side(arguments.input, arguments.split, account)
         names = names_of(sources)
         settings = settings_of(arguments)
         output: Path = arguments.output
@@ -388,12 +421,13 @@ def main() -> None:
         if arguments.stripe:
             print(f"{output}: {len(records)} of {len(jobs)} parts finished; run without --stripe to commit")
             return
-        figures = commit(jobs, records, arguments.max_bad_fraction)
+        figures = commit(jobs, records, account, arguments.max_bad_fraction)
         figures["seconds"] = round(time.perf_counter() - start, 3)
         if arguments.json:
             text = json.dumps(figures, indent=1) + "\n"
             write_text(arguments.json, text)
         if arguments.json != "-":
+            print(account.text())
             print(
                 f"{output}: {figures['documents']:,} documents in {figures['shards']} shards, "
                 + ", ".join(f"{count:,} {m}" for m, count in figures["tokens"].items())

@@ -10,23 +10,27 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from mom_data.document import Document, expand_inputs, read_documents
+from mom_data.document import Document, documents_at_the_head, expand_inputs
+from mom_data.raw_account import OTHER_SIDE, Account
+from mom_data.raw_file import READ_SUFFIXES
 from mom_tokenizers.errors import UserError
 
 _SIDES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
-_SIDE_OF_FILE = re.compile(rf"({'|'.join(_SIDES)})([-_.]\S*)?\.(tar|jsonl)(\.gz)?")
+_SIDE_OF_FILE = re.compile(rf"({'|'.join(_SIDES)})([-_.]\S*)?({'|'.join(map(re.escape, READ_SUFFIXES))})")
 _HASHES = 1 << 64
 _SAMPLED_FILES, _SAMPLED_DOCUMENTS, _SAMPLING_SECONDS = 64, 32, 20.0
 
 
-def files_of_side(patterns: Sequence[str], split: str | None) -> tuple[list[Path], str | None]:
+def files_of_side(
+    patterns: Sequence[str], split: str | None, account: Account | None = None
+) -> tuple[list[Path], str | None]:
     """(files, the split that is left to be made by document keys) of what paths, globs and folders name.
 
     Where the files stand in train/ and val/ of one folder (or are called train-... and val-...), they are split
     already: the files of the wanted side are taken whole. Raises UserError where a pattern matches nothing, where such
     files are named without saying which side is meant, and where only some of them belong to a side.
     """
-    files = expand_inputs(list(patterns))
+    files = expand_inputs(list(patterns), account)
     placed = {file: _side(file) for file in files}
     sides: dict[Path, set[str]] = {}
     for place in placed.values():
@@ -45,6 +49,10 @@ def files_of_side(patterns: Sequence[str], split: str | None) -> tuple[list[Path
     if others or not chosen:
         why = f"{others[0]} belongs to neither side" if others else f"nothing there is {split}"
         raise UserError(f"{named}, but {why}. Name the files of one side alone, without --split.")
+    if account is not None:
+        account.files = len(chosen)
+        for file in sorted(set(files) - set(chosen)):
+            account.leave_file(file, OTHER_SIDE)
     return chosen, None
 
 
@@ -69,7 +77,7 @@ class Holdout:
     """The lowest hash of all the keys that were asked about."""
 
     def held_out(self, key: str) -> bool:
-        value = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+        value = int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
         self.lowest = min(self.lowest, value)
         return value < self.share * _HASHES or value == self.least
 
@@ -91,7 +99,7 @@ def modalities_at_the_head(files: Sequence[Path], documents: int = _SAMPLED_DOCU
     step = max(1, -(-len(files) // _SAMPLED_FILES))
     for file in files[::step]:
         try:
-            for item in islice(read_documents(file), documents):
+            for item in islice(documents_at_the_head(file), documents):
                 if isinstance(item, Document):
                     for segment in item.segments:
                         found.setdefault(segment.modality, (file, item.key))

@@ -3,13 +3,11 @@ may be, however small the gzip that it comes from."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
-from io import BufferedIOBase
 from pathlib import Path
+from typing import IO
 
+from mom_data.raw_file import opened, readable
 from mom_tokenizers.errors import UserError
 
 MAX_CHARACTERS = 10_000_000
@@ -25,28 +23,27 @@ def lines(
     """(key, offset, line) of the lines that begin in bytes [start, end) of the file as unpacked, `number` of them being
     before. A line longer than MAX_LINE_BYTES gives its length in place of its bytes.
 
-    Raises UserError where the gzip is damaged.
+    Raises UserError where the file is damaged, or is UTF-16.
     """
     at = start
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
-            file.seek(at)
-            while end is None or at < end:
-                line = file.readline(MAX_LINE_BYTES)
-                if not line:
-                    return
-                size = len(line)
-                if size == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    rest = _skip_line(file)
-                    size += rest
-                number += 1
-                yield f"{path.name}:{number}", at, line if size == len(line) else size
-                at += size
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not readable as gzip: {error}") from error
+    with readable(path, "file of lines"), opened(path) as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"{path} is UTF-16: make it UTF-8 first, e.g. with iconv -f UTF-16 -t UTF-8")
+        file.seek(at)
+        while end is None or at < end:
+            line = file.readline(MAX_LINE_BYTES)
+            if not line:
+                return
+            size = len(line)
+            if size == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                rest = _skip_line(file)
+                size += rest
+            number += 1
+            yield f"{path.name}:{number}", at, line if size == len(line) else size
+            at += size
 
 
-def _skip_line(file: BufferedIOBase) -> int:
+def _skip_line(file: IO[bytes]) -> int:
     """Read on to the end of the line; how many bytes that were."""
     skipped = 0
     while block := file.readline(_BLOCK):
@@ -54,11 +51,3 @@ def _skip_line(file: BufferedIOBase) -> int:
         if block.endswith(b"\n"):
             break
     return skipped
-
-
-def text_of(line: bytes) -> str:
-    """The text of a line. Raises ValueError, KeyError, TypeError or RecursionError where it has none."""
-    text = json.loads(line)["text"]
-    if not isinstance(text, str):
-        raise TypeError("'text' is not a string")
-    return text

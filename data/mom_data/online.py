@@ -37,9 +37,11 @@ from mom_data.dataset import TokenDataset
 from mom_data.document import Limits
 from mom_data.inputs import check_modalities, files_of_side
 from mom_data.json_lines import MAX_CHARACTERS
+from mom_data.raw_account import is_damage
 from mom_data.shards import SCHEMA
 from mom_data.storage import LocalFolder, Stored
 from mom_data.tokenize import (
+    READER,
     Job,
     Settings,
     index,
@@ -47,7 +49,6 @@ from mom_data.tokenize import (
     names_of,
     tokenize_part,
     tokenizing,
-    unreadable,
     with_a_document_held_out,
 )
 from mom_tokenizers.bundle import Tokenizers
@@ -145,7 +146,7 @@ class OnlineDataset(TokenDataset):
     def left_out(self, shard: int, document: int) -> tuple[str, bool] | None:
         folder: Any = self._folder
         reason = folder.reasons(self.shards[shard]["name"]).get(document)
-        return None if reason is None else (reason, unreadable(reason))
+        return None if reason is None else (reason, is_damage(reason))
 
     def values(
         self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]
@@ -176,7 +177,7 @@ class OnlineFolder(LocalFolder):
                 record = self._make(job)
                 if skipped := record["skipped"]:
                     counts = Counter(entry["reason"].partition(":")[0] for entry in skipped)
-                    first = next((e for e in skipped if unreadable(e["reason"])), skipped[0])
+                    first = next((e for e in skipped if is_damage(e["reason"])), skipped[0])
                     log.warning(
                         "%s: %d of %d documents are left out (%s), as %s: %s", job.name, len(skipped), job.part.wanted,
                         ", ".join(f"{n} {reason}" for reason, n in counts.most_common()), first["key"], first["reason"],
@@ -230,7 +231,7 @@ class OnlineFolder(LocalFolder):
 def _fingerprint(names: Sequence[str], sources: Sequence[Path], contents: Sequence[str], settings: Settings) -> str:
     """Of everything that decides the tokens: another file of the same name and size gives other ones."""
     made_by = {m: t["fingerprint"] for m, t in settings.described.items()}
-    identity = [SCHEMA, made_by, settings.part_bytes, settings.split, settings.holdout, sorted(settings.drop)]
+    identity = [SCHEMA, READER, made_by, settings.part_bytes, settings.split, settings.holdout, sorted(settings.drop)]
     identity += [settings.least] if settings.least is not None else []
     limits = settings.limits
     identity += [[limits.pixels, limits.seconds, limits.characters]]

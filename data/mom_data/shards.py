@@ -255,11 +255,12 @@ def write_manifest(
     tokenizers: Mapping[str, Mapping[str, Any]],
     token_dtype: type,
     skipped: Mapping[str, int],
+    account: Mapping[str, Any] | None = None,
 ) -> None:
     """Commit a dataset: until this file exists, there is none.
 
     `tokenizers`: modality -> {"kind", "fingerprint", "size"}, text first; their order numbers the modalities. One of
-    latents adds {"patch_width", "latent_scale", "latent_shift"}.
+    latents adds {"patch_width", "latent_scale", "latent_shift"}. `account`: of the raw input, `Account.as_json`.
     """
     manifest = {
         "schema": SCHEMA,
@@ -270,6 +271,7 @@ def write_manifest(
         "documents": sum(s["documents"] for s in shards),
         "tokens": {m: sum(s["tokens"].get(m, 0) for s in shards) for m in tokenizers},
         "skipped": dict(skipped),
+        **({"account": account} if account is not None else {}),
         "shards": list(shards),
     }
     partial = folder / ".manifest.partial"

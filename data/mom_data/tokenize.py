@@ -22,8 +22,9 @@ import numpy as np
 from filelock import FileLock
 
 from mom_data.content import content_of
-from mom_data.document import TOO_LARGE, BadSample, Document, Limits, Part, index_parts, read_documents
+from mom_data.document import BadSample, Document, Limits, Part, Reading, index_parts, read_documents
 from mom_data.inputs import Holdout, least_held_out
+from mom_data.raw_account import DROPPED, EMPTY, OTHER_SIDE, TOO_LARGE, UNREADABLE, Account
 from mom_data.shards import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
@@ -33,7 +34,7 @@ _GROUP_BYTES = 64 << 20  # as long as they have no more than this
 RECORDS = ".parts"  # folder, beside the shards, of the records of finished parts
 UNFORESEEN = "unforeseen"  # stands in the reason where a tokenizer failed in a way that nobody thought of
 _HOPELESS = 64  # documents one after another of which each fails so: the documents are not the matter
-EMPTY, DROPPED = "empty", "nothing but dropped modalities"  # reasons for leaving a document out on purpose
+READER = 3  # raised where the same raw file gives other documents than before: what was made of it is made again
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Settings:
     drop: tuple[str, ...] = ()
     """Modalities left out."""
     limits: Limits = field(default_factory=Limits)
+    reading: Reading = field(default_factory=Reading)
     keep_empty: bool = False
     """A document without tokens (unreadable, too large, nothing left) keeps its place, without segments."""
     least: int | None = None
@@ -97,7 +99,8 @@ class Job:
             "drop": sorted(settings.drop),
             "limits": asdict(settings.limits),
             "keep_empty": settings.keep_empty,
-            "record": 2,  # of this form
+            "reader": READER,
+            "reading": [settings.reading.text_keys, sorted(settings.reading.ignore)],
         }
         return json.loads(json.dumps(identity))
 
@@ -117,12 +120,6 @@ class Job:
         files = [(self.output / s["name"], s["bytes"]) for s in record["shards"]]
         there = all(f.is_file() and f.stat().st_size == n and f.with_suffix(".idx").is_file() for f, n in files)
         return record if there and record["identity"] == self.identity() else None
-
-
-def unreadable(reason: str) -> bool:
-    """Whether a document was left out because something is the matter with it: not as one that is empty, has dropped
-    modalities alone, or is above the limits, which are left out as somebody wants it."""
-    return not reason.startswith((TOO_LARGE, EMPTY, DROPPED))
 
 
 def names_of(sources: Sequence[Path]) -> list[str]:
@@ -190,7 +187,7 @@ def with_a_document_held_out(settings: Settings, indices: Sequence[Index]) -> Se
 def _indexed_from(source: Path, settings: Settings) -> list[Any]:
     status = source.stat()
     appearance = [str(source), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    return ["2", *appearance, settings.part_bytes, settings.split, settings.holdout, settings.least]
+    return [READER, *appearance, settings.part_bytes, settings.split, settings.holdout, settings.least]
 
 
 def jobs_of(
@@ -214,10 +211,19 @@ def jobs_of(
     return jobs
 
 
-def encode_documents(
-    documents: Sequence[Document], tokenizers: Tokenizers
-) -> Iterator[tuple[str, list[TokenSegment] | str]]:
-    """(key, segments, or why the document is skipped) of each; pictures and recordings go through in batches."""
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a document: its segments, or the reason why it is skipped. `guilty` names the member that could
+    not be read, `lost` the pictures of a page that goes on without them."""
+
+    segments: tuple[TokenSegment, ...] = ()
+    reason: str | None = None
+    guilty: str | None = None
+    lost: tuple[str, ...] = ()
+
+
+def encode_documents(documents: Sequence[Document], tokenizers: Tokenizers) -> Iterator[Encoded]:
+    """What became of each; pictures and recordings go through in batches."""
     modalities = tokenizers.modalities
     positions: dict[str, list[tuple[int, int]]] = {}
     encoded: dict[tuple[int, int], np.ndarray | Exception] = {}
@@ -232,18 +238,24 @@ def encode_documents(
         values = [documents[d].segments[s].data for d, s in where]
         encoded.update(zip(where, tokenizers.encode_many(modality, values), strict=True))
     for d, document in enumerate(documents):
-        segments: list[TokenSegment] = []
-        reason = None if document.segments else EMPTY
-        for s, segment in enumerate(document.segments):
-            ids = encoded[d, s]
-            if isinstance(ids, Exception):
-                # anything but a ValueError is what nobody foresaw
-                said = f"{ids}" if isinstance(ids, ValueError) else f"{UNFORESEEN} {type(ids).__name__}: {ids}"
-                reason = f"segment {s} ({segment.modality}): {said}"
-                break
-            if len(ids):
-                segments.append(TokenSegment(modalities.index(segment.modality), ids))
-        yield document.key, reason or segments or EMPTY
+        yield _encoded(document, [encoded[d, s] for s in range(len(document.segments))], modalities)
+
+
+def _encoded(document: Document, ids: Sequence[np.ndarray | Exception], modalities: Sequence[str]) -> Encoded:
+    segments, lost = [], []
+    for s, (segment, values) in enumerate(zip(document.segments, ids, strict=True)):
+        if isinstance(values, ValueError) and document.page and segment.modality == "image" and "image" in modalities:
+            lost.append(segment.member)
+        elif isinstance(values, Exception):
+            # anything but a ValueError is what nobody foresaw
+            said = f"{values}" if isinstance(values, ValueError) else f"{UNFORESEEN} {type(values).__name__}: {values}"
+            return Encoded((), f"{UNREADABLE}: segment {s} ({segment.modality}): {said}", segment.member)
+        elif len(values):
+            segments.append(TokenSegment(modalities.index(segment.modality), values))
+    if not segments:
+        reason = f"{UNREADABLE}: none of its {len(lost)} pictures, and it has no text" if lost else EMPTY
+        return Encoded((), reason, lost[0] if lost else None)
+    return Encoded(tuple(segments), None, None, tuple(lost))
 
 
 def tokenize_part(
@@ -251,7 +263,7 @@ def tokenize_part(
 ) -> dict[str, Any]:
     """Tokenize one part into one or more shards; at once where that has been done. Returns {"identity", "shards" (as
     in the manifest), "skipped" ({"shard", "key", "number", "reason"} of each document; its number counts the part's
-    wanted documents)}.
+    wanted documents), "account" (`Account.as_json`)}.
 
     `load` is called where there is work to do; `progress` is told of samples read and tokens written, as they come.
     Safe to be killed at any moment and safe from other processes doing the same part. Raises ValueError where the
@@ -270,7 +282,8 @@ def tokenize_part(
         skipped: list[dict[str, Any]] = []
         hopeless: list[str] = []
         number = 0
-        groups = _groups(_to_encode(job, progress))
+        account = Account()
+        groups = _groups(_to_encode(job, progress, account))
         more = True
         while more:
             path = job.output / f"{job.name}-{len(shards):05d}.tar"
@@ -283,19 +296,22 @@ def tokenize_part(
                     tokens = 0
                     encoded = encode_documents([d for d in group if isinstance(d, Document)], tokenizers)
                     for item in group:
-                        key, result = next(encoded) if isinstance(item, Document) else (item.key, item.reason)
-                        if not isinstance(result, str):
+                        result = next(encoded) if isinstance(item, Document) else Encoded((), item.reason)
+                        if result.reason is None:
                             try:
-                                writer.add(key, result)
-                                tokens += sum(len(s.values) for s in result)
+                                writer.add(item.key, result.segments)
+                                tokens += sum(len(s.values) for s in result.segments)
                             except ValueError as error:  # ids that its tokenizer cannot have
-                                result = str(error)
-                        if isinstance(result, str):
-                            skipped.append({"shard": job.source.name, "key": key, "number": number, "reason": result})
+                                result = Encoded((), f"{UNREADABLE}: {error}")
+                        if result.reason is not None:
+                            entry = {"key": item.key, "number": number, "reason": result.reason}
+                            skipped.append({"shard": job.source.name, **entry})
                             if settings.keep_empty:
-                                writer.add(key, [])
+                                writer.add(item.key, [])
+                        _account_for(account, job.source.name, item, result)
                         number += 1
-                        hopeless = [*hopeless, f"{key}: {result}"] if UNFORESEEN in str(result) else []
+                        unforeseen = UNFORESEEN in (result.reason or "")
+                        hopeless = [*hopeless, f"{item.key}: {result.reason}"] if unforeseen else []
                         if len(hopeless) >= _HOPELESS:
                             raise RuntimeError(
                                 f"{len(hopeless)} documents one after another could not be tokenized, so they are not "
@@ -304,29 +320,43 @@ def tokenize_part(
                     progress(0, tokens)
             shards.append(writer.record())
         job.check_source()
-        record = {"identity": job.identity(), "shards": shards, "skipped": skipped}
+        record = {"identity": job.identity(), "shards": shards, "skipped": skipped, "account": account.as_json()}
         _write(job.record_file, record)
         return record
 
 
-def _to_encode(job: Job, progress: Callable[[int, int], None]) -> Iterator[Document | BadSample]:
-    """The part's documents on the wanted side of the split, without dropped segments; BadSample for what is out."""
+def _account_for(account: Account, source: str, item: Document | BadSample, result: Encoded) -> None:
+    members = item.members
+    if result.lost:
+        members = tuple(m._replace(kind=None, reason=UNREADABLE) if m.name in result.lost else m for m in members)
+    account.sample(source, members, result.reason, result.guilty)
+    if result.reason is None and isinstance(item, Document):
+        account.lose(f"{source}: {item.key}: {name}" for name in item.missing)
+
+
+def _to_encode(job: Job, progress: Callable[[int, int], None], account: Account) -> Iterator[Document | BadSample]:
+    """The part's documents on the wanted side of the split, without dropped segments; BadSample for what is out. What
+    keeps no place is accounted for here."""
     settings = job.settings
-    for item in read_documents(job.source, job.part):
+    for item in read_documents(job.source, job.part, settings.reading, account):
         progress(1, 0)
         if not settings.wanted(item.key):
+            account.sample(job.source.name, item.members, OTHER_SIDE)
             continue
         if isinstance(item, BadSample):
             yield item
             continue
         kept = tuple(s for s in item.segments if s.modality not in settings.drop)
+        members = tuple(m._replace(kind=None, reason=DROPPED) if m.kind in settings.drop else m for m in item.members)
         if item.segments and not kept:
             if settings.keep_empty:
-                yield BadSample(item.key, DROPPED)
+                yield BadSample(item.key, DROPPED, members)
+            else:
+                account.sample(job.source.name, members, DROPPED)
         elif too_large := next((e for s in kept if (e := settings.limits.exceeded(s))), None):
-            yield BadSample(item.key, f"{TOO_LARGE}: {too_large}")
+            yield BadSample(item.key, f"{TOO_LARGE}: {too_large}", members)
         else:
-            yield replace(item, segments=kept)
+            yield replace(item, segments=kept, members=members)
 
 
 def _groups(stream: Iterator[Document | BadSample]) -> Iterator[list[Document | BadSample]]:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mom_data.dataset import TokenDataset
+from mom_data.raw_account import is_damage
 from mom_data.shards import write_manifest
-from mom_data.tokenize import Settings, index, jobs_of, tokenize_part, unreadable
+from mom_data.tokenize import Settings, index, jobs_of, tokenize_part
 from mom_tokenizers.bundle import Tokenizers
 
 
@@ -48,14 +49,14 @@ def test_one_document_that_fails_in_whatever_way_never_ends_the_pass_and_is_name
     record = tokenize_part(job, load)
     reasons = {entry["key"]: entry["reason"] for entry in record["skipped"]}
     assert reasons == {
-        "t.jsonl:2": "segment 0 (text): unforeseen AssertionError: not this",
-        "t.jsonl:3": "segment 0 (text): unforeseen MemoryError: ",
-        "t.jsonl:4": "segment 0 (text): unforeseen RecursionError: too deep",
-        "t.jsonl:5": "segment 0 (text): not that",
+        "t.jsonl:2": "cannot be read: segment 0 (text): unforeseen AssertionError: not this",
+        "t.jsonl:3": "cannot be read: segment 0 (text): unforeseen MemoryError: ",
+        "t.jsonl:4": "cannot be read: segment 0 (text): unforeseen RecursionError: too deep",
+        "t.jsonl:5": "cannot be read: segment 0 (text): not that",
         "t.jsonl:6": "empty",
-        "t.jsonl:7": "text ids run from 32 to 8364, but its tokenizer has 256",
+        "t.jsonl:7": "cannot be read: text ids run from 32 to 8364, but its tokenizer has 256",
     }
-    assert [unreadable(reason) for reason in reasons.values()] == [True] * 4 + [False, True]
+    assert [is_damage(reason) for reason in reasons.values()] == [True] * 4 + [False, True]
     write_manifest(tmp_path, record["shards"], job.settings.described, np.uint16, {})
     dataset = TokenDataset(tmp_path)
     read = ["".join(map(chr, dataset.read(0, d)[0].values)) for d in range(dataset.manifest["documents"])]

@@ -1,0 +1,240 @@
+"""The account of raw input: what became of every member of every file, in sums that agree.
+
+A *member* is an entry of a tar (a file, folder or link in it) or a line of a JSON-lines file. Each is either used,
+under the kind of what was taken from it, or left out, under a plain reason and its extension. A *sample* is what the
+members of one key make; it becomes a document, or is left out as a whole, and then all its members are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Why a member or a sample is left out. For the first reasons, because the corpus or the user means it so; all others
+# count against --max-bad-fraction.
+DIRECTORY = "a folder"
+SYSTEM = "a hidden or system file"
+SIDECAR = "metadata beside a sample"
+ANOTHER_TEXT = "another text of a sample whose text was taken"
+BLANK = "a blank line"
+EMPTY = "empty"
+TOO_LARGE = "above the limits"
+OTHER_SIDE = "on the other side of the split"
+DROPPED = "of a dropped modality"
+IGNORED = "of an extension to ignore"
+AS_MEANT = frozenset({DIRECTORY, SYSTEM, SIDECAR, ANOTHER_TEXT, BLANK, EMPTY, TOO_LARGE, OTHER_SIDE, DROPPED, IGNORED})
+# What was never to be in the data set: shares of what is bad are of the rest.
+NOT_WANTED = AS_MEANT - {SIDECAR, ANOTHER_TEXT, TOO_LARGE}
+
+NO_EXTENSION = "a file without extension"
+NOT_READ = "a format that is not read"
+UNKNOWN = "not known what it is"
+EMPTY_MEMBER = "a picture or recording of 0 bytes"
+NOT_NAMED = "not named by the JSON that orders its document"
+FURTHER = "a further picture or recording that no JSON orders"
+SEVERAL = "several members, and no telling which is meant"
+ALONE = "a caption or transcript without its picture or recording"
+LINK = "a link that leads to no file of its tar"
+PACKED_LINK = "a link inside a compressed tar, which must be unpacked first"
+SPECIAL = "neither a file nor a folder nor a link"
+SPARSE = "a sparse file"
+PICKLE = "Python objects, which could run code"
+UNREADABLE = "cannot be read"
+BESIDE = "in a sample that is left out for another member"
+
+MISSING = "pictures that pages name and that are not in their tar"
+
+
+def category(reason: str) -> str:
+    """The part of a reason that is the same for all samples left out for it: what comes before the first colon."""
+    return reason.split(":")[0]
+
+
+def is_damage(reason: str) -> bool:
+    """Whether what is left out for this reason counts as damaged or not understood, and so against the share that may
+    be; else it is left out because the corpus or the user means it so."""
+    return category(reason) not in AS_MEANT
+
+
+class Member(NamedTuple):
+    """A member of a sample: `kind` is what was taken from it (a modality, or "json" for a JSON that orders a document
+    or describes it), or `reason` is why it is left out."""
+
+    name: str
+    extension: str
+    kind: str | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Account:
+    """Sums over any number of files. Counts of members are taken where they are met, those of uses and reasons where
+    their fate is known; `check` compares the two."""
+
+    members: int = 0
+    used: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By (reason, extension)."""
+    samples: int = 0
+    documents: int = 0
+    samples_left_out: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
+    """What documents name and is nowhere: no members, so in none of the sums above."""
+    files: int = 0
+    files_left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Files of input folders that are not read, by (reason, extension)."""
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def leave(self, name: str, extension: str, reason: str) -> None:
+        self.left_out[reason, extension] += 1
+        self.examples.setdefault(f"{reason} {extension}", _printable(name))
+
+    def leave_file(self, path: Path, reason: str) -> None:
+        extension = shown(path.name)
+        self.files_left_out[reason, extension] += 1
+        self.examples.setdefault(f"file: {reason} {extension}", _printable(str(path)))
+
+    def lose(self, names: Iterable[str]) -> None:
+        """Count pictures that a document names and that are not there."""
+        for name in names:
+            self.missing[MISSING] += 1
+            self.examples.setdefault(MISSING, _printable(name))
+
+    def sample(self, source: str, members: Iterable[Member], reason: str | None, guilty: str | None = None) -> None:
+        """Count a sample and its members. Without a `reason` it has become a document; with one, its members are left
+        out for that reason, where it is damage the member named `guilty`, and the others as those beside it."""
+        self.samples += 1
+        if reason is None:
+            self.documents += 1
+        else:
+            self.samples_left_out[category(reason)] += 1
+        for member in members:
+            why = member.reason
+            if why is None and reason is not None:
+                blamed = guilty is None or guilty == member.name or not is_damage(reason)
+                why = category(reason) if blamed else BESIDE
+            if why is None:
+                self.used[member.kind or "json"] += 1
+            else:
+                self.leave(f"{source}: {member.name}", member.extension, why)
+
+    def add(self, other: Account) -> None:
+        self.members += other.members
+        self.samples += other.samples
+        self.documents += other.documents
+        self.files += other.files
+        for name in ("used", "left_out", "samples_left_out", "missing", "files_left_out"):
+            getattr(self, name).update(getattr(other, name))
+        self.examples = other.examples | self.examples
+
+    def check(self) -> None:
+        """Raises AssertionError where the sums do not agree: a member has vanished, which no user can mend."""
+        fates = self.used.total() + self.left_out.total()
+        assert self.members == fates, f"{self.members} members were met, and {fates} are accounted for"
+        fates = self.documents + self.samples_left_out.total()
+        assert self.samples == fates, f"{self.samples} samples were met, and {fates} are accounted for"
+
+    @property
+    def bad_members(self) -> tuple[int, int]:
+        """(members left out as damaged or not understood, all that were to be in the data set)."""
+        bad = sum(n for (reason, _), n in self.left_out.items() if is_damage(reason))
+        return bad, self.members - sum(n for (reason, _), n in self.left_out.items() if reason in NOT_WANTED)
+
+    @property
+    def bad_samples(self) -> tuple[int, int]:
+        """(samples left out as damaged or not understood, all that were to be in the data set)."""
+        bad = sum(n for reason, n in self.samples_left_out.items() if is_damage(reason))
+        return bad, self.samples - sum(n for reason, n in self.samples_left_out.items() if reason in NOT_WANTED)
+
+    @property
+    def bad_files(self) -> tuple[int, int]:
+        """(files of input folders that hold perhaps data and are not read, those together with the files read)."""
+        bad = sum(n for (reason, _), n in self.files_left_out.items() if is_damage(reason))
+        return bad, bad + self.files
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, the most frequent first. `from_json` reads them again."""
+        self.check()
+
+        def table(counts: Counter[tuple[str, str]], prefix: str, what: str) -> list[dict[str, Any]]:
+            return [
+                {"reason": reason, "extension": extension, what: n, "bad": is_damage(reason),
+                 "example": self.examples[f"{prefix}{reason} {extension}"]}
+                for (reason, extension), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            ]  # fmt: skip
+
+        return {
+            "members": self.members,
+            "used": dict(sorted(self.used.items())),
+            "left_out": table(self.left_out, "", "members"),
+            "samples": self.samples,
+            "documents": self.documents,
+            "samples_left_out": dict(sorted(self.samples_left_out.items(), key=lambda item: (-item[1], item[0]))),
+            "missing": [{"what": w, "pictures": n, "example": self.examples[w]} for w, n in self.missing.items()],
+            "files": self.files,
+            "files_left_out": table(self.files_left_out, "file: ", "files"),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Account:
+        account = cls(
+            value["members"], Counter(value["used"]), Counter(), value["samples"], value["documents"],
+            Counter(value["samples_left_out"]), files=value["files"],
+        )  # fmt: skip
+        for counts, prefix, what, rows in (
+            (account.left_out, "", "members", value["left_out"]),
+            (account.files_left_out, "file: ", "files", value["files_left_out"]),
+        ):
+            for row in rows:
+                counts[row["reason"], row["extension"]] = row[what]
+                account.examples[f"{prefix}{row['reason']} {row['extension']}"] = row["example"]
+        for row in value["missing"]:
+            account.missing[row["what"]] = row["pictures"]
+            account.examples[row["what"]] = row["example"]
+        return account
+
+    def text(self) -> str:
+        """The account for people, in lines."""
+        value = self.as_json()
+        used = ", ".join(f"{n:,} {kind}" for kind, n in value["used"].items()) or "none"
+        lines = [
+            f"members in: {value['members']:,} in {value['files']:,} files",
+            f"  used: {sum(value['used'].values()):,} ({used})",
+            f"  left out: {self.left_out.total():,}",
+            *(_line(row, "members") for row in value["left_out"]),
+            f"samples: {value['samples']:,}",
+            f"  documents out: {value['documents']:,}",
+            *(f"  left out, {reason}: {n:,}" for reason, n in value["samples_left_out"].items()),
+            *(f"{row['what']}: {row['pictures']:,}, e.g. {row['example']}" for row in value["missing"]),
+        ]
+        if value["files_left_out"]:
+            lines += ["files of input folders that are not read:"]
+            lines += [_line(row, "files") for row in value["files_left_out"]]
+        return "\n".join(lines)
+
+    def worst(self) -> str:
+        """The kinds of bad members, the most frequent first, for an error's message."""
+        rows = [row for row in self.as_json()["left_out"] if row["bad"]]
+        return "; ".join(_line(row, "members").strip() for row in rows[:4])
+
+
+def _line(row: Mapping[str, Any], what: str) -> str:
+    bad = "" if row["bad"] else " (as meant)"
+    return f"    {row[what]:,} {row['extension'] or 'without extension'}: {row['reason']}{bad}, e.g. {row['example']}"
+
+
+def _printable(name: str) -> str:
+    """A name from a tar may hold bytes that are no character."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(name: str) -> str:
+    """The extension of a file's name as the account shows it: in lower case, the last one, with that of what it
+    compresses; "" where there is none."""
+    parts = _printable(name).rpartition("/")[2].lower().lstrip(".").split(".")
+    if len(parts) > 2 and parts[-1] in ("gz", "bz2", "xz", "zst", "lz4"):
+        return f".{parts[-2]}.{parts[-1]}"
+    return f".{parts[-1]}" if len(parts) > 1 else ""
