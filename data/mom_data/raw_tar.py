@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import posixpath
-import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+
+from webdataset.tariterators import base_plus_ext
 
 from mom_data import json_lines
 from mom_data import raw_account as why
@@ -26,8 +27,6 @@ from mom_tokenizers.errors import UserError
 MAX_MEMBER_BYTES = 4 << 30
 """Of a picture's or a recording's file: two hours of sound in two channels of 24 bits are half of it."""
 _TEXTS = (*TEXT_EXTENSIONS, *CAPTION_EXTENSIONS, "json", "npy")  # extensions of members that are bounded as a text is
-# That of webdataset.tariterators.base_plus_ext, whose package imports torch: a key ends at a file name's first dot.
-KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 _LINKS = 40  # that lead to one another; more are a circle
 
@@ -53,13 +52,13 @@ Sample = tuple[str, list[Header]]
 def _header(member: tarfile.TarInfo) -> Header:
     name = member.name
     base = posixpath.basename(name)
-    match = KEY_AND_EXTENSION.match(name)
+    sample, suffix = base_plus_ext(name)
     stray = unfit = link = None
     if member.isdir():
         stray = why.DIRECTORY
     elif base.startswith(".") or base.lower() in _SYSTEM_FILES or "__MACOSX" in name.split("/"):
         stray = why.SYSTEM
-    elif match is None:
+    elif sample is None:
         stray = why.NO_EXTENSION
     if member.issym():
         link = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
@@ -69,8 +68,8 @@ def _header(member: tarfile.TarInfo) -> Header:
         unfit = why.SPARSE
     elif not member.isfile():
         unfit = why.SPECIAL
-    key = None if stray or match is None else match.group(1)
-    extension = "" if match is None else match.group(2).lower()
+    key = None if stray else sample
+    extension = (suffix or "").lower()
     text = extension.rpartition(".")[2] in _TEXTS
     if member.size > (json_lines.MAX_LINE_BYTES if text else MAX_MEMBER_BYTES):
         unfit = unfit or why.TOO_LARGE  # not read: what a gzip unpacks to may be larger than the memory

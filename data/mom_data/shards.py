@@ -14,10 +14,8 @@ reads documents at the index's absolute offsets and never parses a tar.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +64,8 @@ class ShardWriter:
         token_dtype: type = np.uint16,
         sizes: Mapping[str, int] | None = None,
     ):
+        import webdataset  # here, for it imports torch: readers of shards start without
+
         self.path, self.modalities, self.token_dtype = path, tuple(modalities), np.dtype(token_dtype)
         most = 1 << 8 * self.token_dtype.itemsize  # a larger id would become another one without a word
         self._sizes = [min(most, (sizes or {}).get(modality, most)) for modality in modalities]
@@ -73,7 +73,7 @@ class ShardWriter:
         self.counts = dict.fromkeys(modalities, 0)
         self._partial = path.with_name(f".{path.name}.partial")
         self._file: IO[bytes] = open(self._partial, "wb")  # noqa: SIM115  # closed in __exit__
-        self._tar = tarfile.open(fileobj=self._file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
         self._position = 0
         self._blocks = 0
         self._pending: list[tuple[str, Sequence[TokenSegment]]] = []
@@ -139,11 +139,7 @@ class ShardWriter:
         # one entry alone: safetensors writes several in no fixed order, and the bytes must be reproducible
         metadata = {SCHEMA: json.dumps({"keys": [key for key, _ in self._pending]})}
         block = safetensors.numpy.save(arrays, metadata=metadata)
-        # As webdataset's TarWriter writes it, byte for byte. It would import torch, which takes a process that only
-        # tokenizes text two seconds and most of its memory.
-        member = tarfile.TarInfo(f"{self._blocks:08d}.safetensors")
-        member.size, member.mode, member.uname, member.gname = len(block), 0o444, "bigdata", "bigdata"
-        self._tar.addfile(member, io.BytesIO(block))
+        self._tar.write({"__key__": f"{self._blocks:08d}", "safetensors": block})
 
         self._index.append(index_block(block, self._position + TAR_HEADER))
         self._position += TAR_HEADER + -(-len(block) // 512) * 512

@@ -376,14 +376,12 @@ def _groups(stream: Iterator[Document | BadSample]) -> Iterator[list[Document | 
 
 def tokenizing(path: Path, device: str = "cpu") -> Tokenizers:
     """The tokenizers of a process that encodes: loaded once, on one thread, whose sums are the same in any company."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizers = _loaded(path, device)
-    if tokenizers.need_torch:
-        import torch
+    import torch
 
-        torch.set_num_threads(1)
-        torch.backends.cudnn.deterministic = True
-    return tokenizers
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return _loaded(path, device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
-from webdataset.tariterators import base_plus_ext
 
-from mom_data import json_lines, raw_tar
+from mom_data import json_lines
 from mom_data.document import BadSample, Document, Limits, Segment, expand_inputs, index_parts, read_documents
 
 
@@ -29,12 +28,6 @@ def write_tar(path, members):
 
 def encode(value):
     return json.dumps(value).encode()
-
-
-@pytest.mark.parametrize("name", ["a.0.JPG", "b/c.d/e.f.g", "a", "b.c/a", ".a", "b/.a", "a.", "./a.b", "a.b\n"])
-def test_a_name_is_a_key_and_an_extension_as_webdataset_has_it(name):
-    found = raw_tar.KEY_AND_EXTENSION.match(name)
-    assert (found.groups() if found else (None, None)) == base_plus_ext(name)
 
 
 def test_every_convention_reads_as_segments(tmp_path):

@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 
 import numpy as np
@@ -34,17 +33,6 @@ def test_documents_read_by_offset_are_those_written(tmp_path, monkeypatch, laten
     assert index_bytes / len(truth) < 40 + 500 * 3 / len(truth)  # the header is paid once per shard
     lengths = dataset.manifest["tokens"]
     assert lengths["speech"] == sum(len(s.values) for doc in truth.values() for s in doc if s.modality == 2)
-
-
-def test_a_shard_is_to_the_byte_what_webdataset_writes_of_its_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 200)
-    write_dataset(tmp_path / "d", shards=1)
-    written = (tmp_path / "d/part-00000.tar").read_bytes()
-    theirs = io.BytesIO()
-    with webdataset.TarWriter(theirs, encoder=False, mtime=0) as tar:
-        for sample in webdataset.WebDataset(str(tmp_path / "d/part-00000.tar"), shardshuffle=False):
-            tar.write({"__key__": sample["__key__"], "safetensors": sample["safetensors"]})
-    assert written == theirs.getvalue()
 
 
 def test_stock_webdataset_and_safetensors_read_the_shards(tmp_path):

@@ -240,18 +240,6 @@ def test_submitted_as_an_array_it_writes_the_same_bytes(words, undisturbed, tmp_
     assert "tokenize: 8 x 8 cpus, 1 gpus, 1440 min, partition p, array_parallelism 8, dependency afterok" in said
 
 
-def test_text_is_tokenized_without_torch_by_any_of_the_processes(words, tmp_path):
-    """Importing it takes seconds and most of a process's memory, in each of the workers."""
-    (tmp_path / "raw").mkdir()
-    with webdataset.TarWriter(str(tmp_path / "raw/a.tar")) as tar:
-        tar.write({"__key__": "d", "txt": "some words"})
-    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')")
-    line = command(words, tmp_path / "t", "--workers", "1", raw=tmp_path / "raw")
-    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert TokenDataset(tmp_path / "t").manifest["documents"] == 1
-
-
 def test_stripes_together_are_the_whole(words, undisturbed, tmp_path):
     for k in (1, 0):
         run(words, tmp_path / "t", *PARTS, "--workers", "1", "--stripe", f"{k}/2")

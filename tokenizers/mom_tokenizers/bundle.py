@@ -122,11 +122,6 @@ class Tokenizers:
         return cls(tuple(entries), device, loaded)
 
     @property
-    def need_torch(self) -> bool:
-        """Whether anything here is encoded by torch; text and ready-made ids are not."""
-        return any(kind not in ("bpe", READY) for _, kind, _ in self.entries)
-
-    @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(modality for modality, _, _ in self.entries)
 
