@@ -30,7 +30,7 @@ MEDIA_KEYS = (
 """Keys of a JSON that say that its text belongs to a picture or the like elsewhere."""
 # media and the like that nothing here reads: what remains of a sample without them would be a half
 NOT_READ_EXTENSIONS = frozenset((
-    "m4a", "m4b", "mp4", "m4v", "aac", "wma", "amr", "caf", "mka", "mov", "mkv", "avi", "webm", "mpg", "mpeg", "3gp",
+    "m4a", "m4b", "mp4", "m4v", "aac", "wma", "amr", "mka", "mov", "mkv", "avi", "webm", "mpg", "mpeg", "3gp",
     "ts", "wmv", "flv", "ac3", "dts", "ape", "wv", "spx", "snd", "mid", "midi", "svg", "svgz", "heic", "heif", "jxl",
     "psd", "eps", "ps", "pdf", "ai", "emf", "wmf", "exr", "hdr", "dng", "cr2", "nef", "ico", "tga", "pcx", "raw",
     "tar", "gz", "tgz", "zip", "zst", "parquet", "arrow", "feather", "h5", "hdf5", "tfrecord", "mat", "jsonl",

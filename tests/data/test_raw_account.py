@@ -18,6 +18,7 @@ from mom_data import raw_account
 from mom_data.document import BadSample, Document, Reading, expand_inputs, index_parts, read_documents
 from mom_data.raw_account import Account
 from mom_data.raw_tar import _header
+from mom_data.sample import IMAGE_EXTENSIONS, NOT_READ_EXTENSIONS, SPEECH_EXTENSIONS
 from mom_tokenizers.errors import UserError
 
 
@@ -326,3 +327,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_one_clear_message(tmp_path):
     Path(path).write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(UserError, match=r"t\.tar: not a readable tar: it ends inside member"):
         list(items)
+
+
+def test_no_extension_is_both_read_and_known_as_not_read():
+    assert not NOT_READ_EXTENSIONS & {*IMAGE_EXTENSIONS, *SPEECH_EXTENSIONS}
