@@ -15,6 +15,7 @@ from mom_data.storage import default_cache
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
 from mom_train.config import RunConfig, SourceConfig
+from mom_train.config_file import differences, with_defaults
 from mom_train.objective import with_latents_of
 
 log = logging.getLogger(__name__)
@@ -58,16 +59,25 @@ class Datasets:
         return iter(self._opened.values())
 
 
+_ORDER = {"train", "pack_window", "shuffle_units", "packing", "cut_spans"}
+"""Keys of the section `data` that decide the order and that a new phase may change."""
+
+
 def planned_as_now(phases: Sequence[Phase]) -> bool:
     """Whether this program plans the order that a checkpoint's phases are of; its cursors mean nothing otherwise."""
     return all(phase.get("plan_version") == PLAN_VERSION for phase in phases)
 
 
 def training_plan(
-    config: RunConfig, datasets: Datasets, saved: Sequence[Phase] = (), fingerprint: str = "", sequence: int = 0
+    config: RunConfig,
+    datasets: Datasets,
+    saved: Sequence[Phase] = (),
+    fingerprint: str = "",
+    sequence: int = 0,
+    was: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, list[Phase]]:
     """(the plan, its phases) of a run whose checkpoint, where there is one, stands at `sequence` in the plan of that
-    `fingerprint` with the `saved` phases.
+    `fingerprint` with the `saved` phases; `was` is that run's saved config.
 
     Raises UserError where the config asks for another order than the checkpoint's and does not say `new_phase`; where
     the checkpoint's order is one that this program does not plan any more (then `new_phase` begins a new order at
@@ -97,8 +107,7 @@ def training_plan(
             before = plan(phase, before)
         return before
 
-    settings = {"train", "pack_window", "shuffle_units", "packing", "cut_spans"}
-    now = data.model_dump(mode="json", include=settings) | {"plan_version": PLAN_VERSION}
+    now = data.model_dump(mode="json", include=_ORDER) | {"plan_version": PLAN_VERSION}
     if not planned_as_now(saved):
         if not data.new_phase:
             raise UserError(
@@ -118,9 +127,9 @@ def training_plan(
         return same, [*earlier, {**now, "since": since}]
     if not data.new_phase:
         raise UserError(
-            f"the run's checkpoint counts its data in plan {fingerprint}, the config's is {same.fingerprint}: shards, "
-            "weights, sequence_length, lanes, packing or seed changed. Restore them; or, to go on with other sources, "
-            "weights or packing from here, add data.new_phase=true; or use another run_dir."
+            f"the run's checkpoint counts its data in plan {fingerprint}, the config's is {same.fingerprint} (was -> "
+            f"is):\n  {_what_changed(was, config)}\nRestore that; or, to go on with other sources, weights or packing "
+            "from here, add data.new_phase=true; or use another run_dir."
         )
     before = chain(saved)
     assert before is not None
@@ -131,6 +140,18 @@ def training_plan(
             "use another run_dir."
         )
     return plan({**now, "since": sequence}, before), [*saved, {**now, "since": sequence}]
+
+
+def _what_changed(was: Mapping[str, Any] | None, config: RunConfig) -> str:
+    """The keys of the order that differ from a checkpoint's config, in lines."""
+    before, now = with_defaults(was or {}), config.model_dump(mode="json")
+    order = ("seed", "data.sequence_length", "data.lanes", *(f"data.{key}" for key in sorted(_ORDER)))
+
+    def pick(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: values.get("data", {}).get(k.removeprefix("data.")) if "." in k else values.get(k) for k in order}
+
+    lines = differences(pick(before), pick(now)) if was else []
+    return "\n  ".join(lines) or "no key of the config, so the shards are others than they were"
 
 
 def _check_latents(sources: Iterable[Source]) -> None:

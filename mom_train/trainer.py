@@ -80,10 +80,11 @@ class Trainer:
             agreed(lambda: checkpoints.check_begins_anew(config))
         saved = TrainState() if resume_from is None else agreed(lambda: read_train_state(resume_from))
         self.plan, phases = agreed(
-            lambda: data.training_plan(config, datasets, saved.phases, saved.data_fingerprint, saved.sequence)
+            lambda: data.training_plan(
+                config, datasets, saved.phases, saved.data_fingerprint, saved.sequence, saved.config
+            )
         )
-        if ranks.main:
-            data.log_forecast(config, self.plan, self.validation_plans)
+        agreed(lambda: data.log_forecast(config, self.plan, self.validation_plans) if ranks.main else None)
         # resolved before anything keeps the config: a checkpoint must say what its model was trained on
         config = self.config = agreed(lambda: data.check(config, datasets))
         agreed(self._say_what_is_validated)

@@ -190,7 +190,7 @@ def test_each_error_of_the_user_is_one_clear_message_and_exit_code_2(whole, tmp_
     run(config, "training.stop_at=1", ranks=0)
     before = sorted((tmp_path / "run").rglob("*"))
     assert "use another run_dir for another model" in says("model.dim=64", "optimizer.warmup=1")
-    assert "Restore them; or" in says("data.lanes=1")
+    assert "data.lanes: 2 -> 1\nRestore that; or" in says("data.lanes=1")
     (tmp_path / "run/LATEST").write_text("step-7\n")
     assert "Committed: step-1" in says()
     assert sorted((tmp_path / "run").rglob("*")) == before
