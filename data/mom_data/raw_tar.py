@@ -101,7 +101,7 @@ def _members(path: Path, start: int, end: int | None) -> Iterator[tuple[tarfile.
                 if block.strip(b"\0"):
                     raise UserError(
                         f"{path}: damaged near byte {tar.offset}: not a tar header there, and data follows. "
-                        "Fetch the file again, or repack what is readable."
+                        "Fetch the file again, or repack what is readable (also of tars put together with cat)."
                     )
                 trailer = b""
 

@@ -21,6 +21,8 @@ from mom_tokenizers.recordings import SPEECH_EXTENSIONS
 TEXT_EXTENSIONS = ("txt", "text")
 CAPTION_EXTENSIONS = ("caption", "transcript")
 """As a text, but only of a picture or a recording."""
+SPOKEN_TEXTS = ("trans.txt", "normalized.txt", "original.txt")
+"""As LibriSpeech and LibriTTS name what is said in a recording, or in all recordings of a chapter."""
 TEXT_KEYS = ("text", "caption", "transcript", "transcription")
 """Keys of a JSON whose value is a text; the first found counts. All but the first speak of a picture or a recording."""
 MEDIA_KEYS = (
@@ -167,7 +169,7 @@ def read_sample(key: str, found: Sequence[Found], reading: Reading = DEFAULT) ->
     except LeftOut as error:
         reason, category, guilty = str(error), error.reason, error.extension
     except WRONG as error:  # what the sample's JSON says
-        reason, category = f"{type(error).__name__}: {error}"[:500], why.UNREADABLE
+        reason, category = _wrong(error), why.UNREADABLE
         guilty = next((e for e in parts if _last(e) == "json"), None)
 
     def fate(one: Found) -> str:
@@ -176,6 +178,10 @@ def read_sample(key: str, found: Sequence[Found], reading: Reading = DEFAULT) ->
         return category if guilty in (None, one.extension) or not why.is_damage(category) else why.BESIDE
 
     return BadSample(key, reason, tuple(Member(one.name, shown(one.name), None, fate(one)) for one in found))
+
+
+def _wrong(error: Exception) -> str:
+    return f"{why.UNREADABLE}: {type(error).__name__}: {error}"[:500]
 
 
 def _decided(one: Found, parts: _Parts) -> Member:
@@ -229,6 +235,8 @@ def _pair(key: str, parts: _Parts, meta: Any, json_name: str | None, reading: Re
         raise LeftOut(
             why.UNKNOWN, None, f"no text, picture or recording among its members ({', '.join(sorted(parts))})"
         )
+    if json_name is not None and text is None and _has_other_text(meta, reading):
+        parts.reasons[json_name] = why.NO_TEXT
     texts = [text] if text is not None and text.data else []
     if text is not None and not text.data:
         holder = next(e for e in parts if parts.name(e) == text.member)
@@ -273,7 +281,7 @@ def _text_beside(parts: _Parts, meta: Any, json_name: str | None, reading: Readi
                 names = ", ".join(parts.name(e) for e in files[:4])
                 raise LeftOut(why.SEVERAL, extension, f"{names}. {_FIRST_DOT}")
             data = _decoded(parts, extension)
-            alone = _last(extension) in CAPTION_EXTENSIONS
+            alone = _last(extension) in CAPTION_EXTENSIONS or extension in SPOKEN_TEXTS
         text = Segment("text", data, parts.name(extension))
         if data and alone and not media:
             raise LeftOut(why.ALONE, extension, parts.name(extension))
@@ -305,7 +313,7 @@ def read_line(key: str, line: bytes | int, reading: Reading = DEFAULT) -> Docume
             raise KeyError(reading.keys[0])
         text = _characters(found[1])
     except WRONG as error:
-        return left(why.UNREADABLE, f"{type(error).__name__}: {error}"[:500])
+        return left(why.UNREADABLE, _wrong(error))
     if not reading.text_keys and (named := _media_named(meta)):
         return left(why.ALONE, f"{why.ALONE}: it names one under {named!r}, and a line of JSON brings text alone")
     if not text:
@@ -314,17 +322,32 @@ def read_line(key: str, line: bytes | int, reading: Reading = DEFAULT) -> Docume
 
 
 def _text_under(meta: dict[str, Any], keys: Sequence[str]) -> tuple[str, Any] | None:
-    """(key, text) of the first of these keys that has one. Raises TypeError where its value is something else."""
+    """(key, text) of the first of these keys that has one; "captions.0" is the first text of a list. Raises TypeError
+    where the value is something else, or a list of several, of which only the user can say which is meant."""
     for key in keys:
         value = meta.get(key)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
+        name, _, number = key.rpartition(".")
+        if key not in meta and number.isdecimal() and isinstance(listed := meta.get(name), list):
+            value = listed[int(number)] if int(number) < len(listed) else None
+        if isinstance(value, list) and len(value) < 2:
+            value = value[0] if value else None
         if value is None:
             continue
+        if isinstance(value, list):
+            raise TypeError(f"{key!r} is a list of {len(value)}: --text-key {key}.0 takes the first of them")
         if not isinstance(value, str):
             raise TypeError(f"{key!r} is not a string")
         return key, value
     return None
+
+
+def _has_other_text(meta: Any, reading: Reading) -> bool:
+    """Whether a JSON without any of the keys asked for has words under another one: a caption, or a list of texts."""
+    if not isinstance(meta, dict) or any(key in meta for key in reading.keys):
+        return False
+    values = [v for value in meta.values() for v in (value if isinstance(value, list) else [value])]
+    # a string that is itself JSON, as img2dataset writes a picture's EXIF block, is none
+    return any(isinstance(v, str) and len(v.split()) > 1 and v.lstrip()[0] not in "{[" for v in values)
 
 
 def _media_named(meta: dict[str, Any]) -> str | None:
@@ -361,9 +384,10 @@ def _declared(segment: dict[str, Any], parts: _Parts, json_name: str) -> Segment
         if "part" in segment:
             raise ValueError("a segment has either 'ids' or a 'part', not both")
         return Segment(segment["type"], as_npy(segment["ids"]), parts.name(json_name))
-    if segment["part"] not in parts:
-        raise ValueError(f"part {segment['part']!r} is not in the tar")
-    return parts.media(segment["part"], segment["type"])
+    part = segment["part"]
+    if not isinstance(part, str) or part.lower() not in parts:  # extensions of members are in lower case, too
+        raise ValueError(f"part {part!r} is not in the tar")
+    return parts.media(part.lower(), segment["type"])
 
 
 def _obelics(

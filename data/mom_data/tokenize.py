@@ -34,7 +34,7 @@ _GROUP_BYTES = 64 << 20  # as long as they have no more than this
 RECORDS = ".parts"  # folder, beside the shards, of the records of finished parts
 UNFORESEEN = "unforeseen"  # stands in the reason where a tokenizer failed in a way that nobody thought of
 _HOPELESS = 64  # documents one after another of which each fails so: the documents are not the matter
-READER = 3  # raised where the same raw file gives other documents than before: what was made of it is made again
+READER = 4  # raised where the same raw file gives other documents than before: what was made of it is made again
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,7 @@ PAIR = {"image": b"J", "text": "words"}
         ([("s.jpg", b"J"), ("s.txt", b"words"), ("s.json", b'{"text": [3, 4]}')], PAIR),
         ([("s.jpg", b"J"), ("s.txt", b""), ("s.json", b'{"caption": "words"}')], PAIR),
         ([("s.JPG", b"J"), ("./s.txt", b"words")], PAIR),
+        ([("s.0.JPG", b"J"), ("s.json", b'{"segments": [{"type": "image", "part": "0.JPG"}]}')], {"image": b"J"}),
         ([("s.input.jpg", b"J"), ("s.outputs.txt", b"words")], PAIR),
         ([("s.v1.jpg", b"J"), ("s.v1.txt", b"words"), ("s.v1.json", b'{"url": "u"}')], PAIR),
         ([("s.jpg", b"J"), ("s.txt", b"\xef\xbb\xbfwords")], PAIR),
@@ -207,6 +208,8 @@ def test_pairs_keep_both_sides_however_they_are_spelled(tmp_path, members, expec
         ([("s.jpg", b""), ("s.txt", b"t")], raw_account.EMPTY_MEMBER, ".jpg"),
         ([("s.caption", b"t")], raw_account.ALONE, ".caption"),
         ([("s.json", b'{"caption": "t", "url": "u"}')], raw_account.ALONE, ".json"),
+        ([("84-121.trans.txt", b"84-121-0000 WORDS")], raw_account.ALONE, ".txt"),
+        ([("s.normalized.txt", b"words"), ("s.original.txt", b"Words!")], raw_account.ALONE, ".txt"),
         ([("s.a.jpg", b"J"), ("s.b.jpg", b"K"), ("s.txt", b"t")], raw_account.SEVERAL, ".jpg"),
         ([("s.v1.txt", b"t"), ("s.v2.txt", b"u")], raw_account.SEVERAL, ".txt"),
         ([("s.jpg", b"J"), ("s.txt", b"t"), ("s.TXT", b"t")], raw_account.SEVERAL, ".txt"),
@@ -274,8 +277,49 @@ def test_the_text_stands_under_the_key_that_was_named(tmp_path):
     assert dict(shape(only(tmp_path, *members[:2], reading=reading)[0]))["text"] == "file"
     lines = tmp_path / "t.jsonl"
     lines.write_text('{"prompt": "one", "image": "x"}\n{"text": "two"}\n')
-    assert [shape(i) for i in read(lines, reading=reading)[0]] == [[("text", "one")], "KeyError: 'prompt'"]
-    assert [shape(i) for i in read(lines)[0]] == ["KeyError: 'text'", [("text", "two")]]
+    assert [shape(i) for i in read(lines, reading=reading)[0]] == [
+        [("text", "one")], "cannot be read: KeyError: 'prompt'",
+    ]  # fmt: skip
+    assert [shape(i) for i in read(lines)[0]] == ["cannot be read: KeyError: 'text'", [("text", "two")]]
+
+
+def test_of_a_list_of_captions_the_user_says_which_one_and_is_told_how(tmp_path):
+    members = [("s.wav", b"W"), ("s.json", b'{"text": ["words", "other words"]}')]
+    item, _ = only(tmp_path, *members)
+    assert isinstance(item, BadSample)
+    assert "--text-key text.0" in item.reason
+    assert dict(shape(only(tmp_path, *members, reading=Reading(text_keys=("text.0",)))[0])) == SOUND_PAIR
+    for key in ("text.2", "text.x", "url.0"):
+        assert dict(shape(only(tmp_path, *members, reading=Reading(text_keys=(key,)))[0])) == {"speech": b"W"}
+
+
+@pytest.mark.parametrize(
+    ("described", "lost"),
+    [
+        ({"description": "a red house"}, True),
+        ({"text_list": ["A house.", "It is red."], "image_info": [{"matched_text_index": 0}]}, True),  # as of MMC4
+        ({"url": "u", "status": "success", "width": 3, "exif": '{"Image Make": "of a camera"}', "error": None}, False),
+        ({"caption": None, "title": "a red house"}, False),
+        ({"caption": [], "title": "a red house"}, False),
+    ],
+)
+def test_a_picture_whose_json_has_its_text_under_another_key_is_not_taken_for_one_without_text(
+    tmp_path, described, lost
+):
+    item, account = only(tmp_path, ("s.jpg", b"J"), ("s.json", json.dumps(described).encode()))
+    assert dict(shape(item)) == {"image": b"J"}
+    assert account.bad_members[0] == account.left_out[raw_account.NO_TEXT, ".json"] == int(lost)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"caption": "c", "more": ' + b'{"a":' * 100_000, b"{", b"", b"\xff", b"7"]
+)
+def test_a_json_that_cannot_be_read_costs_its_sample_alone_and_is_counted_as_that(tmp_path, content):
+    bad, good = [("s.json", content), ("s.jpg", b"J")], [("t.jpg", b"J"), ("t.txt", b"words")]
+    items, account = read(write_tar(tmp_path / "t.tar", [*bad, *good]))
+    assert isinstance(items[0], BadSample)
+    assert dict(shape(items[1])) == PAIR
+    assert account.samples_left_out == {raw_account.UNREADABLE: 1}
 
 
 def test_lines_are_members_and_each_has_a_fate(tmp_path):
