@@ -216,6 +216,18 @@ def test_a_png_is_refused_wherever_a_byte_of_its_pixels_is_damaged():
             decode_image(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
 
 
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iCCP", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"eXIf", b"acTL"])
+def test_a_png_is_read_whatever_its_chunks_hold_that_make_no_pixels(name):
+    data = saved(two_colours(), "PNG")
+    for body in (b"", b"a", b"a\0\0" + zlib.compress(bytes(2 << 20))):
+        for checksum in (zlib.crc32(name + body), 0):
+            chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+            for at in (33, len(data) - 12):  # behind the header, and before the end
+                with_chunk = data[:at] + chunk + data[at:]
+                assert colours(with_chunk) == colours(data)
+                assert picture_size(with_chunk) == picture_size(data)
+
+
 @pytest.mark.parametrize(("kind", "options"), CODINGS)
 def test_a_damaged_picture_ends_in_a_message_or_in_a_picture(kind, options):
     data = saved(Image.fromarray(RNG.integers(0, 255, (32, 32, 3), np.uint8)), kind, **options)

@@ -66,7 +66,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels as the header says. Raises UserError for bytes that are no picture."""
-    with _opened(data) as image:
+    with _opened(_png_pixels(data)) as image:
         return image.size
 
 
@@ -78,14 +78,13 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     from PIL import ImageFile
 
+    data = _png_pixels(data)
     with _opened(data) as image:
         # The header says the size: nothing is decompressed before it is found small enough.
         if image.width * image.height > max_pixels:
             raise TooManyPixels(f"not a readable picture: {image.width} x {image.height} is above {max_pixels} pixels")
         if image.format in ("JPEG", "MPO"):
             _check_jpeg(data)
-        if image.format == "PNG":
-            _check_png(data)
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # some library may have asked for grey in place of what is missing
         image.load()
         if image.format == "PNG":
@@ -159,19 +158,31 @@ def _check_jpeg(data: bytes) -> None:
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 
 
-def _check_png(data: bytes) -> None:
-    """The checksums of all chunks that make the pixels, up to the last: Pillow leaves those out, and what lies behind
-    an error of zlib is black."""
-    at, name = 8, b""
+def _png_pixels(data: bytes) -> bytes:
+    """A PNG's chunks that make the pixels, up to the last, and those that may say which side is up: Pillow refuses a
+    whole picture for what is malformed in any other. Their checksums must be right: Pillow leaves those out, and what
+    lies behind an error of zlib is black. Anything but a PNG is given back as it is."""
+    if not data.startswith(_PNG):
+        return data
+    kept = [_PNG]
+    at, name = len(_PNG), b""
     while name != b"IEND":
         size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        if at + 12 + size > len(data):
+        start, end = at + 8, at + 12 + size
+        if end > len(data):
             raise UserError("not a readable picture: this PNG is cut. Fetch the file again.")
-        if name[:1].isupper() or name == b"tRNS":
-            checksum = int.from_bytes(data[at + 8 + size : at + 12 + size], "big")
-            if zlib.crc32(data[at + 4 : at + 8 + size]) != checksum:
+        pixels = name[:1].isupper() or name == b"tRNS"
+        if pixels or name == b"eXIf" or data.startswith(_PNG_METADATA, start):
+            if zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big"):
+                kept.append(data[at:end])
+            elif pixels:
                 raise UserError(f"not a readable picture: chunk {name!r} of this PNG has a wrong checksum")
-        at += 12 + size
+        at = end
+    return b"".join(kept)
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_METADATA = (b"Raw profile type ", b"XML:com.adobe.xmp\0")  # texts in which others keep an EXIF block
 
 
 def _with_png_key(image: Image.Image, data: bytes) -> Image.Image:
