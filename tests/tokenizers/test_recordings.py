@@ -107,6 +107,17 @@ def test_a_wav_whose_length_was_never_filled_in_is_read_to_its_end(riff, samples
     assert Limits(seconds=1).exceeded(Segment("speech", data)) is None
 
 
+@pytest.mark.parametrize("junk", [b"\n", b"\1\2junk", b"<xml/>", b"LIST"])
+def test_a_few_bytes_behind_the_end_that_a_wav_tells_of_are_none_of_it(junk):
+    sound = encoded(NOISE, "WAV")
+    np.testing.assert_array_equal(decode_audio(sound + junk)[0], decode_audio(sound)[0])
+    for length in (len(sound) - 8 + len(junk), len(sound) - 9):  # that do not end with the sound
+        with pytest.raises(UserError, match="recording"):
+            decode_audio(with_wav_lengths(sound + junk, length, 2 * RATE))
+    with pytest.raises(UserError, match="recording"):
+        decode_audio(sound + 1000 * junk)
+
+
 @pytest.mark.parametrize("samples", [0, 1000, 1001, 2 * RATE - 2, 2 * RATE + 2])
 def test_a_wav_whose_length_is_not_that_of_its_samples_is_refused(samples):
     sound = encoded(NOISE, "WAV")
@@ -171,6 +182,7 @@ def test_tags_around_and_within_an_mp3_do_not_change_its_samples():
         (picture, b"", b""),
         (picture + small, b"", b""),
         (picture + bytes(100), b"", b""),
+        (bytes(7), b"", b""),
         (b"", small, b""),
         (b"", b"", b"TAG" + bytes(125)),
         (small, b"", b"APETAGEX" + b"x" * 99 + b"TAG" + bytes(125)),
@@ -179,6 +191,16 @@ def test_tags_around_and_within_an_mp3_do_not_change_its_samples():
         tagged = b"".join((before, index, *frames[:9], middle, *frames[9:], behind))
         np.testing.assert_array_equal(decode_audio(tagged)[0], expected)
         assert len(decode_audio(b"".join((before, *frames[:9], middle, *frames[9:], behind)))[0]) == 576 * len(frames)
+
+
+def test_a_few_bytes_that_mean_nothing_stand_before_an_mp3_whose_index_counts_all_its_frames():
+    data = encoded(NOISE, "MP3")
+    index, *frames = frames_of(data)
+    for junk in (b"\n", b"\x12\x34junk", bytes(range(200)), b"ID3\3\0\0\0\0\0\5helloHELLO"):
+        np.testing.assert_array_equal(decode_audio(junk + data)[0], decode_audio(data)[0])
+        for wrong in (frames, frames[3:], [frames[0][50:], *frames[1:]], [index, *frames[:-1]]):
+            with pytest.raises(UserError, match="recording"):
+                decode_audio(junk + b"".join(wrong))
 
 
 def test_an_mp3_with_frames_missing_added_or_broken_is_refused():

@@ -22,6 +22,8 @@ CAF_UNCOMPRESSED = (b"lpcm", b"ulaw", b"alaw")
 AIFF_UNCOMPRESSED = (b"none", b"sowt", b"twos", b"fl32", b"fl64", b"ulaw", b"alaw")
 # Lengths that stand in the header of a WAV while nobody knows its length: those of FFmpeg, SoX, arecord and others
 NEVER_FILLED = (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0x7FFFFF00, 0xFFFFFFFFFFFFFFFF)
+FEW_BYTES = 64  # that some programs leave behind the end that a WAV tells of; less than a hundredth of a second
+MOST_BEFORE_AN_MP3 = 4096  # bytes
 DECODER_DELAY = 529  # samples
 # Layer III's bit rates in kbit/s
 MPEG_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
@@ -39,8 +41,8 @@ class Container(NamedTuple):
 
 def whole(data: bytes) -> Container:
     """The recording without the tags around it. Raises UserError for one that is cut, damaged or of no known format."""
-    if tags := _tags_before(data):
-        data = data[tags:].lstrip(b"\0")  # some leave room for more tags
+    data = data[_tags_before(data) :].lstrip(b"\0")  # some leave room for more tags
+    data = data[_before_an_mp3(data) :]
     data = data[: len(data) - _tag_behind(data)]
     for magic, read in (
         (rb"(RIFF|RF64)....WAVE", _wav),
@@ -140,14 +142,16 @@ def _wav(data: bytes) -> Container:
     there = len(data) - start
     if long and size == 0xFFFFFFFF:
         size = long[1]
-    ends_before = (long[0] if long else struct.unpack_from("<I", data, 4)[0]) + 8 <= start
-    if (size in NEVER_FILLED and size > there) or (size == 0 and ends_before):
+    end = (long[0] if long else struct.unpack_from("<I", data, 4)[0]) + 8
+    if (size in NEVER_FILLED and size > there) or (size == 0 and end <= start):
         size = there
     if size > there:
         raise _cut(there, size)
     if size >= 1 << 32:
         raise _damaged("a WAV of 4 GB or more")
     head = data[12 : start - 4].replace(b"ds64", b"JUNK", 1) if long else data[12 : start - 4]
+    if start + size <= end < len(data) <= end + FEW_BYTES:
+        data = data[:end]  # what its own length leaves out is none of it
     riff = struct.pack("<4sI", b"RIFF", min(len(data) - 8, 0xFFFFFFFE))
     data = b"".join((riff, b"WAVE", head, struct.pack("<I", size), data[start:]))
     _sound(data, list(_chunks(data, 12, "<4sI", 2)), b"data")
@@ -351,6 +355,19 @@ def _mp3(data: bytes) -> Container:
     silence = header.ljust(made.size, b"\0")
     stream = b"".join((head.ljust(made.size, b"\0"), silence, *pieces))
     return Container(stream, frames * first.samples, first.samples - DECODER_DELAY)
+
+
+def _before_an_mp3(data: bytes) -> int:
+    """How many bytes of no meaning stand before an MP3: only where its first frame is an index that counts all frames,
+    so that none can be among them."""
+    if re.match(rb"\xff[\xe0-\xff]|RIFF|RF64|FORM|riff|caff|\.snd|NIST|fLaC|OggS", data):
+        return 0
+    for found in re.finditer(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", data[:MOST_BEFORE_AN_MP3]):
+        first = _frame(data, found.start())
+        index = first and _mp3_index(data[found.start() : found.start() + first.size], first)
+        if index and index.frames is not None:
+            return found.start()
+    return 0
 
 
 class _Index(NamedTuple):
