@@ -1,4 +1,7 @@
-"""Raw files by their names: which are read, and their bytes, unpacked on the way."""
+"""Raw files: which are read, by their names, and their bytes, unpacked on the way.
+
+How a file is packed is told by its first bytes: servers and download tools unpack a .gz and leave its name as it was.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from typing import IO, Any
 
 from mom_tokenizers.errors import UserError
 
-_OPENERS: dict[str, Callable[..., Any]] = {
-    ".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".tbz2": bz2.open, ".xz": lzma.open, ".txz": lzma.open,
+_OPENERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open,
 }  # fmt: skip
+_BZIP2_BLOCK = (b"1AY&SY", b"\x17rE8P\x90")  # stands behind the magic and a digit; a tar may begin with any letters
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 LINE_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "ndjson") for packed in ("", ".gz", ".bz2", ".xz"))
 READ_SUFFIXES = (*TAR_SUFFIXES, *LINE_SUFFIXES)
@@ -32,12 +36,23 @@ def is_lines(path: Path) -> bool:
 
 
 def is_compressed(path: Path) -> bool:
-    return path.name.lower().endswith(tuple(_OPENERS))
+    return _opener(path) is not open
+
+
+def _opener(path: Path) -> Callable[..., Any]:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(10)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    if head.startswith(b"BZh") and head[4:] not in _BZIP2_BLOCK:
+        return open
+    return next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), open)
 
 
 def opened(path: Path) -> IO[bytes]:
     """The file's bytes, unpacked on the way. Raises UserError where it cannot be opened."""
-    opener = next((o for suffix, o in _OPENERS.items() if path.name.lower().endswith(suffix)), open)
+    opener = _opener(path)
     try:
         return opener(path, "rb")
     except OSError as error:

@@ -157,6 +157,18 @@ def test_an_unsorted_tar_pairs_its_members_as_a_sorted_one_does(tmp_path):
             read(write_tar(packed, pictures + texts))
 
 
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_a_file_is_read_as_it_is_packed_whatever_it_is_called(tmp_path, packed):
+    plain = write_tar(tmp_path / "plain", [("BZh1.jpg", b"J"), ("BZh1.txt", b"words"), ("b.txt", b"x" * 3000)])
+    for name in ("t.tar", "t.tar.gz", "t.tgz", "t.tar.bz2", "t.tar.xz"):
+        (tmp_path / name).write_bytes(packed(plain.read_bytes()))
+        assert read(tmp_path / name)[0] == read(plain)[0]
+        assert len(index_parts(tmp_path / name, 1)) == (2 if packed is bytes else 1)
+    for name in ("t.jsonl", "t.jsonl.gz"):
+        (tmp_path / name).write_bytes(packed(b'{"text": "one"}\n{"text": "two"}\n'))
+        assert [shape(item) for item in read(tmp_path / name)[0]] == [[("text", "one")], [("text", "two")]]
+
+
 def test_tars_that_were_joined_keep_samples_that_share_a_key(tmp_path):
     rows = [("a.jpg", b"1"), ("a.txt", b"one"), ("b.txt", b"x"), ("a.jpg", b"2"), ("a.txt", b"two")]
     items, _ = read(write_tar(tmp_path / "t.tar", rows))
