@@ -149,7 +149,7 @@ def test_documents_that_are_left_out_keep_their_place_are_masked_and_counted_by_
     limits = Limits(characters=4999)
     dataset = OnlineDataset([str(tmp_path / "t.jsonl")], made / "words.yaml", tmp_path / "cache", limits=limits)
     assert [(s["key"], s["reason"].split(":")[0]) for s in dataset.skipped(0)] == [
-        ("t.jsonl:8", "JSONDecodeError"), ("t.jsonl:9", "empty"), ("t.jsonl:31", "above the limits"),
+        ("t.jsonl:8", "cannot be read"), ("t.jsonl:9", "empty"), ("t.jsonl:31", "above the limits"),
     ]  # fmt: skip
     text = Tokenizers.load(made / "words.yaml").tokenizer("text")
     for number, document in enumerate(good):
