@@ -13,7 +13,7 @@ paper-mini: $(ENV)  ## the paper's tables in miniature on CORPUS=path/to/raw/tar
 
 # one thread a process: several processes whose threads spin while they wait take each other's cores
 test: $(ENV)  ## all tests that run here; PYTEST='-k scan' for some
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 cluster: $(ENV)  ## the tests that need root and Debian's Slurm (tests/cluster/slurm.py says which packages)
 	MOM_REQUIRE_CLUSTER=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -m cluster tests/cluster $(PYTEST)

@@ -1,0 +1,23 @@
+"""For all tests: the files that take longest come first, so that no worker is left alone with one of them at the end."""
+
+# minutes each, most first; a file that is not named comes after them, as it was collected
+LONGEST = (
+    "faults/test_campaign.py",
+    "tools/test_tokenize_shards.py",
+    "tools/test_demo.py",
+    "tools/test_tutorial.py",
+    "tools/test_paper_mini.py",
+    "launch/test_launch.py",
+    "train/test_failures.py",
+    "train/test_survival.py",
+    "tools/test_describe_model.py",
+    "train/test_settings.py",
+    "train/test_run.py",
+    "data/test_online.py",
+    "kernels/test_triton.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
