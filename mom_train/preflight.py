@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from mom_data.dataset import TokenDataset, check_agreement
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.errors import UserError
+from mom_tokenizers.errors import AgreedError, UserError
 from mom_train.config import RunConfig
 from mom_train.config_file import read_saved
 
@@ -46,8 +46,11 @@ def check_places(config: RunConfig, ranks: int | None = None) -> None:
     for key, place in written.items():
         if place is not None and is_local(place):
             attempt(problems, lambda key=key, place=place: check_writable(Path(place), key))  # type: ignore[misc]
+    of_this_rank = bool(problems)
     if ranks is not None:
         attempt(problems, lambda: config.accumulation(ranks))
+    if problems and not of_this_rank:  # told from the config and the number of ranks, which all ranks have alike
+        raise AgreedError(problems[0])
     say(problems)
 
 

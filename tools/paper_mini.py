@@ -83,13 +83,14 @@ def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -
         return before["settings"]
     from demo import call, present_modalities  # here, for they import torch
 
-    keep_inputs(output, expand_inputs([place]))
+    files = expand_inputs([place])
     split = (corpus / "train").is_dir() and (corpus / "val").is_dir()
     found = present_modalities(corpus / "train" if split else corpus)
     if "image" not in found:
         raise UserError(f"{corpus}: no pictures, which all settings of the paper have; found {', '.join(found)}")
     settings = [s for s in SETTINGS if set(MODALITIES[s]) <= set(found)]
     chosen_experiments(experiments, settings)  # before hours of work
+    keep_inputs(output, files)
     for setting in settings:
         recipe = "continuous" if setting == "transfusion" else "discrete"
         wanted = yaml.safe_load((configs / f"{recipe}_tokenizers.yaml").read_text())

@@ -126,7 +126,7 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
         "all_gather": accumulation * (2 * sum(inner) + root) if S > 1 else 0,
         "reduce_scatter": whole if S > 1 else 0,
         "all_reduce": whole // S if copies > 1 else 0,
-        "small": 8 * (2 * M + 6) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) if ranks > 1 else 0,
+        "small": 8 * (2 * M + 8) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) if ranks > 1 else 0,
     }
     factors = ((S - 1) / S, (S - 1) / S, 2 * (copies - 1) / copies, 2 * (ranks - 1) / ranks)
     return {

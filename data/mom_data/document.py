@@ -27,6 +27,19 @@ __all__ = [
 ]  # fmt: skip
 
 _DESCRIPTIONS = ("", ".md", ".html", ".pdf", ".yaml", ".yml", ".log", ".sh", ".py", ".sha256", ".md5", ".sha1")
+_DESCRIBING = {
+    "readme",
+    "license",
+    "licence",
+    "summary",
+    "stats",
+    "manifest",
+    "metadata",
+    "info",
+    "dataset_info",
+    "checksums",
+}
+"""Names of files that speak of a data set, whatever their extension. Another .json or .txt may be data."""
 _READ_AT_ONCE = 256 << 20  # bytes of a tar whose headers are held while its samples are read
 
 
@@ -118,7 +131,8 @@ def _why_unread(file: Path, read: set[tuple[Path, str]]) -> str:
     described = any(folder == file.parent and stem.removesuffix("_stats") == name for folder, name in read)
     if described and not file.name.lower().endswith(UNREAD_PACKING):
         return why.SIDECAR
-    return why.SIDECAR if shown(file.name) in _DESCRIPTIONS else why.NOT_READ
+    describes = shown(file.name) in _DESCRIPTIONS or stem.lower() in _DESCRIBING
+    return why.SIDECAR if describes else why.NOT_READ
 
 
 def index_parts(path: Path, part_bytes: int, wanted: Callable[[str], bool] | None = None) -> list[Part]:

@@ -356,7 +356,16 @@ def test_lines_are_members_and_each_has_a_fate(tmp_path):
 def test_files_of_an_input_folder_that_are_not_read_are_counted(tmp_path):
     write_tar(tmp_path / "00000.tar", [("a.txt", b"t")])
     write_tar(tmp_path / "more.TGZ", [("a.txt", b"t")])
-    for name in ("00000.parquet", "00000_stats.json", "README.md", ".DS_Store", "b.tar.zst", "c.parquet", "loose.jpg"):
+    for name in (
+        "00000.parquet",
+        "00000_stats.json",
+        "README.md",
+        "summary.json",
+        ".DS_Store",
+        "b.tar.zst",
+        "c.parquet",
+        "loose.jpg",
+    ):
         (tmp_path / name).write_bytes(b"x")
     account = Account()
     assert [p.name for p in expand_inputs([str(tmp_path)], account)] == ["00000.tar", "more.TGZ"]

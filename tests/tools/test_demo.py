@@ -59,7 +59,7 @@ def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path
 def test_a_corpus_with_a_space_in_its_name_reaches_the_program_whole():
     for target in ("demo", "paper-mini"):
         said = subprocess.run(
-            ["make", "-n", "-o", ".venv/.ok", target, "CORPUS=my raw/tars"],
+            ["make", "--no-print-directory", "-n", "-o", ".venv/.ok", target, "CORPUS=my raw/tars"],
             cwd=CHECKOUT,
             capture_output=True,
             text=True,

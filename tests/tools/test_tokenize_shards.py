@@ -290,7 +290,8 @@ def test_a_run_refuses_shards_of_other_tokenizers(made, tokens, tmp_path):
     train = [sys.executable, str(TOOLS / "train_tokenizers.py"), "--config", str(recipe), "--input", str(made / "raw")]
     subprocess.run([*train, "--output", str(other)], check=True, capture_output=True)
     overrides = [
-        f"data.train=[{{path: {tokens}}}]", "data.validation={}", f"run_dir={tmp_path}", "data.sequence_length=64",
+        f"data.train=[{{path: {tokens}}}]", "data.validation={}", "validation.every=null", f"run_dir={tmp_path}",
+        "data.sequence_length=64",
     ]  # fmt: skip
     config = TOOLS.parent / "configs/demo.yaml"
     build_plans(load_config(config, [*overrides, f"tokenizers={made}/tokenizers/tokenizers.yaml"]))
@@ -363,6 +364,7 @@ def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, t
 
     def resolved(folder, *more, diffusion="{patch_width: 12}"):
         overrides = [f"data.train=[{{path: {folder}}}]", "data.validation={}", f"run_dir={tmp_path}", "tokenizers=null"]
+        overrides += ["validation.every=null"]
         overrides += ["data.sequence_length=64", "vocabulary={text: 2048, image: 512, speech: 200}"]
         run_config = load_config(config, [*overrides, f"objective.diffusion={diffusion}", *more])
         from mom_train.data import Datasets, check, training_plan
