@@ -31,16 +31,14 @@ def files_of_side(
     files are named without saying which side is meant, and where only some of them belong to a side.
     """
     files = expand_inputs(list(patterns), account)
-    placed = {file: _side(file) for file in files}
-    sides: dict[Path, set[str]] = {}
-    for place in placed.values():
-        if place is not None:
-            sides.setdefault(place[0], set()).add(place[1])
-    divided = {folder for folder, names in sides.items() if len(names) > 1}
-    if not divided:
+    placed = _divided(files)
+    if not placed:
         return files, split
-    of_side = {file: place[1] if (place := placed[file]) and place[0] in divided else None for file in files}
-    named = ", ".join(f"{folder}/ holds {' and '.join(sorted(sides[folder]))}" for folder in sorted(divided))
+    sides: dict[Path, set[str]] = {}
+    for folder, side in placed.values():
+        sides.setdefault(folder, set()).add(side)
+    of_side = {file: placed[file][1] if file in placed else None for file in files}
+    named = ", ".join(f"{folder}/ holds {' and '.join(sorted(names))}" for folder, names in sorted(sides.items()))
     if split is None:
         raise UserError(f"{named}: documents are held out there already. Say --split train or --split val, or name the "
                         "files of one side alone.")  # fmt: skip
@@ -56,11 +54,26 @@ def files_of_side(
     return chosen, None
 
 
-def _side(file: Path) -> tuple[Path, str] | None:
-    """(the folder whose documents are divided, the side) that a file's place or name tells of."""
-    if match := _SIDE_OF_FILE.fullmatch(file.name):
-        return file.parent, _SIDES[match[1]]
+def _divided(files: Sequence[Path]) -> dict[Path, tuple[Path, str]]:
+    """File -> (the folder whose documents are divided, the side), of those whose place tells of it, or else whose name
+    does. A folder that has one side alone is not divided: it may bear its name by chance."""
+    placed: dict[Path, tuple[Path, str]] = {}
+    for rule in (_side_of_place, _side_of_name):  # names within train/ and val/ say nothing more
+        found = {file: side for file in files if file not in placed and (side := rule(file)) is not None}
+        names: dict[Path, set[str]] = {}
+        for folder, side in found.values():
+            names.setdefault(folder, set()).add(side)
+        placed |= {file: where for file, where in found.items() if len(names[where[0]]) > 1}
+    return placed
+
+
+def _side_of_place(file: Path) -> tuple[Path, str] | None:
     return next(((folder.parent, _SIDES[folder.name]) for folder in file.parents if folder.name in _SIDES), None)
+
+
+def _side_of_name(file: Path) -> tuple[Path, str] | None:
+    match = _SIDE_OF_FILE.fullmatch(file.name)
+    return (file.parent, _SIDES[match[1]]) if match else None
 
 
 @dataclass

@@ -15,7 +15,7 @@ def lines(path, *texts):
     return path
 
 
-@pytest.mark.parametrize("layout", ["{}/a.jsonl", "{}/deep/a.jsonl", "{}.jsonl", "{}-000.jsonl"])
+@pytest.mark.parametrize("layout", ["{0}/{0}-00000.jsonl", "{}/a.jsonl", "{}/deep/a.jsonl", "{}.jsonl", "{}-000.jsonl"])
 @pytest.mark.parametrize("val", ["val", "validation"])
 def test_documents_that_folders_or_names_hold_out_never_reach_the_other_side(tmp_path, layout, val):
     train, held_out = (lines(tmp_path / "raw files" / layout.format(side), side) for side in ("train", val))
