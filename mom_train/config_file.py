@@ -122,13 +122,15 @@ class _UniqueKeys(yaml.SafeLoader):
     """Refuses a mapping that has a key twice; PyYAML keeps the last one and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):  # a list or a mapping as a key, which PyYAML refuses itself
+                continue
             if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
                 )
-            seen.add(key.value) if isinstance(key, yaml.ScalarNode) else None
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

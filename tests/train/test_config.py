@@ -285,3 +285,8 @@ def test_a_tilde_is_the_home_folder_wherever_a_place_is_named(tmp_path, monkeypa
     assert (config.run_dir, config.tokenizers) == (tmp_path / "run", tmp_path / "t.yaml")
     assert config.data.train[0].raw == (f"{tmp_path}/a.tar", "b.tar")
     assert config.data.validation["v"][0].path == f"{tmp_path}/val"
+
+
+def test_a_list_as_a_key_is_one_message():
+    with pytest.raises(UserError, match="found unhashable key"):
+        load_config("configs/demo.yaml", ["model={[dim]: 8}"])
