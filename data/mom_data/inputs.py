@@ -61,8 +61,8 @@ def _divided(files: Sequence[Path]) -> dict[Path, tuple[Path, str]]:
     for rule in (_side_of_place, _side_of_name):  # names within train/ and val/ say nothing more
         found = {file: side for file in files if file not in placed and (side := rule(file)) is not None}
         names: dict[Path, set[str]] = {}
-        for folder, side in found.values():
-            names.setdefault(folder, set()).add(side)
+        for folder, name in found.values():
+            names.setdefault(folder, set()).add(name)
         placed |= {file: where for file, where in found.items() if len(names[where[0]]) > 1}
     return placed
 
