@@ -11,9 +11,9 @@ import signal
 import sys
 
 from mom_tokenizers.errors import exit_clearly
-from mom_train.config_file import load_config
-from mom_train.preflight import check_places
-from mom_train.status import AGENT_PID
+from mom_train.config.files import load_config
+from mom_train.config.preflight import check_places
+from mom_train.distributed.status import AGENT_PID
 
 _PR_SET_PDEATHSIG = 1
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mom_data.batch import PackedBatch
-from mom_data.plan import Lane, Plan
+from mom_data.batches.batch import PackedBatch
+from mom_data.order.plan import Lane, Plan
 from mom_tokenizers.errors import user_path
-from mom_train.checkpoint import Checkpointer
-from mom_train.checkpoint_store import Checkpoint
-from mom_train.config import AnomalyConfig, RunConfig
-from mom_train.parallel import Ranks, agreed
+from mom_train.checkpoint.saver import Checkpointer
+from mom_train.checkpoint.store import Checkpoint
+from mom_train.config.run import AnomalyConfig, RunConfig
+from mom_train.distributed.ranks import Ranks, agreed
 
 log = logging.getLogger(__name__)
 _ENOUGH = 16  # good steps before a spike can be told

@@ -6,7 +6,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from mom_train.config import RunConfig
+from mom_train.config.run import RunConfig
 
 NAME = "unigram.json"
 _ROWS = 1024  # of training, that are counted
@@ -23,9 +23,9 @@ def unigram(config: RunConfig) -> Baseline:
     zero for noise of unit variance, and for a flow's velocity of twice that. Raises UserError where the data that the
     config names cannot be had.
     """
-    from mom_data.batch import first_sequences  # here: they import torch, and reports of a baseline need none
-    from mom_data.loader import Share, batches
-    from mom_data.statistics import unigram_losses
+    from mom_data.batches.batch import first_sequences  # here: they import torch, and reports of a baseline need none
+    from mom_data.batches.loader import Share, batches
+    from mom_data.batches.statistics import unigram_losses
     from mom_train.data import build_plans
     from mom_train.validation import rows_of
 

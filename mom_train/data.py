@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from mom_data.dataset import TokenDataset, check_agreement
-from mom_data.forecast import remarks
-from mom_data.plan import PLAN_VERSION, Cursor, Plan, Source
-from mom_data.storage import default_cache
+from mom_data.order.forecast import remarks
+from mom_data.order.plan import PLAN_VERSION, Cursor, Plan, Source
+from mom_data.shards.dataset import TokenDataset, check_agreement
+from mom_data.shards.storage import default_cache
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
-from mom_train.config import RunConfig, SourceConfig
-from mom_train.config_file import differences, with_defaults
-from mom_train.objective import with_latents_of
+from mom_train.config.data import SourceConfig
+from mom_train.config.files import differences, with_defaults
+from mom_train.config.run import RunConfig
+from mom_train.model.objective import with_latents_of
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Datasets:
             if entry.path is not None:
                 dataset = TokenDataset(entry.path, entry.shards, cache, int(self._config.cache_gib * 2**30))
             else:
-                from mom_data.online import OnlineDataset  # late: it brings the tokenizers' packages along
+                from mom_data.shards.online import OnlineDataset  # late: it brings the tokenizers' packages along
 
                 assert self._tokenizers is not None
                 where = cache or default_cache()

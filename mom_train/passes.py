@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from mom_data.batch import PackedBatch
+from mom_data.batches.batch import PackedBatch
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
-from mom_train.config import RunConfig
-from mom_train.diffusion import NoisedPatches
-from mom_train.model import LanguageModel, Losses
-from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout
-from mom_train.parallel import Ranks
-from mom_train.sequence_parallel import Context
+from mom_train.config.run import RunConfig
+from mom_train.distributed.context import Context
+from mom_train.distributed.ranks import Ranks
+from mom_train.model.context_scan import slice_of_rows
+from mom_train.model.diffusion import NoisedPatches
+from mom_train.model.language_model import LanguageModel, Losses
+from mom_train.model.objective import Counts, drop_conditions, noised_patches, row_layout
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Passes:
         patches = None
         if diffusion is not None:
             patches = noised_patches(batch, noise_seed, diffusion)
-        batch, patches, past_B = self.context.take(batch, patches)
+        batch, patches, past_B = slice_of_rows(self.context, batch, patches)
         if self.context.size > 1 and device.type == "cuda":
             batch = batch.pin_memory()
         if patches is not None:

@@ -16,33 +16,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mom_data.batch import PackedBatch
-from mom_data.loader import batches
+from mom_data.batches.batch import PackedBatch
+from mom_data.batches.loader import batches
 from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, UserError, user_path
 from mom_tokenizers.vocab import VocabLayout
 from mom_train import data
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
-from mom_train.checkpoint import Checkpointer, TrainState, read_train_state
-from mom_train.checkpoint_store import Checkpoint, Checkpoints, with_absolute_place
-from mom_train.config import ModelConfig, ObjectiveConfig, RunConfig
-from mom_train.config_file import differences, with_defaults
-from mom_train.convert import fill, match, open_weights
-from mom_train.ema import Ema
-from mom_train.environment import environment, write_environment
-from mom_train.flops import training_flops_per_token
-from mom_train.metrics import Clock, Record
-from mom_train.model import LanguageModel, initialize
-from mom_train.objective import Counts
-from mom_train.optimizer import build_optimizer, learning_rate
-from mom_train.parallel import Ranks, agreed, first_failure, model_mesh, process_group, set_timeout, shard
+from mom_train.checkpoint.saver import Checkpointer, TrainState, read_train_state
+from mom_train.checkpoint.store import Checkpoint, Checkpoints, with_absolute_place
+from mom_train.config.files import differences, with_defaults
+from mom_train.config.model import ModelConfig, ObjectiveConfig
+from mom_train.config.run import RunConfig
+from mom_train.cost.flops import training_flops_per_token
+from mom_train.distributed.context import Context
+from mom_train.distributed.ranks import Ranks, agreed, first_failure, model_mesh, process_group, set_timeout
+from mom_train.distributed.run_lock import RunLock
+from mom_train.distributed.status import State, Stop, write_status
+from mom_train.distributed.watch import Watch
+from mom_train.exchange.weights import fill, match, open_weights
+from mom_train.generate.samples import Sampler
+from mom_train.model.init import initialize
+from mom_train.model.language_model import LanguageModel
+from mom_train.model.objective import Counts
+from mom_train.model.sharding import shard
+from mom_train.observe.environment import environment, write_environment
+from mom_train.observe.metrics import Clock, Record
+from mom_train.observe.wandb import check_wandb
+from mom_train.optim.ema import Ema
+from mom_train.optim.optimizer import build_optimizer, learning_rate
 from mom_train.passes import Passes
-from mom_train.run_lock import RunLock
-from mom_train.sampling import Sampler
-from mom_train.sequence_parallel import Context
-from mom_train.status import State, Stop, write_status
 from mom_train.validation import rows_of, validate
-from mom_train.watch import Watch
-from mom_train.writers import check_wandb
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mom_data.batch import first_sequences
-from mom_data.loader import batches
-from mom_data.plan import Lane, Plan
-from mom_train.config import QUARTERS
-from mom_train.objective import Counts
+from mom_data.batches.batch import first_sequences
+from mom_data.batches.loader import batches
+from mom_data.order.plan import Lane, Plan
+from mom_train.config.model import QUARTERS
+from mom_train.model.objective import Counts
 from mom_train.passes import Passes
 
 _NOISE = -1  # its own seed

@@ -3,18 +3,18 @@
 # minutes each, most first; a file that is not named comes after them, as it was collected
 LONGEST = (
     "faults/test_campaign.py",
-    "tools/test_tokenize_shards.py",
-    "tools/test_demo.py",
-    "tools/test_tutorial.py",
-    "tools/test_paper_mini.py",
+    "data/test_tokenize_shards.py",
+    "demo/test_demo.py",
+    "demo/test_tutorial.py",
+    "paper/test_paper_mini.py",
     "launch/test_launch.py",
     "train/test_failures.py",
     "train/test_survival.py",
-    "tools/test_describe_model.py",
+    "model/test_describe_model.py",
     "train/test_settings.py",
     "train/test_run.py",
-    "data/test_online.py",
-    "kernels/test_triton.py",
+    "shards/test_online.py",
+    "ops/test_triton.py",
 )
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mom_tokenizers.errors import NOT_RESTARTED
-from mom_train.status import AGENT_PID
+from mom_train.distributed.status import AGENT_PID
 
 _ORPHANED_SECONDS = 40  # torchrun gives ranks 30 of them
 

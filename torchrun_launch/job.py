@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mom_tokenizers.errors import EXIT_PREEMPTED, NOT_RESTARTED, UserError
-from mom_train.status import read_status
+from mom_train.distributed.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
 from torchrun_launch.record import job_state, slurm, write_json
 

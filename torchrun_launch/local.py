@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from mom_tokenizers.errors import UserError
-from mom_train.config_file import load_config
-from mom_train.preflight import check_places
-from mom_train.status import read_status
+from mom_train.config.files import load_config
+from mom_train.config.preflight import check_places
+from mom_train.distributed.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
 from torchrun_launch.record import check_free, this_process, write_record
 

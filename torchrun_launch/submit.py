@@ -20,12 +20,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from mom_tokenizers.errors import UserError
-from mom_train.config import PATH_KEYS, RunConfig
-from mom_train.config_file import load_config
+from mom_train.config.files import load_config
+from mom_train.config.run import RunConfig
+from mom_train.config.section import PATH_KEYS
 from torchrun_launch.job import NodeTask
 from torchrun_launch.record import check_free, write_json, write_record
 
-_PACKAGES = ("torchrun_launch", "mom_train", "mom_data", "mom_tokenizers")
+_PACKAGES = ("torchrun_launch", "mom_train", "mom_data", "mom_tokenizers", "mom_tools")
 
 
 @dataclass(frozen=True)

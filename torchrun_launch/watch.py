@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mom_tokenizers.errors import UserError
-from mom_train.status import read_status
+from mom_train.distributed.status import read_status
 from torchrun_launch.record import ACTIVE, job_state, process_lives, read_record, slurm
 
 _TAG = re.compile(r"\[rank (\d+)\]: ")

@@ -9,9 +9,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import hosts as hosts_module
 import pytest
-import slurm as slurm_module
+
+from tests.helpers import hosts as hosts_module
+from tests.helpers import slurm as slurm_module
 
 
 def pytest_collection_modifyitems(items):
@@ -52,7 +53,7 @@ def hosts(tmp_path):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with token shards and config.yaml, a run of 0.07 M parameters."""
-    from run_config import write_config
+    from tests.helpers.run_config import write_config
 
     folder = tmp_path_factory.mktemp("tiny")
     write_config(folder, validation={"sequences": 1})

@@ -3,11 +3,11 @@
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[2]
+from tests.helpers import CHECKOUT
+
 PORT = 29431
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[2]
+from tests.helpers import CHECKOUT
+
 LONG = 100_000  # steps: more than any test waits for
 PATIENCE = 900  # seconds; what is waited for comes in seconds on a quiet machine
 

@@ -14,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from run_config import write_config
 
-CHECKOUT = Path(__file__).parents[2]
+from tests.helpers import CHECKOUT
+from tests.helpers.run_config import write_config
+
 DOCKER = CHECKOUT / "docker"
 pytestmark = pytest.mark.image
 USER = 10001
@@ -145,7 +146,7 @@ def test_it_trains_on_two_ranks_with_the_c_kernels(container, tmp_path_factory):
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
     assert (folder / "run" / "LATEST").stat().st_uid == USER
-    available = "from mom_train.kernels.native import available; assert available(16)"
+    available = "from mom_train.ops.native import available; assert available(16)"
     container("python", "-c", available)
 
 

@@ -22,15 +22,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / name) for name in ("faults", "train", "data", "cluster")]
+import numpy as np
 
-import faults as f  # noqa: E402
-import hosts as hosts_module  # noqa: E402
-import numpy as np  # noqa: E402
-from disturbed import Campaign, Outcome  # noqa: E402
-from experiment import Violation  # noqa: E402
-from reference import Reference, make_config, make_reference  # noqa: E402
+from tests.faults import faults as f
+from tests.faults.disturbed import Campaign, Outcome
+from tests.faults.experiment import Violation
+from tests.faults.reference import Reference, make_config, make_reference
+from tests.helpers import hosts as hosts_module
 
 PLACES = {"store": f.STORE, "hosts": f.HOSTS, "disk": f.ENDING | f.PASSING | f.DISK | f.DOWN}
 

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import faults as f
-import hosts as hosts_module
-from experiment import Run, Saved, check_rows, check_saved, require
-from reference import INTERVAL, PATIENCE, TIMEOUT, Reference, bad_steps
+from tests.faults import faults as f
+from tests.faults.experiment import Run, Saved, check_rows, check_saved, require
+from tests.faults.reference import INTERVAL, PATIENCE, TIMEOUT, Reference, bad_steps
+from tests.helpers import hosts as hosts_module
 
 
 @dataclass

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import fsspec
 
-CHECKOUT = Path(__file__).parents[2]
+from tests.helpers import CHECKOUT
+
 _MARK = "MOM_CAMPAIGN"
 _COMPARED = ("loss/", "grad_norm/", "tokens/", "flops/", "anomaly/", "learning_rate")
 
@@ -114,7 +115,7 @@ class Process:
 
 
 class Run:
-    """One run and its present start. `hosts` as in tests/cluster/hosts.py, or None for this machine alone."""
+    """One run and its present start. `hosts` as in tests/helpers/hosts.py, or None for this machine alone."""
 
     def __init__(self, folder, config, saved, ranks=2, hosts=None, environment=None, overrides=()):
         self.folder, self.config, self.saved, self.ranks, self.hosts = folder, config, saved, ranks, hosts

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from experiment import require
+from tests.faults.experiment import require
 
 SIGNALS = ("sigterm", "sigint", "sigusr1", "sigusr2")
 # at work or starting: kind -> weight in the deck

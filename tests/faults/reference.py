@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from corpus import random_document, write_dataset
-from experiment import Run, Saved, equal_tensors, require
-from run_config import write_config
+
+from tests.faults.experiment import Run, Saved, equal_tensors, require
+from tests.helpers.corpus import random_document, write_dataset
+from tests.helpers.run_config import write_config
 
 INTERVAL = 10  # steps between checkpoints
 TIMEOUT, FIRST_TIMEOUT = 20.0, 180.0  # seconds that a collective may take, those up to the first step included

@@ -1,16 +1,15 @@
-"""The campaign itself, short: faults that fit into a minute or so on two cores. Nightly: docs/survival.md."""
+"""The campaign itself, short: faults that fit into a few minutes on two cores."""
 
 import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from experiment import Saved, Violation, check_rows, check_saved
 
-CHECKOUT = Path(__file__).parents[2]
+from tests.faults.experiment import Saved, Violation, check_rows, check_saved
+from tests.helpers import CHECKOUT
 
 
 def campaign(folder, *kinds, seed=0, steps=80, minutes=60):

@@ -8,18 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
-from run_config import tiny_config, write_config
 
-from mom_data.document import expand_inputs
-from mom_train.config import PATH_KEYS, RunConfig, Section
-from mom_train.config_file import _arguments
-from mom_train.status import write_status
+from mom_data.documents.document import expand_inputs
+from mom_train.config.files import _arguments
+from mom_train.config.run import RunConfig
+from mom_train.config.section import PATH_KEYS, Section
+from mom_train.distributed.status import write_status
+from tests.helpers import CHECKOUT
+from tests.helpers.run_config import tiny_config, write_config
 from torchrun_launch.ranks import exit_code, rank_environment
 from torchrun_launch.record import this_process, write_record
 from torchrun_launch.submit import absolute
 from torchrun_launch.watch import describe, status
 
-CHECKOUT = Path(__file__).parents[2]
 DRIVER = """
 import os, sys
 from pathlib import Path
@@ -282,7 +283,6 @@ def test_status_of_a_killed_run_names_its_log_and_the_command_to_go_on(tmp_path,
 
 HELPS = """
 import contextlib, io, runpy, sys
-sys.path.insert(0, "tools")
 for program in sys.argv[1:]:
     sys.argv, said = [program, "--help"], io.StringIO()
     try:

@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 
-from mom_train.attention import TransformerBlock, attention_mask
-from mom_train.config import ModelConfig
-from mom_train.layout import RowLayout
-from mom_train.model import LanguageModel, initialize
+from mom_train.config.model import ModelConfig
+from mom_train.model.attention import TransformerBlock, attention_mask
+from mom_train.model.init import initialize
+from mom_train.model.language_model import LanguageModel
+from mom_train.ops.layout import RowLayout
 
 M, D, HEADS = 3, 32, 2
 MOT = ("attention", "feed_forward", "norm")

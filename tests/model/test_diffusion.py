@@ -3,19 +3,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from corpus import VOCAB, write_dataset
 from diffusers import DDPMScheduler
 
-from mom_data.batch import first_sequences
-from mom_data.dataset import TokenDataset
-from mom_data.loader import Share, batches
-from mom_data.plan import Plan, Source
-from mom_data.shards import TokenSegment
-from mom_train.config import DiffusionConfig, ModelConfig, ObjectiveConfig
-from mom_train.diffusion import cosine_alpha_bar, noise
-from mom_train.generation import Sampler, Sampling
-from mom_train.model import LanguageModel, initialize
-from mom_train.objective import Counts, drop_conditions, noised_patches, row_layout
+from mom_data.batches.batch import first_sequences
+from mom_data.batches.loader import Share, batches
+from mom_data.order.plan import Plan, Source
+from mom_data.shards.dataset import TokenDataset
+from mom_data.shards.format import TokenSegment
+from mom_train.config.model import DiffusionConfig, ModelConfig, ObjectiveConfig
+from mom_train.generate.sampler import Sampler, Sampling
+from mom_train.model.diffusion import cosine_alpha_bar, noise
+from mom_train.model.init import initialize
+from mom_train.model.language_model import LanguageModel
+from mom_train.model.objective import Counts, drop_conditions, noised_patches, row_layout
+from tests.helpers.corpus import VOCAB, write_dataset
 
 WIDTH = 8
 CONFIG = DiffusionConfig(patch_width=WIDTH)

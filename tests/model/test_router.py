@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from mom_train.config import PROJECTIONS, ModelConfig
-from mom_train.flops import active_parameters, parameters
-from mom_train.layout import RowLayout
-from mom_train.model import LanguageModel, initialize
-from mom_train.routed import RoutedProjection
+from mom_train.config.model import PROJECTIONS, ModelConfig
+from mom_train.cost.flops import active_parameters, parameters
+from mom_train.model.init import initialize
+from mom_train.model.language_model import LanguageModel
+from mom_train.model.routed import RoutedProjection
+from mom_train.ops.layout import RowLayout
 
 M, T = 3, 24
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mom_train.config import PROJECTIONS, DiffusionConfig, ModelConfig
-from mom_train.diffusion import NoisedPatches
-from mom_train.layout import RowLayout
-from mom_train.model import LanguageModel, initialize
+from mom_train.config.model import PROJECTIONS, DiffusionConfig, ModelConfig
+from mom_train.model.diffusion import NoisedPatches
+from mom_train.model.init import initialize
+from mom_train.model.language_model import LanguageModel
+from mom_train.ops.layout import RowLayout
 
 M, V, L = 3, 96, 30
 ARCHITECTURES = {

@@ -4,15 +4,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_model import M, V, batch, run
 from torch.profiler import ProfilerActivity, profile
 
-from mom_train.attention import attention_mask
-from mom_train.config import PROJECTIONS, ModelConfig
-from mom_train.kernels import native
-from mom_train.layout import RowLayout
-from mom_train.memory import block_activation_bytes, selective_activation_bytes
-from mom_train.model import LanguageModel, initialize
+from mom_train.config.model import PROJECTIONS, ModelConfig
+from mom_train.cost.memory import block_activation_bytes, selective_activation_bytes
+from mom_train.model.attention import attention_mask
+from mom_train.model.init import initialize
+from mom_train.model.language_model import LanguageModel
+from mom_train.ops import native
+from mom_train.ops.layout import RowLayout
+from tests.helpers.models import M, V, batch, run
 
 CONFIGS = {
     "mixture": ModelConfig(dim=128, layers=1, decoupled=PROJECTIONS),
@@ -109,11 +110,11 @@ def test_a_block_keeps_as_much_as_predicted_in_each_way_to_recompute(name, preci
 
 def step_without_data(name, precision, device, objective=None):
     """Forward and backward pass, clipping and the judgement of one step through the trainer's parts."""
-    from mom_data.batch import PackedBatch
+    from mom_data.batches.batch import PackedBatch
     from mom_train.anomaly import Judge
-    from mom_train.config import AnomalyConfig, RunConfig
-    from mom_train.objective import Counts
-    from mom_train.parallel import Ranks
+    from mom_train.config.run import AnomalyConfig, RunConfig
+    from mom_train.distributed.ranks import Ranks
+    from mom_train.model.objective import Counts
     from mom_train.passes import Passes
 
     vocabulary = {"text": 40, "image": 20, "speech": 20}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
-from tiny_tokenizers import random_vq
 
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.speech import SpeechTokenizer
+from mom_tokenizers.speech.units import SpeechTokenizer
 from mom_tokenizers.text import TextTokenizer
+from tests.helpers.tiny_tokenizers import random_vq
 
 YAML = """
 speech: {kind: units, path: sounds}

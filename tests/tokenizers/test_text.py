@@ -5,7 +5,6 @@ import subprocess
 import sys
 import unittest.mock
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 import mom_tokenizers.text as text_module
 from mom_tokenizers.text import TextTokenizer
+from tests.helpers import CHECKOUT
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
@@ -334,7 +334,7 @@ def test_mistakes_are_explained(tmp_path):
 
 
 def test_hugging_face_tokenizers_is_not_shadowed_by_the_checkout():
-    checkout = Path(__file__).parents[2]
+    checkout = CHECKOUT
     code = "import os, tokenizers, transformers; print(os.path.dirname(tokenizers.__file__)); tokenizers.Tokenizer"
     done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

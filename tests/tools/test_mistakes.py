@@ -3,9 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-
-CHECKOUT = Path(__file__).parents[2]
 
 MISTAKES = [
     ("mom_train.__main__", "none.yaml", "no config file none.yaml"),
@@ -33,47 +30,47 @@ MISTAKES = [
     ("generate", "run --samples 0", "--samples 0: it must be above 0"),
     ("generate", "run --denoised-limit nan", "--denoised-limit nan: it must be above 0"),
     ("generate", "run --seed=-1", "--seed, --step: not below 0"),
-    ("export_model", "none --out x", "none: no such folder"),
-    ("export_model", "run --out file/x", "--out: file/x cannot be a folder"),
+    ("export", "none --out x", "none: no such folder"),
+    ("export", "run --out file/x", "--out: file/x cannot be a folder"),
     ("checkpoint", "none list", "none: no such folder"),
     ("checkpoint", "empty verify", "empty: no checkpoints there"),
     ("checkpoint", "run prune --keep 0", "--keep: at least 1"),
     ("report", "none", "none: no metrics.jsonl, so not a run directory"),
     ("report", "run --price nan", "--price nan: not below 0"),
-    ("match_loss", "--baseline empty --candidate run", "empty: no metrics.jsonl, so not a run directory"),
-    ("match_loss", "--baseline run --candidate run --window 1", "the window is a share"),
-    ("match_loss", "--baseline run --candidate run --paper 9:1B", "9"),
-    ("plot_run", "none --out x.png", "none: no metrics.jsonl"),
-    ("describe_model", "none.yaml", "no config file none.yaml"),
-    ("describe_model", "c.yaml --ranks 0", "--ranks 0: at least 1"),
-    ("plan_run", "none.yaml", "no config file none.yaml"),
-    ("plan_run", "c.yaml --nodes 0", "--nodes and --gpus-per-node: at least one"),
-    ("plan_run", "c.yaml --mfu nan", "--mfu nan: a share"),
-    ("plan_run", "c.yaml --latency nan", "--latency nan: not below 0"),
-    ("plan_run", "c.yaml --patch-share 2", "--patch-share 2.0: a share from 0 to 1"),
-    ("pack_stats", "--data empty", "empty: no manifest.json"),
-    ("pack_stats", "c.yaml --data empty", "give either a CONFIG, or --data"),
-    ("inspect_shards", "empty --output x.html", "empty: no manifest.json"),
-    ("inspect_shards", "--output x.html", "give a DATASET folder, or --config"),
-    ("inspect_shards", "empty --output x.html --rows 0", "--rows must be at least 1"),
-    ("verify_shards", "empty", "empty"),
-    ("paper_mini", "", "make paper-mini CORPUS=path/to/raw/tars"),
-    ("paper_mini", "--corpus none", "--corpus none: nothing there"),
-    ("paper_mini", "--corpus empty --seeds 0", "--seeds, --max-steps and --jobs must be at least 1"),
-    ("paper_mini", "--corpus empty --minutes nan", "--minutes above 0"),
-    ("paper_mini", "--corpus empty --rates 0", "--rates: learning rates are above 0"),
+    ("match-loss", "--baseline empty --candidate run", "empty: no metrics.jsonl, so not a run directory"),
+    ("match-loss", "--baseline run --candidate run --window 1", "the window is a share"),
+    ("match-loss", "--baseline run --candidate run --paper 9:1B", "9"),
+    ("plot", "none --out x.png", "none: no metrics.jsonl"),
+    ("describe", "none.yaml", "no config file none.yaml"),
+    ("describe", "c.yaml --ranks 0", "--ranks 0: at least 1"),
+    ("plan", "none.yaml", "no config file none.yaml"),
+    ("plan", "c.yaml --nodes 0", "--nodes and --gpus-per-node: at least one"),
+    ("plan", "c.yaml --mfu nan", "--mfu nan: a share"),
+    ("plan", "c.yaml --latency nan", "--latency nan: not below 0"),
+    ("plan", "c.yaml --patch-share 2", "--patch-share 2.0: a share from 0 to 1"),
+    ("pack-stats", "--data empty", "empty: no manifest.json"),
+    ("pack-stats", "c.yaml --data empty", "give either a CONFIG, or --data"),
+    ("inspect", "empty --output x.html", "empty: no manifest.json"),
+    ("inspect", "--output x.html", "give a DATASET folder, or --config"),
+    ("inspect", "empty --output x.html --rows 0", "--rows must be at least 1"),
+    ("verify", "empty", "empty"),
+    ("paper-mini", "", "make paper-mini CORPUS=path/to/raw/tars"),
+    ("paper-mini", "--corpus none", "--corpus none: nothing there"),
+    ("paper-mini", "--corpus empty --seeds 0", "--seeds, --max-steps and --jobs must be at least 1"),
+    ("paper-mini", "--corpus empty --minutes nan", "--minutes above 0"),
+    ("paper-mini", "--corpus empty --rates 0", "--rates: learning rates are above 0"),
 ]
 
 ALL = """
 import contextlib, importlib, io, json, sys
-sys.path.insert(0, sys.argv[1])
+from mom_tools.__main__ import MODULES
 found = []
-for tool, line in json.loads(sys.argv[2]):
+for tool, line in json.loads(sys.argv[1]):
     sys.argv = [tool, *line.split()]
     said, code = io.StringIO(), "no exit"
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            importlib.import_module(tool).main()
+            importlib.import_module(MODULES.get(tool, tool)).main()
         except SystemExit as end:
             code = end.code
         except BaseException as error:
@@ -94,7 +91,7 @@ def test_a_mistake_is_one_message_with_exit_code_2_before_torch_is_imported(tmp_
         "data: {train: [{path: nowhere}], sequence_length: 64}\noptimizer: {learning_rate: 1.0e-3}\n"
         "training: {steps: 10, batch: 4, micro_batch: 2}\n"
     )
-    line = [sys.executable, "-c", ALL, CHECKOUT / "tools", json.dumps([m[:2] for m in MISTAKES])]
+    line = [sys.executable, "-c", ALL, json.dumps([m[:2] for m in MISTAKES])]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wrong = []

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[2]
+from tests.helpers import CHECKOUT
+
 FORKS = """
 import json, os, runpy, sys
 import jinja2, matplotlib, numpy, pydantic, safetensors.numpy, tqdm, yaml  # once, for all that follow
@@ -21,7 +21,6 @@ for program in sys.argv[1:]:
     if os.fork() == 0:
         sys.meta_path.insert(0, Torch())
         sys.argv[:] = [program]
-        sys.path.insert(0, os.path.dirname(program))
         runpy.run_path(program, run_name="imported")
         os.write(1, (json.dumps([program, "never"]) + "\\n").encode())
         os._exit(0)

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from mom_train.anomaly import Judge, gradient_squares
-from mom_train.config import AnomalyConfig, ModelConfig
-from mom_train.model import LanguageModel, initialize
+from mom_train.config.model import ModelConfig
+from mom_train.config.run import AnomalyConfig
+from mom_train.model.init import initialize
+from mom_train.model.language_model import LanguageModel
 
 
 def judged(config, values, judge=None):

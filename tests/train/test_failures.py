@@ -13,19 +13,20 @@ from concurrent.futures import Future
 
 import pytest
 import torch.distributed as dist
-from ranks import mom_train_ranks, run_ranks
-from run_config import write_config
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mom_data import loader
+from mom_data.batches import loader
 from mom_tokenizers.errors import AgreedError, UserError, exit_clearly, read_json, user_path
-from mom_train import checkpoint_store, run_lock
-from mom_train.checkpoint import Checkpointer
-from mom_train.checkpoint_store import Checkpoints
-from mom_train.config import CheckpointConfig
-from mom_train.metrics import read_metrics
-from mom_train.run_lock import RunLock
-from mom_train.status import read_status, write_status
+from mom_train.checkpoint import store as checkpoint_store
+from mom_train.checkpoint.saver import Checkpointer
+from mom_train.checkpoint.store import Checkpoints
+from mom_train.config.run import CheckpointConfig
+from mom_train.distributed import run_lock
+from mom_train.distributed.run_lock import RunLock
+from mom_train.distributed.status import read_status, write_status
+from mom_train.observe.metrics import read_metrics
+from tests.helpers.ranks import mom_train_ranks, run_ranks
+from tests.helpers.run_config import write_config
 
 
 def status(folder):
@@ -129,10 +130,10 @@ def test_what_all_ranks_find_wrong_alike_is_said_by_rank_0_alone(tmp_path):
 def save_with_copies_that_fail(folder):
     """(newest committed step, what is said) after each of three saves; on rank 1 the first one's copy closes its
     stager, as torch 2.11's does, so that the second fails."""
-    from checkpoint_ranks import a_run
     from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
-    from mom_train.checkpoint import TrainState
+    from mom_train.checkpoint.saver import TrainState
+    from tests.helpers.checkpoint_ranks import a_run
 
     stage = StateDictStager.stage
 

@@ -1,66 +1,17 @@
 """The public commands, as processes: train, resume, stop, and what they say to bad input."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from ranks import mom_train, mom_train_ranks
-from run_config import tiny_config, write_config
 
-CHECKOUT = Path(__file__).parents[2]
-VOLATILE = ("perf/", "checkpoint/")
-
-
-def command(config, *overrides, ranks=2):
-    launcher = [sys.executable, "-m", "torchrun_launch", "local", f"--nproc-per-node={ranks}"]
-    return [*launcher, str(config), *overrides]
-
-
-def run(config, *overrides, ranks=2, code=0, torchrun=False):
-    """Ends with `code` on every rank; what they say, rank 0 first. With torchrun=True by the launcher, as a user starts
-    it; else ranks are forked from a process that has imported torch, and ranks=0 is one process without a group."""
-    if torchrun:
-        done = subprocess.run(command(config, *overrides, ranks=ranks), cwd=CHECKOUT, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr[-3000:]
-        return done.stderr
-    ended = mom_train_ranks(ranks, None, config, *overrides, timeout=900) if ranks else [mom_train(config, *overrides)]
-    said = "".join(printed for _, printed in ended)
-    assert {exit_code for exit_code, _ in ended} == {code}, said[-3000:]
-    return said
-
-
-def metrics(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in lines]
-
-
-def weights(run_dir):
-    """All tensors of the newest checkpoint, by torch's own converter."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    out = run_dir / "weights.pt"
-    dcp_to_torch_save(run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip(), out)
-    import torch
-
-    return torch.load(out, weights_only=True)
-
-
-def assert_equal_tensors(a, b):
-    import torch
-
-    assert a.keys() == b.keys()
-    for key in a:
-        if isinstance(a[key], dict):
-            assert_equal_tensors(a[key], b[key])
-        elif isinstance(a[key], torch.Tensor):
-            assert torch.equal(a[key], b[key]), key
+from tests.helpers import CHECKOUT
+from tests.helpers.run_config import tiny_config, write_config
+from tests.helpers.runs import assert_equal_tensors, command, metrics, run, weights
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +34,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["training"]["steps"] == 8
     assert (run_dir / "LATEST").read_text() == "step-8\n"
 
-    from mom_train.flops import training_flops_per_token
+    from mom_train.cost.flops import training_flops_per_token
 
     config = tiny_config(whole)
     tokens = sum(lines[8][f"tokens/{m}"] for m in ("text", "image", "speech"))

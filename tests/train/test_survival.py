@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from corpus import random_document, write_dataset
-from ranks import mom_train
-from run_config import write_config
+
+from tests.helpers.corpus import random_document, write_dataset
+from tests.helpers.ranks import mom_train
+from tests.helpers.run_config import write_config
 
 DIFFUSION = {"diffusion": {"patch_width": 4}}
 

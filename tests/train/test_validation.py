@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_ranks import bests
-from corpus import VOCAB
-from ranks import mom_train, run_ranks
-from run_config import tiny_config, write_config
-from tokenized import tokenized_config
 
-from mom_data.dataset import TokenDataset
+from mom_data.shards.dataset import TokenDataset
+from tests.helpers.checkpoint_ranks import bests
+from tests.helpers.corpus import VOCAB
+from tests.helpers.ranks import mom_train, run_ranks
+from tests.helpers.run_config import tiny_config, write_config
+from tests.helpers.tokenized import tokenized_config
 
 
 def figures_and_oracle(folder):
     """(what two ranks validate; the same by hand on whole logits, rank 0)."""
-    from mom_data.batch import first_sequences
-    from mom_data.loader import Share, batches
+    from mom_data.batches.batch import first_sequences
+    from mom_data.batches.loader import Share, batches
     from mom_tokenizers.bundle import Tokenizers
-    from mom_train.objective import noised_patches, row_layout
-    from mom_train.parallel import process_group
-    from mom_train.status import Stop
+    from mom_train.distributed.ranks import process_group
+    from mom_train.distributed.status import Stop
+    from mom_train.model.objective import noised_patches, row_layout
     from mom_train.trainer import Trainer
 
     config = tokenized_config(folder)
@@ -84,8 +84,8 @@ def test_bits_per_byte_and_errors_by_timestep_are_what_whole_logits_give(tmp_pat
 
 def whole_set(folder, window):
     """(rows, pieces of documents, targets by modality, sums) of one pass over the validation set."""
-    from mom_data.plan import Lane
-    from mom_train.parallel import process_group
+    from mom_data.order.plan import Lane
+    from mom_train.distributed.ranks import process_group
     from mom_train.trainer import Trainer
     from mom_train.validation import score
 
@@ -118,8 +118,8 @@ def test_a_validation_set_is_scored_once_and_whole_whatever_the_training_order_a
 
 def train_until_interrupted(folder, where):
     """A run that a signal on the last rank meets in the validation after step `where`, or does not where that is 0."""
-    from mom_train.parallel import process_group
-    from mom_train.status import Stop
+    from mom_train.distributed.ranks import process_group
+    from mom_train.distributed.status import Stop
     from mom_train.trainer import Trainer
 
     class InValidation(Stop):

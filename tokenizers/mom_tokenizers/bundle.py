@@ -11,73 +11,37 @@ used, so a reader of one modality, or of the fingerprints alone, pays for nothin
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import yaml
 
-from mom_tokenizers import errors, ready
+from mom_tokenizers import ready
+from mom_tokenizers.base import Tokenizer, fingerprint_files, resolved_device
 from mom_tokenizers.errors import UserError, user_path
 
 # kind -> module and class, imported when used: torch and diffusers take seconds
 KINDS = {
     "bpe": ("mom_tokenizers.text", "TextTokenizer"),
-    "vq": ("mom_tokenizers.image", "VQImageTokenizer"),
-    "emu3": ("mom_tokenizers.image_transformers", "Emu3ImageTokenizer"),
-    "janus": ("mom_tokenizers.image_transformers", "JanusImageTokenizer"),
-    "kl": ("mom_tokenizers.image_kl", "KLImageTokenizer"),
-    "units": ("mom_tokenizers.speech", "SpeechTokenizer"),
+    "vq": ("mom_tokenizers.image.autoencoder", "VQImageTokenizer"),
+    "emu3": ("mom_tokenizers.image.transformers", "Emu3ImageTokenizer"),
+    "janus": ("mom_tokenizers.image.transformers", "JanusImageTokenizer"),
+    "kl": ("mom_tokenizers.image.kl", "KLImageTokenizer"),
+    "units": ("mom_tokenizers.speech.units", "SpeechTokenizer"),
 }
+
+
 PICTURES = ("vq", "emu3", "janus", "kl")
+
+
 READY = "ids"  # the kind that has no files: all of it is declared
+
+
 DECODED_AT_ONCE = 32  # pictures held in full size
-
-
-class Tokenizer(Protocol):
-    """What every tokenizer offers. A value is a str, a PIL picture, (waveform, rate), or the bytes of a .npy; it
-    becomes ids (n,) uint32, or latent patches (n, width) float16, for which `size` is 1."""
-
-    kind: str
-    size: int
-
-    def encode(self, value: Any) -> np.ndarray: ...
-    def encode_batch(self, values: Sequence[Any]) -> list[np.ndarray]: ...
-    def decode(self, ids: Sequence[int] | np.ndarray, /) -> Any: ...
-    def fingerprint(self) -> str: ...
-    def save(self, directory: str | Path) -> None: ...
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError naming the file."""
-    value = errors.read_json(file)
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return value
-
-
-def fingerprint_files(kind: str, files: Mapping[str, Path]) -> str:
-    """16 hex digits of a sha256 over names and contents of config and weight files.
-
-    JSON counts by value, without keys that name the writer's library version or path.
-    """
-    digest = hashlib.sha256(kind.encode())
-    for name in sorted(files):
-        content = hashlib.sha256()
-        if name.endswith(".json"):
-            value = {k: v for k, v in read_json(files[name]).items() if k[0:1] != "_" and k != "transformers_version"}
-            content.update(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
-        else:
-            with open(files[name], "rb") as file:
-                while block := file.read(1 << 20):
-                    content.update(block)
-        digest.update(name.encode() + b"\0" + content.digest())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -215,10 +179,10 @@ class Tokenizers:
                 f"these are ready-made ids, but {modality} has a tokenizer of kind {kind}: declare it as kind {READY}"
             )
         if kind in PICTURES:
-            from mom_tokenizers.pictures import decode_image
+            from mom_tokenizers.media.pictures import decode_image
 
             return decode_image(data)
-        from mom_tokenizers.recordings import decode_audio
+        from mom_tokenizers.media.recordings import decode_audio
 
         return decode_audio(data)
 
@@ -254,14 +218,6 @@ def _located(folder: Path, path: str, kind: str) -> Path:
 
         return hub_folder(path)
     return folder / path
-
-
-def resolved_device(device: str) -> str:
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _class(kind: str) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mom_tokenizers.bundle import fingerprint_files, read_json
+from mom_tokenizers.base import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import read_vocabulary
 

@@ -1,0 +1,1 @@
+"""Packed rows as tensors, and the loader that brings them to a rank."""

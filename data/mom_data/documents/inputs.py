@@ -1,0 +1,140 @@
+"""Which raw files a command means, which of their documents are held out, and what modalities stand at their heads."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from mom_data.documents.account import OTHER_SIDE, Account
+from mom_data.documents.document import Document, documents_at_the_head, expand_inputs
+from mom_data.documents.raw_files import READ_SUFFIXES
+from mom_tokenizers.errors import UserError
+
+_SIDES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+_SIDE_OF_FILE = re.compile(rf"({'|'.join(_SIDES)})([-_.]\S*)?({'|'.join(map(re.escape, READ_SUFFIXES))})")
+_HASHES = 1 << 64
+_SAMPLED_FILES, _SAMPLED_DOCUMENTS, _SAMPLING_SECONDS = 64, 32, 20.0
+
+
+def files_of_side(
+    patterns: Sequence[str], split: str | None, account: Account | None = None
+) -> tuple[list[Path], str | None]:
+    """(files, the split that is left to be made by document keys) of what paths, globs and folders name.
+
+    Where the files stand in train/ and val/ of one folder (or are called train-... and val-...), they are split
+    already: the files of the wanted side are taken whole. Raises UserError where a pattern matches nothing, where such
+    files are named without saying which side is meant, and where only some of them belong to a side.
+    """
+    files = expand_inputs(list(patterns), account)
+    placed = _divided(files)
+    if not placed:
+        return files, split
+    sides: dict[Path, set[str]] = {}
+    for folder, side in placed.values():
+        sides.setdefault(folder, set()).add(side)
+    of_side = {file: placed[file][1] if file in placed else None for file in files}
+    named = ", ".join(f"{folder}/ holds {' and '.join(sorted(names))}" for folder, names in sorted(sides.items()))
+    if split is None:
+        raise UserError(f"{named}: documents are held out there already. Say --split train or --split val, or name the "
+                        "files of one side alone.")  # fmt: skip
+    others = sorted(file for file, side in of_side.items() if side not in ("train", "val"))
+    chosen = [file for file, side in of_side.items() if side == split]
+    if others or not chosen:
+        why = f"{others[0]} belongs to neither side" if others else f"nothing there is {split}"
+        raise UserError(f"{named}, but {why}. Name the files of one side alone, without --split.")
+    if account is not None:
+        account.files = len(chosen)
+        for file in sorted(set(files) - set(chosen)):
+            account.leave_file(file, OTHER_SIDE)
+    return chosen, None
+
+
+def _divided(files: Sequence[Path]) -> dict[Path, tuple[Path, str]]:
+    """File -> (the folder whose documents are divided, the side), of those whose place tells of it, or else whose name
+    does. A folder that has one side alone is not divided: it may bear its name by chance."""
+    placed: dict[Path, tuple[Path, str]] = {}
+    for rule in (_side_of_place, _side_of_name):  # names within train/ and val/ say nothing more
+        found = {file: side for file in files if file not in placed and (side := rule(file)) is not None}
+        names: dict[Path, set[str]] = {}
+        for folder, name in found.values():
+            names.setdefault(folder, set()).add(name)
+        placed |= {file: where for file, where in found.items() if len(names[where[0]]) > 1}
+    return placed
+
+
+def _side_of_place(file: Path) -> tuple[Path, str] | None:
+    return next(((folder.parent, _SIDES[folder.name]) for folder in file.parents if folder.name in _SIDES), None)
+
+
+def _side_of_name(file: Path) -> tuple[Path, str] | None:
+    match = _SIDE_OF_FILE.fullmatch(file.name)
+    return (file.parent, _SIDES[match[1]]) if match else None
+
+
+@dataclass
+class Holdout:
+    """A hold-out of documents by the hash of their keys: a share of them is val, the others are train.
+
+    `least` is the lowest hash of the corpus, where it is known: the documents of that key are val at any share, so that
+    a small corpus has a validation set. Both sides know it, so they stay apart and complete.
+    """
+
+    share: float
+    least: int | None = None
+    lowest: int = _HASHES
+    """The lowest hash of all the keys that were asked about."""
+
+    def held_out(self, key: str) -> bool:
+        value = int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+        self.lowest = min(self.lowest, value)
+        return value < self.share * _HASHES or value == self.least
+
+
+def least_held_out(share: float, lowest: Collection[int]) -> int | None:
+    """The `least` of a corpus whose files have these lowest hashes: None where the share takes a document by itself, or
+    is none."""
+    least = min(lowest, default=_HASHES)
+    return least if share > 0 and share * _HASHES <= least < _HASHES else None
+
+
+def modalities_at_the_head(files: Sequence[Path], documents: int = _SAMPLED_DOCUMENTS) -> dict[str, tuple[Path, str]]:
+    """Modality -> (file, key) of the first document that has it, among the first ones of files spread over the inputs.
+
+    It ends after some seconds, however slow the files are to be read. What is damaged is left to whoever reads it all.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    until = time.monotonic() + _SAMPLING_SECONDS
+    step = max(1, -(-len(files) // _SAMPLED_FILES))
+    for file in files[::step]:
+        try:
+            for item in islice(documents_at_the_head(file), documents):
+                if isinstance(item, Document):
+                    for segment in item.segments:
+                        found.setdefault(segment.modality, (file, item.key))
+        except UserError:
+            continue
+        if time.monotonic() > until:
+            break
+    return found
+
+
+def check_modalities(
+    files: Sequence[Path], tokenizers: Path, described: Mapping[str, object], drop: Collection[str] = ()
+) -> None:
+    """Raise UserError where documents at the files' heads have a modality without a tokenizer that is not dropped."""
+    found = modalities_at_the_head(files)
+    missing = [modality for modality in found if modality not in described and modality not in drop]
+    if missing:
+        names = " and ".join(missing)
+        file, key = found[missing[0]]
+        raise UserError(
+            f"the inputs hold {names} (document {key} of {file}), for which {tokenizers} has no tokenizer. Either "
+            f"leave it out: tokenize_shards.py --drop-modalities {' '.join([*drop, *missing])}. Or make a tokenizer: "
+            f"add '{missing[0]}' to the recipe, as configs/demo_tokenizers.yaml has it, run train_tokenizers.py again, "
+            "and use the tokenizers.yaml that it writes."
+        )

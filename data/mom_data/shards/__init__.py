@@ -1,0 +1,1 @@
+"""Token datasets: how shards are made from documents, stored, verified, and opened for reading."""

@@ -1,0 +1,192 @@
+"""What a token dataset's manifest must satisfy, in itself and against the indices of its shards.
+
+Whoever opens a dataset (training, tools/verify_shards.py, ...) asks here, so that they all take and refuse the same.
+A manifest that was changed and is still valid JSON would otherwise train without a word on other documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from mom_data.shards.format import LATENT_BIT, SCHEMA
+
+MANIFEST, CHECKSUM = "manifest.json", "manifest.sha256"
+_NAME = re.compile(r"[^/\\\0]+\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_AGAIN = "copy it again, or run tools/tokenize_shards.py again (finished shards are kept)"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class ShardRecord(_Record):
+    """A shard's entry in the manifest."""
+
+    name: str
+    bytes: NonNegativeInt
+    sha256: str
+    index_sha256: str
+    documents: NonNegativeInt
+    tokens: dict[str, NonNegativeInt]
+    latent_width: NonNegativeInt
+
+
+class TokenizerRecord(_Record):
+    """A tokenizer's entry in the manifest. What further keys say is for those who ask for them."""
+
+    kind: str
+    fingerprint: str
+    size: PositiveInt
+
+
+class Manifest(_Record):
+    """manifest.json, as far as it describes the shards."""
+
+    schema_name: str = Field(alias="schema")
+    modalities: list[str]
+    tokenizers: dict[str, TokenizerRecord]
+    token_bytes: int
+    latent_width: NonNegativeInt
+    documents: NonNegativeInt
+    tokens: dict[str, NonNegativeInt]
+    shards: list[ShardRecord]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, in `file`; `position` is a byte of that file."""
+
+    file: str
+    what: str
+    remedy: str
+    position: int | None = None
+    document: int | None = None
+    key: str | None = None
+
+    def __str__(self) -> str:
+        where = self.file
+        if self.position is not None:
+            where += f" at byte {self.position:,}"
+        if self.document is not None:
+            where += f", document {self.document}" + (f" ({self.key!r})" if self.key is not None else "")
+        return f"{where}: {self.what}. What to do: {self.remedy}."
+
+
+class Readable(Protocol):
+    """A folder of any storage."""
+
+    def read(self, name: str) -> bytes: ...
+
+
+def read_manifest(folder: Readable) -> tuple[bytes, Manifest | None, list[Problem]]:
+    """The bytes of a dataset's manifest, the manifest where it can be understood, and everything that is wrong with it.
+
+    Raises OSError where the storage fails; FileNotFoundError or NotADirectoryError mean that there is no manifest.
+    """
+    content = folder.read(MANIFEST)
+    problems = _checksum_problems(folder, content)
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return content, None, [*problems, Problem(MANIFEST, f"it is damaged, not JSON: {error}", _AGAIN)]
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if isinstance(raw, dict) and schema != SCHEMA:
+        what = f"schema {schema!r}; this version reads {SCHEMA!r}"
+        return content, None, [*problems, Problem(MANIFEST, what, "run tools/tokenize_shards.py again")]
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        return content, None, [*problems, Problem(MANIFEST, f"{where}: {first['msg']}", _AGAIN)]
+    return content, manifest, problems + [Problem(MANIFEST, what, _AGAIN) for what in _contradictions(manifest)]
+
+
+def _checksum_problems(folder: Readable, content: bytes) -> list[Problem]:
+    """Whether the manifest is the one that was written: any change of it changes its sha256."""
+    anew = (
+        "copy both again, or run tools/tokenize_shards.py again (finished shards are kept); where the manifest is as "
+        f"you want it and tools/verify_shards.py finds nothing else: sha256sum {MANIFEST} > {CHECKSUM}, in that folder"
+    )
+    try:
+        said = folder.read(CHECKSUM)
+    except FileNotFoundError:
+        return [Problem(CHECKSUM, f"it is missing, so nobody knows whether {MANIFEST} was changed", anew)]
+    found = hashlib.sha256(content).hexdigest()
+    if said != f"{found}  {MANIFEST}\n".encode():
+        was = said[:64].decode(errors="replace")
+        return [Problem(MANIFEST, f"it was changed or damaged: its sha256 is {found}, {CHECKSUM} says {was!r}", anew)]
+    return []
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """What in a manifest cannot be, or does not agree with the rest of it."""
+    shards, modalities = manifest.shards, manifest.modalities
+    problems = []
+    for shard in shards:
+        if not _NAME.fullmatch(shard.name):
+            problems.append(f"a shard's name must be a plain NAME.tar, not {shard.name!r}")
+        if not (_SHA256.fullmatch(shard.sha256) and _SHA256.fullmatch(shard.index_sha256)):
+            problems.append(f"{shard.name} has no proper sha256")
+        if set(shard.tokens) != set(modalities):
+            problems.append(f"{shard.name} counts tokens of {sorted(shard.tokens)}, the modalities are {modalities}")
+    names = [shard.name for shard in shards]
+    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        problems.append(f"shards are named more than once: {', '.join(twice)}")
+    if modalities[:1] != ["text"]:
+        problems.append(f"the first modality must be 'text', not {modalities[:1]}")
+    largest = max((t.size for t in manifest.tokenizers.values()), default=0)
+    if manifest.token_bytes not in (2, 4) or largest > 256**manifest.token_bytes:
+        problems.append(f"{manifest.token_bytes} bytes a token cannot hold the {largest} ids of its largest tokenizer")
+    counted: list[tuple[str, object, object]] = [
+        ("modalities", modalities, list(manifest.tokenizers)),
+        ("documents", manifest.documents, sum(s.documents for s in shards)),
+        ("latent_width", manifest.latent_width, max((s.latent_width for s in shards), default=0)),
+        ("tokens", manifest.tokens, {m: sum(s.tokens.get(m, 0) for s in shards) for m in modalities}),
+    ]
+    return problems + [
+        f"{name}: {said!r}, but its own entries give {true!r}" for name, said, true in counted if said != true
+    ]
+
+
+def index_problems(
+    index: Mapping[str, np.ndarray], documents: int, tokens: Mapping[str, int], modalities: Sequence[str]
+) -> list[str]:
+    """How a shard's index contradicts itself, or the counts that the manifest gives for its shard.
+
+    `index` is as in the index file, `modalities` numbers the modalities, `tokens` counts them by name.
+    """
+    try:
+        start, length, modality = (index[name] for name in ("segment_start", "segment_length", "segment_modality"))
+        number = len(index["crc32"])
+        whole = (
+            len(start) == number + 1 == len(index["token_offset"]) + 1
+            and len(index.get("latent_offset", index["crc32"])) == number
+            and len(length) == len(modality) == start[-1]
+            and start[0] == 0
+            and bool((start[1:] >= start[:-1]).all())
+        )
+    except KeyError as error:
+        return [f"it has no {error}"]
+    if not whole:
+        return ["its table of segments does not fit its documents"]
+    counts = index_counts(index, len(modalities))
+    found = [("documents", number, documents)]
+    found += [(f"{m} tokens", n, tokens.get(m, 0)) for m, n in zip(modalities, counts, strict=False)]
+    found += [(f"tokens of modality number {m}", n, 0) for m, n in enumerate(counts) if m >= len(modalities)]
+    return [f"{n:,} {name} found, the manifest says {said:,}" for name, n, said in found if n != said]
+
+
+def index_counts(index: Mapping[str, np.ndarray], modalities: int) -> list[int]:
+    """Tokens by number of modality: of `modalities`, and of higher numbers where the index has such."""
+    modality = index["segment_modality"] & ~np.uint8(LATENT_BIT)
+    return np.bincount(modality, index["segment_length"], minlength=modalities).astype(int).tolist()

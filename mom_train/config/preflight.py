@@ -1,0 +1,111 @@
+"""What can be known to be wrong before torch is imported, which takes seconds: places that are not there.
+
+The config's own mistakes are found by `mom_train.config.files.load_config`; here is what the disk says. Places at URLs
+are asked when they are needed. Everything that is wrong is said at once, in one UserError.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+from mom_data.shards.dataset import TokenDataset, check_agreement
+from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.errors import AgreedError, UserError
+from mom_train.config.files import read_saved
+from mom_train.config.run import RunConfig
+
+T = TypeVar("T")
+
+
+def check_places(config: RunConfig, ranks: int | None = None) -> None:
+    """Raises UserError where a run cannot begin: token shards that are missing or do not fit the vocabulary, raw
+    documents, tokenizers or weights that are not there, folders that cannot be written, a batch that `ranks` ranks
+    cannot share."""
+    problems: list[str] = []
+    sources = [*config.data.train, *chain(*config.data.validation.values())]
+    datasets = {
+        source.path: attempt(problems, lambda path=source.path, shards=source.shards: TokenDataset(path, shards))  # type: ignore[misc]
+        for source in sources
+        if source.path is not None and is_local(source.path)
+    }
+    opened = [dataset for dataset in datasets.values() if dataset is not None]
+    attempt(problems, lambda: check_agreement(opened, dict(config.layout.sizes)))
+    for pattern in dict.fromkeys(chain(*(source.raw for source in sources))):
+        if not (Path(pattern).exists() or glob.has_magic(pattern)) and is_local(pattern):
+            problems.append(f"{pattern}: no raw documents there (data.*.raw, from {os.getcwd()})")
+    if (bundle := config.tokenizers) is not None:
+        attempt(problems, lambda: Tokenizers.load(bundle))
+    if (weights := config.init_from) is not None and is_local(weights) and not weights.exists():
+        problems.append(f"{weights}: nothing there (init_from)")
+    written = {"run_dir": config.run_dir, "checkpoint.path": config.checkpoint.path, "data.cache": config.data.cache}
+    for key, place in written.items():
+        if place is not None and is_local(place):
+            attempt(problems, lambda key=key, place=place: check_writable(Path(place), key))  # type: ignore[misc]
+    of_this_rank = bool(problems)
+    if ranks is not None:
+        attempt(problems, lambda: config.accumulation(ranks))
+    if problems and not of_this_rank:  # told from the config and the number of ranks, which all ranks have alike
+        raise AgreedError(problems[0])
+    say(problems)
+
+
+def check_run(run: str | Path) -> None:
+    """Raises UserError where there is no run with a checkpoint: a folder of a run, or one step's folder in it."""
+    if not is_local(run):
+        return
+    path = Path(run)
+    if not path.is_dir():
+        raise UserError(f"{run}: no such folder" if not path.exists() else f"{run} is a file, not a run's folder")
+    if path.parent.name == "checkpoints" and path.name.startswith("step-"):
+        return
+    where = read_saved(path).get("checkpoint", {}).get("path") or path
+    if is_local(where) and not (Path(where) / "checkpoints").is_dir():
+        raise UserError(f"{where}: no checkpoints there, so it is no run's folder, or of a run that has saved none yet")
+
+
+def check_datasets(places: Iterable[str]) -> None:
+    """Raises UserError where one of these folders holds no whole set of token shards."""
+    problems: list[str] = []
+    for place in places:
+        if is_local(place):
+            attempt(problems, lambda place=place: TokenDataset(place))  # type: ignore[misc]
+    say(problems)
+
+
+def check_there(option: str, place: Path | None) -> None:
+    """Raises UserError where the file or folder that `option` names is not there."""
+    if place is not None and is_local(place) and not place.exists():
+        raise UserError(f"{option} {place}: nothing there")
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raises UserError where `folder` is not there and cannot be made, or cannot be written in; makes nothing."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{key}: {folder} cannot be a folder, for {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {folder} cannot be written: no permission in {there}, or it is read-only")
+
+
+def is_local(place: str | Path) -> bool:
+    return "://" not in str(place)
+
+
+def attempt(problems: list[str], check: Callable[[], T]) -> T | None:
+    """What `check` returns; where it raises a UserError, None, and its message is one of the `problems`."""
+    try:
+        return check()
+    except UserError as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+        return None
+
+
+def say(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n  ".join([problems[0], *problems[1:]]))

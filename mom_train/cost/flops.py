@@ -1,0 +1,122 @@
+"""FLOPs and parameters of a model, counted from its config: what is needed, not what is spent.
+
+A routed projection counts once per token, whatever the number of modalities. Padding counts nothing: callers
+multiply by real tokens. The scan counts 9 operations per channel and state (the convention of Mamba's authors,
+state-spaces/mamba issue 110) and 2 per channel for the skip and the gate. Norms, softmax, RoPE and the other
+activations are left out, as in everybody's figures.
+
+Letters: d = dim, D = inner, N = state, R = rank, K = conv, h = feed_forward, L = sequence length, V = vocabulary,
+p = patch width, M = modalities. A multiply-add is two FLOPs.
+"""
+
+from __future__ import annotations
+
+from mom_train.config.model import ModelConfig
+
+# A backward pass costs twice a forward one; recomputation is not counted.
+TRAINING_FACTOR = 3
+TIME_FREQUENCIES = 256
+"""Width of the sinusoid that the diffusion timestep's MLP reads."""
+
+
+def forward_flops_per_token(
+    config: ModelConfig, vocabulary: int, sequence_length: int | None = None, patch_width: int | None = None
+) -> dict[str, int]:
+    """Part of the model -> floating-point operations per token in the forward pass.
+
+    A Mamba block: in_proj 4dD, conv 2KD, x_proj 2D(R + 2N), dt_proj 2RD, scan 9DN + 2D, out_proj 2Dd. A Transformer
+    block: q, k, v, o 8d^2, scores and values 2Ld, feed-forward 6dh; `sequence_length` is needed for it, as position t
+    of a causal row attends to t positions, L / 2 on average, at 4d each. Rows packed with several documents need
+    less, and the patches of one picture, which see each other both ways, a little more; neither is counted.
+
+    A discrete token ends in the head, 2dV. With `patch_width` the token is a patch of a continuous picture, which has
+    patch_in and patch_out, 2pd each, in its place. The timestep's MLP runs once per picture, 2(256d + d^2): at 256
+    patches a picture that is under 0.003 % of a patch's FLOPs at every size here, and it is not counted.
+
+    Raises ValueError for a transformer without a sequence length.
+    """
+    d, D, N, R, K = config.dim, config.inner, config.state, config.rank, config.conv
+    if config.architecture == "transformer":
+        if sequence_length is None:
+            raise ValueError("the FLOPs of attention grow with the row: sequence_length is needed for a transformer")
+        per_block = {
+            "attention_proj": 8 * d * d,
+            "attention": 2 * sequence_length * d,
+            "feed_forward": 6 * d * config.feed_forward,
+        }
+    else:
+        per_block = {
+            "in_proj": 2 * d * 2 * D,
+            "conv": 2 * K * D,
+            "x_proj": 2 * D * (R + 2 * N),
+            "dt_proj": 2 * R * D,
+            "scan": 9 * D * N + 2 * D,
+            "out_proj": 2 * D * d,
+        }
+    parts = {part: config.blocks * count for part, count in per_block.items()}
+    if patch_width is None:
+        return parts | {"head": 2 * d * vocabulary}
+    return parts | {"patch_in": 2 * patch_width * d, "patch_out": 2 * d * patch_width}
+
+
+def training_flops_per_token(
+    config: ModelConfig, vocabulary: int, sequence_length: int | None = None, patch_width: int | None = None
+) -> int:
+    """Forward and backward pass of one token; arguments and errors as `forward_flops_per_token`."""
+    return TRAINING_FACTOR * sum(forward_flops_per_token(config, vocabulary, sequence_length, patch_width).values())
+
+
+def parameters(
+    config: ModelConfig, vocabulary: int, modalities: int = 1, patch_width: int | None = None
+) -> dict[str, int]:
+    """Part of the model -> its number of parameters, all `modalities` together. Parts that it lacks are left out.
+
+    `vocabulary` is padded, as VocabLayout.size. `patch_width` adds the diffusion adapters: patch_in (p + 1)d, the
+    timestep's MLP 257d + (d + 1)d, patch_out (d + 1)p. Decoupled dt_proj brings its bias, `norm` the final norm too;
+    learned routers count with the projection they serve.
+    """
+    d, D, N, R, K, h = config.dim, config.inner, config.state, config.rank, config.conv, config.feed_forward
+
+    routed = config.router == "learned" or config.experts > 1
+
+    def copies(part: str) -> int:
+        return modalities if part in config.decoupled else 1
+
+    def matrices(part: str, *inputs_and_sizes: tuple[int, int]) -> int:
+        """Matrices of `part`, given the input width and size of each, and their routers."""
+        n = copies(part) * (config.experts if part in config.decoupled else 1)
+        routers = sum(n * inputs for inputs, _ in inputs_and_sizes) if routed and part in config.decoupled else 0
+        return n * sum(size for _, size in inputs_and_sizes) + routers
+
+    per_block: dict[str, int]
+    if config.architecture == "transformer":
+        norms = 2 * config.blocks + 1
+        per_block = {
+            "attention": matrices("attention", (d, 3 * d * d), (d, d * d)),
+            "feed_forward": matrices("feed_forward", (d, 2 * d * h), (h, h * d)),
+        }
+    else:
+        norms = config.blocks + 1
+        projections = {
+            "in_proj": (d, d * 2 * D),
+            "x_proj": (D, D * (R + 2 * N)),
+            "dt_proj": (R, R * D),
+            "out_proj": (D, D * d),
+        }
+        per_block = {
+            "projections": sum(matrices(part, sizes) for part, sizes in projections.items()) + copies("dt_proj") * D,
+            "conv": (K + 1) * D,
+            "ssm": (N + 1) * D,  # A_log and D
+        }
+    counts = {"embedding": vocabulary * d, "head": d * vocabulary}
+    counts |= {part: config.blocks * count for part, count in per_block.items()}
+    counts["norms"] = copies("norm") * norms * d
+    if patch_width is not None:
+        p = patch_width
+        counts["adapters"] = (p + 1) * d + (TIME_FREQUENCIES + 1) * d + (d + 1) * d + (d + 1) * p
+    return counts
+
+
+def active_parameters(config: ModelConfig, vocabulary: int, patch_width: int | None = None) -> dict[str, int]:
+    """The `parameters` that one token uses: one modality, one expert. They are the dense model's total."""
+    return parameters(config.model_copy(update={"experts": 1, "router": "rule"}), vocabulary, 1, patch_width)

@@ -1,0 +1,1 @@
+"""Models of other programs: weights that are read from them, and exports that they can read."""

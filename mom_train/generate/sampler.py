@@ -1,0 +1,286 @@
+"""Sampling interleaved documents from a trained model: text, pictures (codes or denoised latents), speech units.
+
+    text --BOI--> exactly one picture --EOI--> text --BOSP--> speech units --EOSP--> text ... --EOS
+
+Inside a span only the ids that may stand there can be sampled, so every picture is whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mom_data.shards.format import TokenSegment
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.vocab import VocabLayout
+from mom_train.checkpoint.store import Checkpoints
+from mom_train.config.files import checked
+from mom_train.config.model import DiffusionConfig
+from mom_train.config.run import RunConfig, SamplingConfig
+from mom_train.model.diffusion import NoisedPatches, cosine_alpha_bar, without_condition
+from mom_train.model.language_model import LanguageModel, State
+from mom_train.ops.layout import RowLayout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.9
+    """0 takes the likeliest id."""
+    top_p: float = 0.95
+    """Sample from the likeliest ids that together have this probability."""
+    max_tokens: int = 512
+    """End of the document at the latest after so many positions."""
+    patches_per_picture: int = 64
+    """Codes, or latent patches, of a picture."""
+    max_units: int = 250
+    """Longest speech span (25 units a second)."""
+    denoising_steps: int = 50
+    """Of DDIM (or of Euler's method, for a rectified flow)."""
+    denoised_limit: float = 4.0
+    """DDIM's estimates of the clean, scaled latents are clipped to plus or minus this: where all is noise, the first
+    steps divide by almost zero, and a small error of the model would blow up."""
+    sizes: Mapping[str, int] | None = None
+    """Ids that each modality's tokenizer really has, where the vocabulary's spans are wider: no others are sampled."""
+    guidance: float = 1.0
+    """Classifier-free guidance of pictures: 1 is none. Needs a model trained with objective.diffusion.
+    condition_dropout."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what nothing can be sampled with."""
+        same = ("temperature", "top_p", "max_tokens", "denoising_steps", "guidance")
+        checked(SamplingConfig, {name: getattr(self, name) for name in same})
+        for name in ("patches_per_picture", "max_units", "denoised_limit"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+
+
+def load_model(
+    run: Path | str, step: int | None = None, device: str = "cpu", ema: bool = False
+) -> tuple[LanguageModel, RunConfig]:
+    """The model of a run's newest checkpoint, or of one step, in one process; with `ema` the average of its weights.
+
+    Raises ValueError where there is none, or it does not verify.
+    """
+    checkpoint = Checkpoints.of(run).find(step)
+    checkpoint.check()
+    config = checkpoint.config()
+    if ema and not any(name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata):
+        raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
+    vocab = config.layout
+    with torch.device("meta"):
+        diffusion = config.objective.diffusion
+        model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
+    model.to_empty(device=device)
+    weights = model.state_dict()
+    checkpoint.load({"ema" if ema else "model": weights}, no_dist=True)
+    model.load_state_dict(weights)
+    return model.eval(), config
+
+
+class Sampler:
+    """One document being written: the ids so far and the model's state after them."""
+
+    def __init__(self, model: LanguageModel, vocab: VocabLayout, sampling: Sampling, seed: int):
+        self.model, self.vocab, self.sampling = model, vocab, sampling
+        self.device = model.head.weight.device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.state: State = model.empty_state(1)
+        self.unconditional: State = model.empty_state(1)
+        """After the same positions without their condition: the other side of classifier-free guidance."""
+        self.position = 0
+        self.logits_V = torch.empty(0)
+
+    # ---- reading ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int], modality: int = 0) -> None:
+        """Take in ids of one modality; none of them changes nothing."""
+        if not ids:
+            return
+        layout = self._layout(len(ids), modality)
+        tokens = torch.tensor(ids, device=self.device)
+        logits_TV, _ = self.model(tokens, layout, state=self.state)
+        if self._guided:
+            self.model(without_condition(tokens, self.vocab), layout, state=self.unconditional)
+        self.position += len(ids)
+        self.logits_V = logits_TV[-1].float().cpu()
+
+    @property
+    def _guided(self) -> bool:
+        return self.sampling.guidance != 1.0 and self.model.patch_head is not None
+
+    def _layout(self, length: int, modality: int, picture: bool = False) -> RowLayout:
+        """A chunk of one row and one modality, continuing the document."""
+        shape = (1, length)
+        return RowLayout.sort(
+            torch.full(shape, modality, dtype=torch.uint8, device=self.device),
+            torch.zeros(shape, dtype=torch.int32, device=self.device),
+            len(self.vocab.modalities),
+            past_B=torch.tensor([self.position], device=self.device),
+            picture_BL=torch.zeros(shape, dtype=torch.int32, device=self.device) if picture else None,
+        )
+
+    # ---- writing ------------------------------------------------------------------------------------------
+
+    def choose(self, allowed: Tensor) -> int:
+        """An id among `allowed` (V,) bool, by temperature and top-p."""
+        logits_V = self.logits_V.masked_fill(~allowed, -torch.inf)
+        if self.sampling.temperature == 0:
+            return int(logits_V.argmax())
+        p, ids = torch.softmax(logits_V / self.sampling.temperature, -1).sort(descending=True)
+        p[p.cumsum(0) - p >= self.sampling.top_p] = 0
+        return int(ids[torch.multinomial(p, 1, generator=self.generator)])
+
+    def spans(self) -> Iterator[tuple[str, list[int] | Tensor]]:
+        """(modality, local ids) or ("image", latents (P, W)) of the spans that follow what was read, until EOS or
+        `max_tokens`."""
+        vocab, specials = self.vocab, self.vocab.specials
+        openings = {vocab.brackets(m)[0]: m for m in vocab.modalities[1:]}
+        free = torch.zeros(vocab.size, dtype=torch.bool)
+        free[: self._size("text")] = True
+        free[torch.from_numpy(vocab.modality_of_id != 0)] = False  # codes may lie among the text's ids
+        free[list(specials.values())] = False
+        free[[specials["eos"], *openings]] = True
+        text: list[int] = []
+        while self.position < self.sampling.max_tokens:
+            token = self.choose(free)
+            if token == specials["eos"]:
+                break
+            self.read([token])
+            if token not in openings:
+                text.append(token)
+                continue
+            if text:
+                yield "text", text
+                text = []
+            modality = openings[token]
+            if modality == "image" and self.model.patch_head is not None:
+                yield "image", self.picture()
+            else:
+                yield modality, self.codes(modality)
+            self.read([vocab.brackets(modality)[1]])
+        if text:
+            yield "text", text
+
+    def _size(self, modality: str) -> int:
+        span = dict(self.vocab.sizes)[modality]
+        return min(span, (self.sampling.sizes or {}).get(modality, span))
+
+    def codes(self, modality: str) -> list[int]:
+        """Local ids of one span: a whole picture, or units until the closing bracket."""
+        number = self.vocab.modalities.index(modality)
+        allowed = torch.zeros(self.vocab.size, dtype=torch.bool)
+        allowed[torch.from_numpy(self.vocab.ids(modality, np.arange(self._size(modality))))] = True
+        fixed = modality == "image"
+        closing = self.vocab.brackets(modality)[1]
+        ids: list[int] = []
+        for i in range(self.sampling.patches_per_picture if fixed else self.sampling.max_units):
+            allowed[closing] = not fixed and i > 0
+            token = self.choose(allowed)
+            if token == closing:
+                break
+            ids.append(int(self.vocab.codes(modality, np.array(token))))
+            self.read([token], number)
+        return ids
+
+    @torch.no_grad()
+    def picture(self) -> Tensor:
+        """Latents (P, W) of one picture, denoised from the state after its opening bracket; then taken in, clean."""
+        config = self.model.diffusion
+        assert config is not None
+        P = self.sampling.patches_per_picture
+        layout = self._layout(P, self.vocab.modalities.index("image"), picture=True)
+        tokens = torch.full((P,), self.vocab.specials["null"], device=self.device)
+        zeros = torch.zeros(P, dtype=torch.int64, device=self.device)
+
+        def predict(x_PW: Tensor, t: int, state: State) -> Tensor:
+            timestep = torch.tensor([t], device=self.device)
+            patches = NoisedPatches(x_PW, x_PW, layout.order.long(), zeros, timestep)
+            _, predicted = self.model(tokens, layout, None, patches, [replace(s) for s in state])
+            return predicted
+
+        def guided(x_PW: Tensor, t: int) -> Tensor:
+            conditional = predict(x_PW, t, self.state)
+            if not self._guided:
+                return conditional
+            without = predict(x_PW, t, self.unconditional)
+            return without + self.sampling.guidance * (conditional - without)
+
+        x = torch.randn(P, config.patch_width, generator=self.generator).to(self.device)
+        for t, following in timesteps(config, self.sampling.denoising_steps):
+            x = denoise(x, guided(x, t), t, following, config, self.sampling.denoised_limit)
+        for state in (self.state, self.unconditional) if self._guided else (self.state,):
+            clean = NoisedPatches(x, x, layout.order.long(), zeros, torch.tensor([0], device=self.device))
+            self.model(tokens, layout, None, clean, state)
+        self.position += P
+        return (x / (config.latent_scale or 1.0) + (config.latent_shift or 0.0)).cpu()
+
+
+def timesteps(config: DiffusionConfig, steps: int) -> list[tuple[int, int]]:
+    """(t, next t) from T-1 down to -1, which stands for no noise: "trailing" spacing."""
+    at = [round(config.steps - i * config.steps / steps) - 1 for i in range(steps)]
+    return list(zip(at, [*at[1:], -1], strict=True))
+
+
+def denoise(
+    x: Tensor, predicted: Tensor, t: int, following: int, config: DiffusionConfig, limit: float = math.inf
+) -> Tensor:
+    """One deterministic step from timestep `t` to `following`: DDIM (eta = 0) with its estimate of x_0 clipped to
+    plus or minus `limit`, or Euler for a rectified flow."""
+    if config.prediction == "flow":
+        return x - (t - following) / config.steps * predicted
+    table = cosine_alpha_bar(config.steps)
+    a, b = float(table[t]), float(table[following]) if following >= 0 else 1.0
+    if config.prediction == "v":
+        x0, epsilon = a**0.5 * x - (1 - a) ** 0.5 * predicted, a**0.5 * predicted + (1 - a) ** 0.5 * x
+    else:
+        x0, epsilon = (x - (1 - a) ** 0.5 * predicted) / a**0.5, predicted
+    return b**0.5 * x0.clamp(-limit, limit) + (1 - b) ** 0.5 * epsilon
+
+
+def check_prompt(prompt: Sequence[TokenSegment], sampling: Sampling, diffusion: DiffusionConfig | None) -> None:
+    """Raises UserError where a model of this objective cannot do what is asked of it, or where the prompt leaves no
+    room for anything."""
+    if sampling.guidance != 1.0 and diffusion is None:
+        raise UserError(f"guidance={sampling.guidance}: only pictures of latents are guided, and this model has codes")
+    if diffusion is not None and sampling.denoising_steps > diffusion.steps:
+        raise UserError(f"{sampling.denoising_steps} denoising steps, of {diffusion.steps} that the model has learned")
+    length = 1 + sum(len(segment.values) + 2 * (segment.modality != 0) for segment in prompt)  # <bos> and brackets
+    opens = any(segment.modality != 0 and not len(segment.values) for segment in prompt)
+    if length >= sampling.max_tokens and not opens:
+        raise UserError(
+            f"the prompt takes {length} positions of at most {sampling.max_tokens}, so that nothing could follow it: "
+            "allow more (max_tokens), or shorten it"
+        )
+
+
+def sample_document(
+    model: LanguageModel, vocab: VocabLayout, prompt: Sequence[TokenSegment], sampling: Sampling, seed: int
+) -> Iterator[tuple[str, list[int] | Tensor]]:
+    """What the model writes after BOS and a prompt of segments (modality numbers of the vocabulary, local ids). A
+    prompt that names a modality with no ids opens its span: the model fills it. Raises UserError as `check_prompt`."""
+    check_prompt(prompt, sampling, model.diffusion)
+    sampler = Sampler(model, vocab, sampling, seed)
+    sampler.read([vocab.specials["bos"]])
+    for segment in prompt:
+        name = vocab.modalities[segment.modality]
+        ids = vocab.ids(name, np.asarray(segment.values, np.int64)).tolist()
+        if segment.modality == 0:
+            sampler.read(ids)
+            continue
+        opening, closing = vocab.brackets(name)
+        sampler.read([opening])
+        if ids:
+            sampler.read(ids, segment.modality)
+        elif name == "image" and model.patch_head is not None:
+            yield name, sampler.picture()
+        else:
+            yield name, sampler.codes(name)
+        sampler.read([closing])
+    yield from sampler.spans()

@@ -1,0 +1,137 @@
+"""The Transformer block, any of its parts decoupled by modality: attention (q, k, v, o), feed-forward, norms.
+
+All three decoupled is the Mixture-of-Transformers (arXiv 2411.04996); none is the paper's Flex-Attention baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mom_train.config.model import ModelConfig
+from mom_train.model.routed import Norm, projection
+from mom_train.ops.layout import RowLayout
+
+
+@dataclass
+class AttentionState:
+    """Keys and values of the positions so far, (B, H, past, head); all belong to the row's open document."""
+
+    k: Tensor
+    v: Tensor
+
+
+def attention_mask(layout: RowLayout, past: int = 0, dtype: torch.dtype | None = None) -> Any:
+    """Who sees whom: the same document's earlier positions, and inside a picture's patches one another.
+
+    Returns bool (B, 1, L, past + L), True where attention is allowed, for scaled_dot_product_attention; with a `dtype`
+    what is added to the scores, 0 or -inf, which that function would make of it in every block, and keep. On CUDA
+    without a past, the same rule as a flex_attention BlockMask.
+    """
+    B, L = layout.batch, layout.length
+    document = layout.document.view(B, L)
+    picture = None if layout.picture is None else layout.picture.view(B, L)
+    if document.device.type == "cuda" and past == 0:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            ordered = k <= q
+            if picture is not None:
+                ordered = ordered | ((picture[b, q] >= 0) & (picture[b, q] == picture[b, k]))
+            return ordered & (document[b, q] == document[b, k])
+
+        return create_block_mask(visible, B, None, L, L, device=document.device)
+    time = torch.arange(L, device=document.device)
+    mask = (time[None, :] <= time[:, None]).expand(B, L, L)
+    if picture is not None:
+        mask = mask | ((picture[:, :, None] == picture[:, None, :]) & (picture[:, :, None] >= 0))
+    mask = mask & (document[:, :, None] == document[:, None, :])
+    if past:
+        # the first document of a continued row is the one that its past belongs to
+        mask = torch.cat([(document == document[:, :1])[:, :, None].expand(B, L, past), mask], 2)
+    if dtype is not None:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return mask[:, None]
+
+
+@cache
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def rotate(x_BHLh: Tensor, base: float, start: int = 0) -> Tensor:
+    """RoPE: pairs (i, i + h/2) turned by position * base^(-2i/h), in fp32. Only differences of positions matter, so
+    counting from the row's start serves every document in it."""
+    half = x_BHLh.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x_BHLh.device, dtype=torch.float32) / half)
+    position = torch.arange(start, start + x_BHLh.shape[2], device=x_BHLh.device, dtype=torch.float32)
+    angle = position[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x_BHLh.to(torch.promote_types(x_BHLh.dtype, torch.float32)).split(half, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BHLh.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, modalities: int):
+        super().__init__()
+        assert config.heads is not None
+        self.dim, self.heads, self.base = config.dim, config.heads, config.rope_base
+        self.qkv_proj = projection(config, "attention", config.dim, 3 * config.dim, modalities)
+        self.out_proj = projection(config, "attention", config.dim, config.dim, modalities)
+
+    def forward(self, x_Td: Tensor, layout: RowLayout, mask: Any, state: AttentionState | None = None) -> Tensor:
+        B, L, d = layout.batch, layout.length, x_Td.shape[1]
+        qkv_T3d = self.qkv_proj(x_Td, layout).index_select(0, layout.order)
+        q, k, v = qkv_T3d.view(B, L, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        past = 0 if state is None else state.k.shape[2]
+        q, k = rotate(q, self.base, past), rotate(k, self.base, past)
+        if state is not None:
+            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+            state.k, state.v = k, v
+        if isinstance(mask, Tensor):
+            y_BHLh = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y_BHLh = _flex()(q, k, v, block_mask=mask)
+        y_Td = y_BHLh.transpose(1, 2).reshape(B * L, d).index_select(0, layout.rows)
+        return self.out_proj(y_Td, layout)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, modalities: int):
+        super().__init__()
+        self.gate_up_proj = projection(config, "feed_forward", config.dim, 2 * config.feed_forward, modalities)
+        self.down_proj = projection(config, "feed_forward", config.feed_forward, config.dim, modalities)
+
+    def forward(self, x_Td: Tensor, layout: RowLayout) -> Tensor:
+        gate, up = self.gate_up_proj(x_Td, layout).chunk(2, dim=1)
+        return self.down_proj(F.silu(gate) * up, layout)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, modalities: int):
+        super().__init__()
+        norms = modalities if "norm" in config.decoupled else 1
+        self.attention_norm = Norm(config.dim, norms, config.norm_eps)
+        self.attention = Attention(config, modalities)
+        self.feed_forward_norm = Norm(config.dim, norms, config.norm_eps)
+        self.feed_forward = FeedForward(config, modalities)
+
+    def forward(self, x_Td: Tensor, layout: RowLayout, state: AttentionState | None = None, mask: Any = None) -> Tensor:
+        x_Td = x_Td + self.attention(self.attention_norm(x_Td, layout), layout, mask, state)
+        return x_Td + self.feed_forward(self.feed_forward_norm(x_Td, layout), layout)
+
+    def empty_state(self, batch: int) -> AttentionState:
+        attention, device = self.attention, self.attention_norm.weight.device
+        shape = (batch, attention.heads, 0, attention.dim // attention.heads)
+        return AttentionState(torch.zeros(shape, device=device), torch.zeros(shape, device=device))

@@ -1,0 +1,82 @@
+"""The weights that a model begins with: each value is a function of the seed, the name and the place."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mom_train.config.model import ModelConfig
+from mom_train.model.language_model import LanguageModel
+
+
+@torch.no_grad()
+def initialize(model: LanguageModel, seed: int) -> None:
+    """Fill every parameter, sharded or not, from (seed, name): the same model at any world size.
+
+    Each rank draws one parameter at a time in full and keeps its shard; nothing is communicated.
+    """
+    for name, parameter in model.named_parameters():
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
+        value = initial_value(name, tuple(parameter.shape), model.config, generator)
+        if isinstance(parameter, DTensor):
+            shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+        else:
+            parameter.copy_(value)
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """What Mamba starts from, for each modality alike (fp32, CPU).
+
+    Linear maps U(+-1/sqrt(fan_in)), dt_proj U(+-1/sqrt(rank)), dt bias with softplus(bias) log-uniform in
+    [1e-3, 1e-1], A = -(1..N), D = 1, embedding N(0, 0.02), patch_out 0. Maps back into the residual stream are divided
+    by sqrt(number of them), for every modality (the published mixture misses its own out_proj there, whose name does
+    not match). The Transformer is treated alike.
+    """
+
+    def uniform(bound: float, size: tuple[int, ...] = shape) -> Tensor:
+        return torch.empty(size).uniform_(-bound, bound, generator=generator)
+
+    *_, module, leaf = ["", *name.split(".")]
+    if leaf == "A_log":
+        return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().expand(shape)
+    if leaf == "D" or module.endswith("norm"):
+        return torch.ones(shape)
+    if module == "patch_out" or leaf == "bias":
+        return torch.zeros(shape)
+    if leaf == "dt_bias":
+        rows = 1 if config.identical_modalities else shape[0]
+        low, high = math.log(1e-3), math.log(1e-1)
+        dt = torch.empty(rows, shape[1]).uniform_(low, high, generator=generator).exp().clamp_min(1e-4)
+        return (dt + torch.log(-torch.expm1(-dt))).expand(shape)
+    if module == "embedding":
+        return torch.empty(shape).normal_(0, 0.02, generator=generator)
+    if leaf.startswith("conv_"):
+        return uniform(config.conv**-0.5)
+    if leaf == "router":
+        return torch.empty(shape).normal_(0, 0.02, generator=generator)
+    value = uniform(shape[1] ** -0.5)
+    if module in _OUTPUTS:
+        if config.identical_modalities:
+            rows = _OUTPUTS[module](config)
+            value = value[:rows].repeat(shape[0] // rows, 1)
+        if module in ("out_proj", "down_proj"):
+            value = value / math.sqrt(config.blocks * (2 if config.architecture == "transformer" else 1))
+    return value
+
+
+# rows of one modality's matrix in each routed projection
+_OUTPUTS = {
+    "in_proj": lambda c: 2 * c.inner,
+    "x_proj": lambda c: c.rank + 2 * c.state,
+    "dt_proj": lambda c: c.inner,
+    "out_proj": lambda c: c.dim,
+    "qkv_proj": lambda c: 3 * c.dim,
+    "gate_up_proj": lambda c: 2 * c.feed_forward,
+    "down_proj": lambda c: c.dim,
+}

@@ -1,0 +1,174 @@
+"""The language model: Mamba or Transformer blocks whose weights are chosen by each token's modality.
+
+    tokens -> embedding (latent patches: patch embedding) -> blocks -> norm -> head: cross-entropy (patches: denoising)
+
+One code path for every system of the paper. Dense Mamba is the mixture with nothing decoupled. Every row-wise tensor
+is in the row order of the batch's RowLayout (sorted by modality) from the embedding to the losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mom_train.config.model import DiffusionConfig, ModelConfig
+from mom_train.config.run import Recompute
+from mom_train.model.attention import AttentionState, TransformerBlock, attention_mask
+from mom_train.model.cross_entropy import linear_cross_entropy
+from mom_train.model.diffusion import NoisedPatches, PatchEmbedding, PatchHead
+from mom_train.model.mamba import MambaBlock, MambaState
+from mom_train.model.routed import Norm, RoutedProjection
+from mom_train.ops.layout import RowLayout
+
+State = list[MambaState | AttentionState]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over this batch: divide by the counts of the whole step."""
+
+    tokens: Tensor
+    """Cross-entropy (and z-loss) of all targets, scalar, carries the gradient."""
+    tokens_T: Tensor
+    """Cross-entropy of each row, fp32 nats, 0 where there is no label; no gradient."""
+    patches: Tensor
+    """Squared error over all patches and channels, scalar, carries the gradient."""
+    balance: Tensor
+    """Mean load-balance loss of the routers, times rows, scalar, carries the gradient; 0 without routers."""
+    patches_P: Tensor
+    """Squared error of each patch over its channels, fp32; no gradient."""
+
+
+class Block(nn.Module):
+    """One unit of sharding, compilation and activation checkpointing.
+
+    With `recompute`, only its input is kept for the backward pass, and the rest computed again there; with "selective"
+    also what is dear to compute: the large products, and the scan with its states.
+    """
+
+    def __init__(self, config: ModelConfig, modalities: int, recompute: Recompute):
+        super().__init__()
+        kind = MambaBlock if config.architecture == "mamba" else TransformerBlock
+        self.block: MambaBlock | TransformerBlock = kind(config, modalities)
+        self.recompute = recompute
+        self._keep = partial(create_selective_checkpoint_contexts, partial(_dear, config.rank))
+
+    def forward(self, x_Td: Tensor, layout: RowLayout, *more: Any) -> Tensor:
+        block = self.block
+        if not self.recompute or not torch.is_grad_enabled():
+            return block(x_Td, layout, *more)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if self.recompute is True:
+            return again(block, x_Td, layout, *more)
+        if isinstance(block, MambaBlock):  # the product at the end needs its input kept in any case
+            y_TD = again(block.gated, x_Td, layout, *more, context_fn=self._keep)
+            return x_Td + block.mixer.out_proj(y_TD, layout)
+        return again(block, x_Td, layout, *more, context_fn=self._keep)
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.mom.modality_linear.default)
+
+
+_SEQUENCE_OPERATORS = (
+    torch.ops.mom.selective_scan.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _dear(rank: int, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep scan, attention, and products whose every element takes more than `rank` multiply-adds: all but dt_proj."""
+    keep = operator in _SEQUENCE_OPERATORS or (operator in _PRODUCTS and args[0].shape[1] > rank)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Head(nn.Module):
+    """Untied output embedding [V, dim]."""
+
+    def __init__(self, dim: int, vocabulary: int, z_loss: float):
+        super().__init__()
+        self.z_loss = z_loss
+        self.weight = nn.Parameter(torch.empty(vocabulary, dim))
+
+    def forward(self, x_Td: Tensor, labels_T: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
+        if labels_T is None:
+            return nn.functional.linear(x_Td, self.weight)
+        return linear_cross_entropy(x_Td, self.weight, labels_T, self.z_loss)
+
+
+class LanguageModel(nn.Module):
+    """`vocabulary` ids, `modalities` >= 1; with `diffusion`, pictures are latent patches.
+
+    Build it under torch.device("meta"), shard it, then call `to_empty` and `initialize`: no rank ever holds the
+    whole model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: int,
+        modalities: int,
+        *,
+        diffusion: DiffusionConfig | None = None,
+        z_loss: float = 0.0,
+        recompute: Recompute = False,
+    ):
+        super().__init__()
+        self.config, self.diffusion = config, diffusion
+        self.embedding = nn.Embedding(vocabulary, config.dim)
+        self.blocks = nn.ModuleList(Block(config, modalities, recompute) for _ in range(config.blocks))
+        self.norm = Norm(config.dim, modalities if "norm" in config.decoupled else 1, config.norm_eps)
+        self.head = Head(config.dim, vocabulary, z_loss)
+        self.patch_embedding = None if diffusion is None else PatchEmbedding(diffusion, config.dim)
+        self.patch_head = None if diffusion is None else PatchHead(diffusion, config.dim)
+        self._routers = [m for m in self.modules() if isinstance(m, RoutedProjection)]
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        layout: RowLayout,
+        labels_T: Tensor | None = None,
+        patches: NoisedPatches | None = None,
+        state: State | None = None,
+    ) -> Any:
+        """tokens (T,) int64 and labels (T,) int64 (-100 for none) in row order.
+
+        With labels: Losses. Without: (logits (T, V), predictions for the patches (P, W) fp32 or None). A `state`
+        (see `empty_state`) is read, and replaced by the one after these tokens.
+        """
+        x_Td = self.embedding(tokens_T)
+        if patches is not None:
+            assert self.patch_embedding is not None, "this model has no latents"
+            x_Td = x_Td.index_copy(0, patches.row, self.patch_embedding(patches).to(x_Td.dtype))
+        more: tuple[Any, ...] = ()
+        if self.config.architecture == "transformer":
+            past = state[0].k.shape[2] if state and isinstance(state[0], AttentionState) else 0
+            device = x_Td.device.type
+            of_scores = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_Td.dtype
+            more = (attention_mask(layout, past, of_scores),)
+        for i, block in enumerate(self.blocks):
+            x_Td = block(x_Td, layout, None if state is None else state[i], *more)
+        x_Td = self.norm(x_Td, layout)
+        predicted = None
+        if patches is not None:
+            assert self.patch_head is not None
+            predicted = self.patch_head(x_Td.index_select(0, patches.row))
+        if labels_T is None:
+            return self.head(x_Td, None), predicted
+        tokens, tokens_T = self.head(x_Td, labels_T)
+        squares_P = x_Td.new_zeros(0, dtype=torch.float32)
+        if patches is not None and predicted is not None:
+            squares_P = (predicted - patches.target).square().sum(1)
+        squares = squares_P.sum()
+        balance = squares.new_zeros(())
+        if self._routers:
+            balance = torch.stack([router.balance for router in self._routers]).mean()
+        return Losses(tokens, tokens_T, squares, balance, squares_P.detach())
+
+    def empty_state(self, batch: int) -> State:
+        """The state before the first token of `batch` rows, for `forward` chunk by chunk or token by token."""
+        return [block.block.empty_state(batch) for block in self.blocks]  # type: ignore[union-attr, operator]

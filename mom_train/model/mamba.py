@@ -1,0 +1,97 @@
+"""The Mamba-1 block, any of its projections decoupled by modality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mom_train.config.model import ModelConfig
+from mom_train.model.context_scan import inputs_before, state_before
+from mom_train.model.routed import Norm, projection
+from mom_train.ops.conv.causal_conv import causal_conv
+from mom_train.ops.layout import RowLayout
+from mom_train.ops.scan.selective_scan import selective_scan
+
+
+@dataclass
+class MambaState:
+    """What a block carries from one chunk of a sequence to the next."""
+
+    conv_BKD: Tensor
+    """The last K-1 inputs of the convolution."""
+    ssm_BDN: Tensor
+    """fp32."""
+
+
+class MambaMixer(nn.Module):
+    """The Mamba-1 block of the paper's Algorithm 2, any subset of its four projections decoupled.
+
+    conv1d, A and D are shared by all modalities. The time step's bias is added in fp32 on every path.
+    """
+
+    def __init__(self, config: ModelConfig, modalities: int):
+        super().__init__()
+        D, N, R = config.inner, config.state, config.rank
+        self.modalities, self.inner, self.state, self.rank = modalities, D, N, R
+        self.in_proj = projection(config, "in_proj", config.dim, 2 * D, modalities)
+        self.conv_weight = nn.Parameter(torch.empty(D, config.conv))
+        self.conv_bias = nn.Parameter(torch.empty(D))
+        self.x_proj = projection(config, "x_proj", D, R + 2 * N, modalities)
+        self.dt_proj = projection(config, "dt_proj", R, D, modalities)
+        # by modality where dt_proj is, also where a router picks its matrix
+        self.dt_bias = nn.Parameter(torch.empty(modalities if "dt_proj" in config.decoupled else 1, D))
+        self.A_log = nn.Parameter(torch.empty(D, N))
+        self.D = nn.Parameter(torch.empty(D))
+        self.out_proj = projection(config, "out_proj", D, config.dim, modalities)
+
+    def forward(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
+        """Rows (T, dim) in row order. A `state` is read, and replaced by the one after these rows."""
+        return self.out_proj(self.gated(x_Td, layout, state), layout)
+
+    def gated(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
+        """What out_proj reads (T, inner)."""
+        x_TD, z_TD = self.in_proj(x_Td, layout).split(self.inner, dim=1)
+        conv_BKD, ssm_BDN = (None, None) if state is None else (state.conv_BKD, state.ssm_BDN)
+        context = layout.context
+        if context is not None:
+            assert state is None, "rows are generated on one rank"
+            conv_BKD = inputs_before(context, x_TD, layout, self.conv_weight.shape[1] - 1)
+        x_TD, conv_BKD = causal_conv(x_TD, self.conv_weight, self.conv_bias, layout, conv_BKD)
+        dt_TR, B_TN, C_TN = self.x_proj(x_TD, layout).split([self.rank, self.state, self.state], dim=1)
+        dt_TD = self.dt_proj(dt_TR, layout)
+        A_DN = -torch.exp(self.A_log.float())
+        dt_bias_MD = self.dt_bias.float().expand(self.modalities, -1)
+        scanned = (x_TD, dt_TD, A_DN, B_TN, C_TN, self.D.float(), z_TD, dt_bias_MD, layout)
+        if context is not None:
+            ssm_BDN = state_before(context, *scanned)
+        y_TD, ssm_BDN = selective_scan(*scanned, ssm_BDN)
+        if state is not None:
+            state.conv_BKD, state.ssm_BDN = conv_BKD, ssm_BDN
+        return y_TD
+
+    def empty_state(self, batch: int) -> MambaState:
+        device = self.A_log.device
+        return MambaState(
+            torch.zeros(batch, self.conv_weight.shape[1] - 1, self.inner, device=device),
+            torch.zeros(batch, self.inner, self.state, device=device),
+        )
+
+
+class MambaBlock(nn.Module):
+    """x + mixer(norm(x)). The norm is shared across modalities, as published, unless `norm` is decoupled."""
+
+    def __init__(self, config: ModelConfig, modalities: int):
+        super().__init__()
+        self.norm = Norm(config.dim, modalities if "norm" in config.decoupled else 1, config.norm_eps)
+        self.mixer = MambaMixer(config, modalities)
+
+    def forward(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
+        return x_Td + self.mixer.out_proj(self.gated(x_Td, layout, state), layout)
+
+    def gated(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
+        return self.mixer.gated(self.norm(x_Td, layout), layout, state)
+
+    def empty_state(self, batch: int) -> MambaState:
+        return self.mixer.empty_state(batch)

@@ -1,0 +1,157 @@
+"""From a packed batch to what the model is asked: noised pictures, dropped conditions, and the step's mean loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mom_data.batches.batch import IGNORE, PackedBatch
+from mom_data.shards.dataset import TokenDataset
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.vocab import VocabLayout
+from mom_train.config.model import DiffusionConfig, ObjectiveConfig
+from mom_train.distributed.context import Context
+from mom_train.model.diffusion import NoisedPatches, draw, noise, without_condition
+from mom_train.model.language_model import Losses
+from mom_train.ops.layout import RowLayout
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a loss is divided by, over a whole optimiser step (all ranks, all micro-batches)."""
+
+    targets_M: Tensor
+    """Targets of the cross-entropy by modality, int64 on the CPU."""
+    patches: int
+    """Latent patches."""
+    positions: int
+    """Rows of the network, padding included."""
+
+    def objective(self, losses: Losses, config: ObjectiveConfig) -> Tensor:
+        """Chameleon: the mean cross-entropy. Transfusion: the same plus lambda times the mean squared error.
+
+        Each rank holds its own sums, so the ranks' gradients add up to the gradient of the means. Where there are
+        routers, their load-balance loss is added; it alone depends on how the step is dealt to ranks and micro-batches.
+        """
+        loss = losses.tokens / max(1, int(self.targets_M.sum()))
+        loss = loss + config.load_balance * losses.balance / self.positions
+        if config.diffusion is not None:
+            loss = loss + config.diffusion.weight * losses.patches / max(1, self.patches * config.diffusion.patch_width)
+        return loss
+
+
+def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenDataset]) -> DiffusionConfig | None:
+    """The config with a scale and shift in place of null: those that the datasets' manifests record.
+
+    Raises ValueError where the datasets hold latents of another width than `patch_width`, latents that differ in
+    scale or shift, or latents at all and there is no diffusion.
+    """
+    found: dict[tuple[float, float], TokenDataset] = {}
+    for dataset in datasets:
+        width = dataset.manifest["latent_width"]
+        if not width:
+            continue
+        if config is None:
+            raise UserError(
+                f"{dataset.location} holds latent patches: set objective.diffusion.patch_width={width}, or tokenize "
+                "with a tokenizer of codes"
+            )
+        made_by = dataset.tokenizers.get("image", {})
+        values = width // 2 if made_by.get("log_variance") else width
+        if values != config.patch_width:
+            raise UserError(
+                f"{dataset.location} holds patches of {values} values, objective.diffusion.patch_width is "
+                f"{config.patch_width}"
+            )
+        found.setdefault((made_by.get("latent_scale", 1.0), made_by.get("latent_shift", 0.0)), dataset)
+    if config is None or not found:
+        return config
+    if len(found) > 1:
+        raise UserError(
+            "latents differ: "
+            + ", ".join(f"{d.location} has scale {scale} and shift {shift}" for (scale, shift), d in found.items())
+        )
+    [(scale, shift)] = found
+    return config.model_copy(
+        update={
+            "latent_scale": scale if config.latent_scale is None else config.latent_scale,
+            "latent_shift": shift if config.latent_shift is None else config.latent_shift,
+        }
+    )
+
+
+def row_layout(
+    batch: PackedBatch, diffusion: DiffusionConfig | None, past_B: Tensor | None = None, context: Context | None = None
+) -> RowLayout:
+    picture_BL = None
+    if diffusion is not None:
+        picture_BL = torch.full_like(batch.document, -1)
+        picture_BL.view(-1)[batch.latent_position] = batch.image_of_patch
+    fields = (batch.modality, batch.document, batch.order, batch.rows, batch.offsets)
+    return RowLayout.build(*fields, past_B=past_B, picture_BL=picture_BL, context=context)
+
+
+def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> NoisedPatches:
+    """Each picture at a timestep and with noise that (seed, its sequence, its place there) decide; on the CPU.
+
+    Patches that hold means and log-variances, [mu | log s^2], are drawn from first: mu + s * eta, eta ~ N(0, 1).
+    `seed` is the run's for training; validation has its own, so that its noise is the same each time.
+    """
+    pictures = _pictures(batch)
+    W = config.patch_width
+    drawn = len(pictures) > 0 and batch.latents.shape[1] == 2 * W
+    timesteps, epsilon, eta = [], [], []
+    for sequence, number, leads, patches in pictures:
+        t, generator = draw(seed, sequence, number, config, leads)
+        timesteps.append(t)
+        epsilon.append(torch.randn(patches, W, generator=generator))
+        if drawn:
+            eta.append(torch.randn(patches, W, generator=generator))
+    timestep_I = torch.tensor(timesteps, dtype=torch.int64)
+    epsilon_PW = torch.cat(epsilon) if epsilon else torch.zeros(0, W)
+    latents_PW = batch.latents if len(pictures) else torch.zeros(0, W)
+    if drawn:
+        mean_PW, log_variance_PW = latents_PW.float().split(W, dim=1)
+        latents_PW = mean_PW + (log_variance_PW / 2).exp() * torch.cat(eta)
+    assert latents_PW.shape[1] == W
+    x, target = noise(latents_PW, batch.image_of_patch, timestep_I, epsilon_PW, config)
+    return NoisedPatches(x, target, batch.order.long()[batch.latent_position], batch.image_of_patch, timestep_I)
+
+
+def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, vocab: VocabLayout) -> PackedBatch:
+    """For a share of pictures, take the condition out of what stands before them in their document, without loss
+    there: the unconditional half of classifier-free guidance. `without_condition` says what remains."""
+    if not config.condition_dropout:
+        return batch
+    tokens, labels = batch.tokens.clone(), batch.labels.clone()
+    L = tokens.shape[1]
+    for i, (sequence, number, _, _) in enumerate(_pictures(batch)):
+        digest = hashlib.blake2b(f"condition/{seed}/{sequence}/{number}".encode(), digest_size=8).digest()
+        if int.from_bytes(digest, "little") >= config.condition_dropout * 2**64:
+            continue
+        row, at = divmod(int(batch.latent_position[batch.image_of_patch == i][0]), L)
+        document = batch.document[row]
+        before = slice(int((document == document[at]).nonzero()[0]), at - 1)  # up to the opening bracket
+        tokens[row, before] = without_condition(tokens[row, before], vocab)
+        labels[row, before] = IGNORE
+    return replace(batch, tokens=tokens, labels=labels)
+
+
+def _pictures(batch: PackedBatch) -> list[tuple[int, int, bool, int]]:
+    """(sequence, number within it, whether it leads its text, patches) of every picture."""
+    L = batch.tokens.shape[1]
+    counts = torch.bincount(batch.image_of_patch, minlength=len(batch.image_leads)).tolist()
+    rows = (batch.latent_position // L).tolist()
+    seen: dict[int, int] = {}
+    pictures, at = [], 0
+    for leads, n in zip(batch.image_leads.tolist(), counts, strict=True):
+        sequence = int(batch.sequences[rows[at]])
+        number = seen.get(sequence, 0)
+        seen[sequence] = number + 1
+        pictures.append((sequence, number, leads, n))
+        at += n
+    return pictures

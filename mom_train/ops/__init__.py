@@ -1,0 +1,1 @@
+"""The operators that the blocks are made of, each with several backends: linear maps by modality, convolution, scan."""

@@ -1,0 +1,71 @@
+"""Which backend runs an operator where, and one log line that says why.
+
+A backend is a module mom_train/ops/{scan,conv}/NAME.py. It has `forward` and `backward`, a scan also `new_states`, and
+`why_not(x, size)`, which says what keeps it from running rows like x: a text, or None. A new backend is such a module
+and its name in BACKENDS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mom_tokenizers.errors import UserError
+from mom_train.ops import mamba_ssm
+
+BACKENDS = ("torch", "c", "triton", "mamba_ssm")
+forced: str | None = os.environ.get("MOM_KERNELS") or None
+"""MOM_KERNELS: one backend for every operator, and an error where it cannot run."""
+_chosen: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
+log = logging.getLogger(__name__)
+
+
+def module(kernel: str, backend: str, x: Tensor, size: int) -> ModuleType:
+    """The module that runs this operator.
+
+    kernel "scan" or "conv"; backend one of BACKENDS or "auto"; x the rows (T, D); size the SSM state or the taps.
+    """
+    if backend == "auto":
+        backend = choose(kernel, x, size)
+    assert backend in BACKENDS, backend
+    return _imported(kernel, "torch" if backend == "mamba_ssm" else backend)
+
+
+def choose(kernel: str, x: Tensor, size: int) -> str:
+    """MOM_KERNELS, else Triton on an NVIDIA GPU and C on a CPU where they apply, else PyTorch.
+
+    Raises ValueError where MOM_KERNELS names a backend that cannot run this.
+    """
+    key = (kernel, x.device, x.dtype, x.shape[1], size)
+    if key not in _chosen:
+        wanted = forced or {"cuda": "triton", "cpu": "c"}.get(x.device.type, "torch")
+        obstacle = why_not(wanted, kernel, x, size)
+        if obstacle and forced:
+            raise UserError(f"MOM_KERNELS={forced} cannot run the {kernel} kernel here: {obstacle}; unset it")
+        _chosen[key] = "torch" if obstacle else wanted
+        why = "MOM_KERNELS" if forced else f"{wanted} not used: {obstacle}" if obstacle else "the fastest here"
+        log.info("%s on %s, %s: %s kernels (%s)", kernel, x.device, str(x.dtype)[6:], _chosen[key], why)
+    return _chosen[key]
+
+
+def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
+    """What keeps a backend from running this operator, or None."""
+    if backend not in BACKENDS:
+        raise UserError(f"no kernels named {backend!r}; there are {', '.join(BACKENDS)}")
+    if backend == "mamba_ssm":
+        return mamba_ssm.why_not(kernel, x, size)
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    obstacle: str | None = _imported(kernel, backend).why_not(x, size)
+    return obstacle
+
+
+def _imported(kernel: str, backend: str) -> ModuleType:
+    # late and by name, because triton may be absent, and because the operators' modules import this one
+    return import_module(f"mom_train.ops.{kernel}.{backend}")

@@ -1,0 +1,1 @@
+"""The causal convolution: its operator, its definition, and its backends."""

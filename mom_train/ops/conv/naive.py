@@ -1,0 +1,32 @@
+"""The definition of the causal convolution: one token at a time, in float64 where the arguments are.
+
+Backends are tested against it, and benchmarks check with it that what they time is right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_conv(
+    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor, document_BL: Tensor, initial_BKD: Tensor | None = None
+) -> Tensor:
+    """y (B, L, D) = silu(bias + sum over k of weight[K-1-k] * x[t-k]); everything in time order, differentiable.
+
+    Taps that reach into another document are left out. `initial` (B, K-1, D) holds the inputs before the row, which
+    belong to the row's first document; without it they are zero.
+    """
+    (rows, length), K = document_BL.shape, weight_DK.shape[1]
+    outputs = []
+    for b in range(rows):
+        for t in range(length):
+            pre_D = bias_D
+            for k in range(K):
+                if t - k >= 0:
+                    if document_BL[b, t - k] == document_BL[b, t]:
+                        pre_D = pre_D + weight_DK[:, K - 1 - k] * x_BLD[b, t - k]
+                elif initial_BKD is not None and document_BL[b, t] == document_BL[b, 0]:
+                    pre_D = pre_D + weight_DK[:, K - 1 - k] * initial_BKD[b, K - 1 + t - k]
+            outputs.append(pre_D / (1 + torch.exp(-pre_D)))
+    return torch.stack(outputs).view_as(x_BLD)

@@ -1,0 +1,89 @@
+"""Where each token lies: the rows of a batch, sorted by modality, and how to read them in time order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mom_train.distributed.context import Context
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The geometry of one batch of B rows x L positions, T = B*L, made once and read by every layer.
+
+    Every row-wise tensor of the network (residual, norms, projections, losses) is stored in *row order*:
+    stably sorted by modality, so that each modality is one contiguous segment. Only the convolution and the
+    scan need *time order* (b*L + t); they read through `order`.
+
+    order     (T,) int32   time -> row
+    rows      (T,) int64   row -> time, the inverse
+    offsets   (M+1,) int64 on the CPU: modality m holds rows offsets[m]:offsets[m+1], possibly none
+    modality  (T,) uint8   in time order
+    position  (T,) uint8   in time order: tokens since the document began, saturated at 255; 0 resets the state
+    document  (T,) int32   in time order
+    picture   (T,) int32   in time order: number of the picture whose latent patch stands here, -1 elsewhere; None
+                           where there are no latents
+    context                with whom the rows are shared, where their positions are dealt to several ranks; all of the
+                           above is then of this rank's slice, and `position` knows of the tokens before it
+    """
+
+    batch: int
+    length: int
+    order: Tensor
+    rows: Tensor
+    offsets: Tensor
+    modality: Tensor
+    position: Tensor
+    document: Tensor
+    picture: Tensor | None = None
+    context: Context | None = None
+
+    @classmethod
+    def build(
+        cls,
+        modality_BL: Tensor,
+        document_BL: Tensor,
+        order: Tensor,
+        rows: Tensor,
+        offsets: Tensor,
+        *,
+        past_B: Tensor | None = None,
+        picture_BL: Tensor | None = None,
+        context: Context | None = None,
+    ) -> RowLayout:
+        """From the fields of a PackedBatch.
+
+        `past_B` (B,) int: how many tokens of the row's first document came in earlier chunks, whose state is carried
+        in; by default every row starts a document.
+        """
+        B, L = modality_BL.shape
+        time = torch.arange(L, device=document_BL.device).expand(B, L)
+        starts = torch.ones_like(document_BL, dtype=torch.bool)
+        starts[:, 1:] = document_BL[:, 1:] != document_BL[:, :-1]
+        begin = torch.where(starts, time, -255)
+        if past_B is not None:
+            begin[:, 0] = -past_B.clamp(max=255)
+        position = (time - begin.cummax(1).values).clamp(max=255).to(torch.uint8)
+        modality = modality_BL.reshape(-1).contiguous()  # the C kernels read raw memory
+        picture = None if picture_BL is None else picture_BL.reshape(-1)
+        fields = (order, rows, offsets, modality, position.reshape(-1), document_BL.reshape(-1), picture)
+        return cls(B, L, *fields, context)
+
+    @classmethod
+    def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Any) -> RowLayout:
+        """The same from modality (B, L) and document (B, L) alone; the loader has `order` and `rows` already."""
+        flat = modality_BL.reshape(-1).long()
+        rows = torch.argsort(flat, stable=True)
+        order = torch.empty_like(rows)
+        order[rows] = torch.arange(len(rows), device=rows.device)
+        offsets = torch.zeros(modalities + 1, dtype=torch.int64)
+        offsets[1:] = torch.bincount(flat, minlength=modalities).cumsum(0).cpu()
+        return cls.build(modality_BL, document_BL, order.to(torch.int32), rows, offsets, **kwargs)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length

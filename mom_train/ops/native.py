@@ -1,0 +1,123 @@
+"""The C kernels: compiled once per machine into a cache, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+LANES = 16
+"""Channels come in multiples of this: the widest vector, of AVX-512."""
+SOURCE = Path(__file__).with_name("scan.c")
+FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC"]
+log = logging.getLogger(__name__)
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+
+
+@functools.cache
+def library(state: int) -> ctypes.CDLL | None:
+    """The compiled kernels for an SSM state of `state`, or None (one log line says why) without a compiler.
+
+    MOM_KERNELS=torch turns them off.
+    """
+    if os.environ.get("MOM_KERNELS") == "torch":
+        return None
+    if state % 2:
+        log.info("C kernels off: the SSM state (%d) is odd; using PyTorch", state)
+        return None
+    found = compiler()
+    if found is None:
+        log.info("C kernels off: no C compiler (cc, gcc, clang) on the PATH; using PyTorch")
+        return None
+    try:
+        path = build(found, state)
+        log.info("C kernels on: %s, built by %s for this processor (-march=native)", path, found)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
+        log.warning("C kernels off: building them with %s failed; using PyTorch: %s", found, detail)
+        return None
+
+
+def available(state: int) -> bool:
+    """Whether `library` has kernels for this state size."""
+    return library(state) is not None
+
+
+def why_not(x: Tensor, state: int) -> str | None:
+    """What keeps the C kernels from running on rows like x (T, D), or None."""
+    if x.device.type != "cpu":
+        return "they run on the CPU"
+    if x.dtype == torch.float64:
+        return "they compute in fp32, not float64"
+    if x.shape[1] % LANES:
+        return f"{x.shape[1]} channels are not a multiple of {LANES}"
+    return None if available(state) else "they could not be built (see above)"
+
+
+def build(compiler: str, state: int, architecture: str = "native") -> Path:
+    """The shared library for one state size and -march, from the cache or compiled into it."""
+    flags = [*FLAGS, f"-march={architecture}", f"-DSTATE={state}"]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mom_train"
+    cache.mkdir(parents=True, exist_ok=True)
+    source = SOURCE.read_bytes()
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    identity = b"\0".join([source, version, " ".join(flags).encode(), _cpu().encode()])
+    target = cache / f"scan-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            partial = target.with_suffix(".tmp")
+            command = [compiler, *flags, str(SOURCE), "-o", str(partial)]
+            try:
+                subprocess.run([*command, "-fopenmp"], check=True, capture_output=True)
+            except subprocess.CalledProcessError:  # a clang without libomp: one thread is still far ahead
+                subprocess.run(command, check=True, capture_output=True)
+            partial.rename(target)
+    return target
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cache on a shared home must not serve another node's instructions."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return line
+    except OSError:
+        pass
+    return f"{platform.machine()} {platform.processor()} {sysconfig.get_platform()}"
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def integer(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
+
+
+def row_tensors(*tensors: Tensor) -> tuple[list[Tensor], bool]:
+    """All of them as bf16 where all are, otherwise as fp32, with unit stride along channels; True for bf16.
+
+    A view with a longer row stride is taken as it is.
+    """
+    half = all(t.dtype == torch.bfloat16 for t in tensors)
+    cast = [t if half else t.float() for t in tensors]
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in cast], half

@@ -1,0 +1,1 @@
+"""The linear map whose weights are chosen by each row's modality."""

@@ -1,0 +1,1 @@
+"""The selective scan: its operator, its definition, and its backends."""

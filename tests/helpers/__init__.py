@@ -1,0 +1,6 @@
+"""What several tests share: a small corpus, a small config, real ranks, a real Slurm."""
+
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+"""The folder that holds README.md."""

@@ -1,0 +1,130 @@
+"""Real ranks for tests, in processes forked from one that has imported torch and the trainer, which takes seconds."""
+
+import fcntl
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from tests.helpers import CHECKOUT
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(rank, world_size, port, function, args, results):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, True, function(*args)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+def _forking():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo"])
+    return context
+
+
+def _command(arguments, environment, output):
+    sys.stdout.flush()
+    with open(output, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(CHECKOUT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["mom_train", *arguments]
+    from mom_train.__main__ import main
+
+    main()
+
+
+def mom_train(config, *overrides, timeout=900):
+    """`python -m mom_train CONFIG OVERRIDES`: (exit code, what it printed)."""
+    with tempfile.NamedTemporaryFile() as output:
+        arguments = [str(config), *overrides]
+        process = _forking().Process(target=_command, args=(arguments, dict(os.environ), output.name))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return process.exitcode, Path(output.name).read_text()
+
+
+def _ranked_command(rank, world_size, port, prepare, arguments, output):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if prepare is not None:
+        prepare(rank)
+    _command(arguments, {**os.environ, **address, **place, "OMP_NUM_THREADS": "1"}, output)
+
+
+def mom_train_ranks(world_size, prepare, config, *overrides, timeout=120):
+    """`mom_train CONFIG OVERRIDES` on several ranks, without torchrun and so without anyone who ends the others when
+    one fails: [(exit code, what it printed), ...]. `prepare(rank)` runs first in each process, to do mischief."""
+    port, context = free_port(), _forking()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(world_size)]
+        readers = [_pipe(output) for output in outputs]
+        ranks = [
+            context.Process(
+                target=_ranked_command,
+                args=(rank, world_size, port, prepare, [str(config), *overrides], str(outputs[rank])),
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout)
+            process.kill()
+            process.join()
+        return [(process.exitcode, reader.read().decode()) for process, reader in zip(ranks, readers, strict=True)]
+
+
+def _pipe(path):
+    """A named pipe that holds a megabyte: a process that may write to no file can still say things."""
+    os.mkfifo(path)
+    reader = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
+    return reader
+
+
+def run_ranks(world_size, function, *args, timeout=900):
+    """[function(*args) of each rank]; raises with the first failing rank's traceback. The function must be
+    importable, and what it returns picklable without torch (numpy arrays, numbers)."""
+    context = _forking()
+    results, port = context.Queue(), free_port()
+    ranks = [
+        context.Process(target=_rank, args=(r, world_size, port, function, args, results), daemon=True)
+        for r in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    returned = {}
+    try:
+        for _ in ranks:
+            rank, fine, value = results.get(timeout=timeout)
+            assert fine, f"rank {rank} of {world_size} failed:\n{value}"
+            returned[rank] = value
+    finally:
+        for process in ranks:
+            process.join(5)
+            process.kill()
+    return [returned[r] for r in range(world_size)]

@@ -1,0 +1,189 @@
+"""tools/report.py on real runs, trained here, and on what hostile or old ones hold."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from mom_tools.compare.curves import Run
+from mom_tools.compare.line_chart import Series, chart, short, ticks
+from mom_tools.compare.report import page, samples
+from mom_train.baseline import read_baseline, unigram
+from mom_train.config.files import load_config
+from tests.helpers import CHECKOUT
+from tests.helpers.ranks import mom_train
+from tests.helpers.run_config import write_config
+
+EVIL = '<script>alert("x")</script><img src=http://example.org/x> & "quoted"'
+VOID = {"meta", "img", "input"}
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+class Page(HTMLParser):
+    """A page's tags, attributes and text; every tag must be closed."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self._open = []
+        self.feed(html)
+        self.close()
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def says(self, words):
+        return words in " ".join(" ".join(self.text).split())
+
+    def asks_for_nothing(self):
+        places = [v for name, v in self.attributes if name in ("src", "href", "srcset", "action", "data", "xlink:href")]
+        return all(p.startswith("data:") for p in places) and not {"script", "link", "iframe", "object"} & set(
+            self.tags
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A dense model and a mixture, trained by the public command; and the dense one as if with another seed."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = []
+    for name, seed, decoupled in [("dense-0", 0, []), ("mixture-0", 0, ["in_proj"])]:
+        run = folder / name
+        model = {"dim": 16, "layers": 1, "decoupled": decoupled}
+        config = write_config(folder, run_dir=str(run), seed=seed, model=model, training__steps=4, validation__every=2)
+        code, said = mom_train(config)
+        assert code == 0, said
+        runs.append(run)
+    again = shutil.copytree(runs[0], folder / "dense-1", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    config = yaml.safe_load((again / "config.yaml").read_text()) | {"seed": 1, "run_dir": str(again)}
+    (again / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return [runs[0], again, runs[1]]
+
+
+def test_a_run_and_several_are_pages_that_need_no_network(trained, tmp_path):
+    out = tmp_path / "report.html"
+    command = [sys.executable, "tools/report.py", *map(str, trained), "--output", str(out), "--price", "2"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = Page(out.read_text())
+    assert found.asks_for_nothing()
+    last = [Run(path).lines[-1] for path in trained]
+    for line in last:
+        assert found.says(f"{line['val/held/loss/text']:.4f}")
+        assert found.says(f"{line['flops/total']:.3g}")
+    # the seeds are one model, and the mixture is compared with both of them
+    assert found.says("Against the baseline")
+    assert found.tags.count("h3") == 2  # one comparison, and the differences of the configs
+    assert found.says("model.decoupled")
+    assert found.tags.count("polyline") >= 3 * 3 * 2 * 4  # axes x runs x (training, validation) x modalities
+    alone = Page(page([Run(trained[0])]))
+    assert alone.asks_for_nothing()
+    assert not alone.says("Against the baseline")
+
+
+def test_what_documents_configs_and_hosts_say_is_only_text(trained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes((trained[0] / "metrics.jsonl").read_bytes())
+    config = yaml.safe_load((trained[0] / "config.yaml").read_text())
+    config["tokenizers"] = EVIL
+    config["data"]["train"] = [{"path": EVIL, "shards": EVIL, "weight": 1.0}]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "environment.json").write_text(json.dumps({"hosts": [EVIL], EVIL: {"cpu": EVIL}, "world_size": 2}))
+    (run / "incident.json").write_text(json.dumps({"why": EVIL}))
+    (run / "rollbacks.jsonl").write_text(json.dumps({"step": 1, "why": EVIL}) + "\n")
+    (run / "status.json").write_text(json.dumps({"state": "failed", "step": 4, "steps": 4, "reason": EVIL}))
+    for step in (2, 10):
+        (run / f"samples/step-{step}").mkdir(parents=True)
+        (run / f"samples/step-{step}/text.txt").write_text(f"{EVIL} after {step}")
+    (run / "samples/step-10/0.png").write_bytes(PIXEL)
+    (run / "samples/step-10/0.wav").write_bytes(b"RIFF....WAVE")
+    html = page([Run(run)])
+    found = Page(html)
+    assert found.asks_for_nothing()
+    assert html.count("<script") == 0
+    assert found.says(f"{EVIL} after 10")
+    assert html.index("after 10") < html.index("after 2")
+    assert found.tags.count("img") == 1
+    assert found.tags.count("audio") == 1
+    assert found.says("failed")
+    assert found.says("device hours")
+
+
+def test_a_sample_shows_its_pictures_where_they_stand_and_is_not_cut(tmp_path):
+    folder = tmp_path / "samples/step-8"
+    folder.mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "loss/text": 3.0}\n')
+    long = "word " * 5000
+    lines = ["> A seven", "![picture](0-0.png)", long, "[0.5 s of speech](0-1.wav)", "[9 x ids](0-2.json)"]
+    (folder / "text.txt").write_text("\n\n".join([*lines, "![picture](gone.png)", "![picture](../../secret.png)"]))
+    for name in ("0-0.png", "9-unnamed.png", "../../secret.png"):
+        (folder / name).write_bytes(PIXEL)
+    (folder / "0-1.wav").write_bytes(b"RIFF....WAVE")
+    (folder / "0-2.json").write_text("{}")
+    [sample] = samples(Run(tmp_path))
+    kinds = [(kind, part["name"]) for part in sample["parts"] for kind in ("text", "picture", "sound") if kind in part]
+    text = ("text", "text.txt")
+    assert kinds == [text, ("picture", "0-0.png"), text, ("sound", "0-1.wav"), text, ("picture", "9-unnamed.png")]
+    written = "".join(part.get("text", "") for part in sample["parts"])
+    assert long in written
+    assert "0-0.png" not in written
+    for kept in ("[9 x ids](0-2.json)", "![picture](gone.png)", "![picture](../../secret.png)"):
+        assert kept in written
+
+
+def test_the_loss_of_counting_stands_beside_a_runs_own(trained):
+    (trained[0] / "unigram.json").unlink(missing_ok=True)
+    page([Run(trained[0])])
+    kept = read_baseline(trained[0])
+    config = load_config(trained[0] / "config.yaml")
+    assert kept == unigram(config)
+    assert list(kept) == list(config.data.validation)
+    found = Page(page([Run(trained[0])]))
+    for losses in kept.values():
+        for loss in losses.values():
+            assert found.says(f"{loss:.4f}")
+
+
+def test_a_directory_with_nothing_but_metrics_is_enough(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss/text": 3.0, "tokens/text": 10, "flops/total": 100}\n{"st'
+    )
+    found = Page(page([Run(tmp_path)]))
+    assert found.says("Not recorded")
+    with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
+        page([Run(tmp_path / "other")])
+
+
+def test_ticks_are_round_and_lie_inside():
+    assert ticks(0, 360) == [0, 100, 200, 300]
+    assert ticks(2.9, 4.3) == pytest.approx([3.0, 3.5, 4.0])
+    assert [short(v) for v in (0.004, 1500, 1.4e13, 2e18)] == ["0.004", "1.5k", "14T", "2e+18"]
+    drawn = chart("t", [Series([0, 50, 100], [9.0, 2.0, 1.0], 0, "line", "")], "steps")
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in drawn["lines"][0]["points"].split())
+    frame = drawn["frame"]
+    assert (x0, x2) == (frame["left"], frame["left"] + frame["width"])
+    assert x1 == (x0 + x2) / 2
+    assert frame["top"] < y1 < y2 < frame["top"] + frame["height"]  # the first loss is off the chart
+    assert y0 < frame["top"]

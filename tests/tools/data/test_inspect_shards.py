@@ -1,0 +1,156 @@
+"""tools/inspect_shards.py: a page that holds what the dataset holds, whatever its documents say."""
+
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from mom_data.order.plan import Lane, Plan, Source
+from mom_data.shards.dataset import TokenDataset
+from mom_data.shards.format import ShardWriter, TokenSegment, write_manifest
+from mom_tokenizers.bundle import Tokenizers
+from mom_tokenizers.speech.units import SpeechTokenizer
+from mom_tokenizers.text import TextTokenizer
+from mom_tools.data.inspect_shards import page
+from tests.helpers import CHECKOUT
+from tests.helpers.corpus import MODALITIES, TOKENIZERS, random_document, write_dataset
+from tests.helpers.tiny_tokenizers import random_vq
+
+EVIL = '<script>alert("x")</script><img src=http://example.org/x> & "quoted"'
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags, its text, packed pieces by key and padding; and that every tag is closed."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.pieces: Counter[tuple[str, int]] = Counter()
+        self.counts: dict[str, int] = {}
+        self.attributes, self.text, self.padding = [], [], 0
+        self._open: list[str] = []
+        self._counting = None
+        self.feed(html)
+        self.close()
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags[tag] += 1
+        self.attributes += list(values.items())
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "div" and "data-key" in values:
+            self.pieces[values["data-key"], int(values["style"].split(":")[1])] += 1
+        if tag == "div" and values.get("class") == "padding":
+            self.padding += int(values["style"].split(":")[1])
+        self._counting = values.get("data-modality")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags[tag] += 1
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+        self._counting = None
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self._counting:
+            self.counts[self._counting] = int(data.replace(",", ""))
+
+
+def plan_of(folder, length=128):
+    return Plan((Source(TokenDataset(folder), 1.0),), length, 2, 64, 0)
+
+
+@pytest.mark.parametrize("latent_width", [0, 8])
+def test_every_piece_has_its_bar_and_the_counts_are_the_manifests(tmp_path, latent_width):
+    write_dataset(tmp_path / "d", documents=90, latent_width=latent_width)
+    plan = plan_of(tmp_path / "d")
+    found = Page(page(plan, None, rows=20, documents=9, seed=0))
+    lanes = [Lane(plan, 0), Lane(plan, 1)]
+    rows = [next(lanes[i % 2]) for i in range(20)]
+    wanted = Counter((f"key{p.shard}-{p.document}", p.end - p.start) for row in rows for p in row)
+    assert found.pieces == wanted
+    assert found.padding == 20 * 128 - sum(size * n for (_, size), n in wanted.items())
+    assert found.counts == plan.sources[0].dataset.manifest["tokens"]
+    assert found.tags["h3"] == 9
+    assert "".join(found.text).count("not decoded: no tokenizer given") > 0
+
+
+def test_the_page_asks_the_network_for_nothing(tmp_path):
+    write_dataset(tmp_path / "d")
+    found = Page(page(plan_of(tmp_path / "d"), None, rows=4, documents=6, seed=0))
+    assert found.tags["script"] == found.tags["link"] == found.tags["iframe"] == 0
+    links = [value for name, value in found.attributes if name in ("src", "href", "srcset", "action")]
+    assert all(value.startswith("data:") for value in links)
+    assert any(name == "content" and "default-src 'none'" in value for name, value in found.attributes)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    TextTokenizer.train(["some plain words", EVIL] * 20, 300).save(folder / "text")
+    random_vq(8).save(folder / "image")
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    SpeechTokenizer.train([(noise, 16_000)], 5).save(folder / "speech")
+    kinds = {"text": "bpe", "image": "vq", "speech": "units"}
+    (folder / "t.yaml").write_text("".join(f"{m}: {{kind: {kind}, path: {m}}}\n" for m, kind in kinds.items()))
+    return Tokenizers.load(folder / "t.yaml")
+
+
+def write_decodable(folder, tokenizers, documents=16):
+    """Documents of an evil text and key, a picture, and a recording."""
+    folder.mkdir()
+    image = tokenizers.tokenizer("image")
+    with ShardWriter(folder / "x-00000.tar", tokenizers.modalities) as writer:
+        for d in range(documents):
+            codes = np.random.default_rng(d).integers(0, image.size, image.codes_per_image).astype(np.uint16)
+            text = tokenizers.encode("text", f"{EVIL} {d}").astype(np.uint16)
+            units = np.array([d % 5, 1, 2], np.uint16)
+            writer.add(f"<b>{d}", [TokenSegment(0, text), TokenSegment(1, codes), TokenSegment(2, units)])
+    write_manifest(folder, [writer.record()], tokenizers.describe(), np.uint16, {})
+
+
+def test_documents_are_decoded_and_their_text_cannot_become_markup(tmp_path, tokenizers):
+    write_decodable(tmp_path / "d", tokenizers)
+    html = page(plan_of(tmp_path / "d", 512), tokenizers, rows=2, documents=5, seed=0)
+    found = Page(html)
+    assert found.tags["script"] == 0
+    assert found.tags["b"] == 4  # the page's own: the padding and three histograms' names, none of a key
+    assert found.tags["img"] == found.tags["audio"] == 5
+    assert found.tags["rect"] == 5 * 3  # units
+    assert "".join(found.text).count(EVIL) == 5
+    assert EVIL not in html
+    assert sum(value.startswith("data:image/png") for name, value in found.attributes if name == "src") == 5
+
+
+def test_other_tokenizers_than_the_shards_are_refused(tmp_path, tokenizers):
+    write_dataset(tmp_path / "d")
+    with pytest.raises(ValueError, match=r"text was made with tokenizer text-1, the one given is"):
+        page(plan_of(tmp_path / "d"), tokenizers, rows=2, documents=2, seed=0)
+
+
+def test_a_damaged_document_is_named_not_fatal(tmp_path):
+    write_dataset(tmp_path / "d", documents=6, shards=1, make=lambda rng, _: random_document(rng))
+    path = tmp_path / "d/part-00000.tar"
+    content = bytearray(path.read_bytes())
+    content[int(TokenDataset(tmp_path / "d").index(0).token_offset[3])] ^= 1
+    path.write_bytes(content)
+    text = "".join(Page(page(plan_of(tmp_path / "d"), None, rows=2, documents=6, seed=0)).text)
+    assert text.count("Damaged: its bytes do not match") == 1
+
+
+def test_the_command_writes_the_page_and_says_what_is_wrong(tmp_path):
+    write_dataset(tmp_path / "d")
+    tool = [sys.executable, str(CHECKOUT / "tools/inspect_shards.py")]
+    done = subprocess.run([*tool, tmp_path / "d", "--output", tmp_path / "p.html", "--length", "96", "--lanes", "2"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Page((tmp_path / "p.html").read_text()).counts.keys() == set(MODALITIES) == TOKENIZERS.keys()
+    done = subprocess.run([*tool, "--output", tmp_path / "q.html"], capture_output=True, text=True)
+    assert (done.returncode, "give a DATASET folder" in done.stderr) == (2, True)

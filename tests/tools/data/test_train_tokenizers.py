@@ -1,0 +1,212 @@
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+import yaml
+from PIL import Image
+
+from mom_data.documents.document import Document, read_documents
+from mom_tokenizers.bundle import Tokenizers
+from tests.helpers import CHECKOUT
+
+TOOL = CHECKOUT / "tools" / "train_tokenizers.py"
+CONFIG = {
+    "text": {"size": 300},
+    "image": {
+        "size": 64, "resolution": 8, "block_out_channels": [8, 16], "latent_channels": 4, "batch_size": 8,
+        "max_images": 40, "autoencoder_steps": 120, "quantized_steps": 120, "learning_rate": 0.005,
+    },
+    "speech": {"size": 8, "max_seconds": 6},
+}  # fmt: skip
+
+
+def picture(rng):
+    """A gradient between two greys: something a small autoencoder can learn."""
+    start, end = rng.integers(0, 256, (2, 1)).repeat(3, axis=1)
+    ramp = np.linspace(0, 1, 8)[None, :, None]
+    pixels = np.broadcast_to(start * (1 - ramp) + end * ramp, (8, 8, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def recording(rng):
+    file = io.BytesIO()
+    tone = np.sin(np.arange(16_000) * rng.uniform(0.05, 1)) * 0.3 + rng.normal(0, 0.02, 16_000)
+    soundfile.write(file, tone, 16_000, format="FLAC")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    path = tmp_path_factory.mktemp("raw")
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with webdataset.TarWriter(str(path / f"train-{shard}.tar")) as tar:
+            tar.write({"__key__": "broken", "png": b"no picture %d" % shard, "txt": "broken"})
+            for i in range(30):
+                tar.write({"__key__": f"p{i}", "png": picture(rng), "txt": f"a picture of number {i}"})
+            for i in range(5):
+                tar.write({"__key__": f"s{i}", "flac": recording(rng), "txt": f"recording {i}"})
+    return path
+
+
+def tool():
+    """The tool as a module: importing torch and diffusers anew for every training would take seconds."""
+    spec = importlib.util.spec_from_file_location("train_tokenizers_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def documents(file):
+    return [d for d in read_documents(file) if isinstance(d, Document)]
+
+
+def train(raw, output, config=CONFIG, seed=0):
+    module = tool()
+    module.train_tokenizers(module.Config.model_validate(config), sorted(raw.glob("*.tar")), output, seed)
+    return Tokenizers.load(output / "tokenizers.yaml").describe()
+
+
+def command_line(raw, output, config, inputs):
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, str(TOOL), "--config", str(file), "--input", str(raw / inputs)]
+    return subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(raw, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "tokenizers"
+    done = command_line(raw, output, CONFIG, "train-*.tar")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_the_result_encodes_every_modality(trained, raw):
+    tokenizers = Tokenizers.load(trained / "tokenizers.yaml")
+    assert list(tokenizers.describe()) == ["text", "image", "speech"]
+    assert tokenizers.describe()["image"]["size"] == 64
+    rng = np.random.default_rng(9)
+    assert tokenizers.encode("image", picture(rng)).shape == (16,)
+    assert tokenizers.encode("speech", recording(rng)).shape == (25,)
+    assert tokenizers.tokenizer("text").decode(tokenizers.encode("text", "ünseen")) == "ünseen"
+
+
+def test_pictures_come_back_better_than_their_mean_colour(trained):
+    figures = json.loads((trained / "training.json").read_text())["image"]
+    assert figures["psnr"] > figures["psnr_of_mean_colour"]
+    assert figures["losses"][-1]["mse"] < 0.2 * figures["losses"][0]["mse"]
+    assert 0 < figures["usage"] <= 1
+    # PSNR measured again from the outside, on a picture never seen
+    image = Tokenizers.load(trained / "tokenizers.yaml").tokenizer("image")
+    rng = np.random.default_rng(5)
+    errors, spread = [], []
+    for _ in range(20):
+        original = Image.open(io.BytesIO(picture(rng)))
+        pixels = np.asarray(original, np.float64)
+        errors.append(np.mean((np.asarray(image.decode(image.encode(original)), np.float64) - pixels) ** 2))
+        spread.append(pixels.var())
+    assert np.mean(errors) < np.mean(spread)
+
+
+@pytest.fixture(scope="module")
+def trained_kl(raw, tmp_path_factory):
+    """A VAE in place of the codes, and text."""
+    output = tmp_path_factory.mktemp("trained_kl") / "tokenizers"
+    image = {k: v for k, v in CONFIG["image"].items() if k not in ("size", "autoencoder_steps", "quantized_steps")}
+    train(raw, output, {"text": CONFIG["text"], "image": {**image, "kind": "kl", "steps": 240}})
+    return output
+
+
+def test_a_small_vae_gives_latents_that_its_own_scale_normalises(trained_kl, raw):
+    figures = json.loads((trained_kl / "training.json").read_text())["image"]
+    assert figures["psnr"] > figures["psnr_of_mean_colour"]
+    assert (figures["patches_per_image"], figures["patch_width"]) == (4, 16)
+    tokenizers = Tokenizers.load(trained_kl / "tokenizers.yaml")
+    described = tokenizers.describe()["image"]
+    assert (described["kind"], described["size"], described["patch_width"]) == ("kl", 1, 16)
+    # over pictures of the corpus, encoded anew: zero mean, unit variance
+    pictures = [
+        s.data for f in sorted(raw.glob("*.tar")) for d in documents(f) for s in d.segments if s.modality == "image"
+    ]
+    latents = [p.astype(np.float64) for p in tokenizers.encode_many("image", pictures) if not isinstance(p, ValueError)]
+    scaled = (np.concatenate(latents) - described["latent_shift"]) * described["latent_scale"]
+    assert abs(scaled.mean()) < 0.15
+    assert abs(scaled.std() - 1) < 0.15
+    assert (trained_kl / "reconstructions.png").is_file()
+
+
+def test_caps_hold_and_unreadable_items_are_counted(trained):
+    figures = json.loads((trained / "training.json").read_text())
+    assert figures["image"]["images"] + figures["image"]["held_out"] == 40
+    assert figures["speech"]["seconds_of_speech"] == 6
+    assert figures["text"]["unreadable"] == 2
+
+
+def test_reconstructions_show_two_rows_large_enough_to_see(trained):
+    sheet = Image.open(trained / "reconstructions.png")
+    assert sheet.height >= 2 * 96
+    assert sheet.width >= 8 * 96
+
+
+def test_a_second_call_repeats_only_what_changed(trained, raw):
+    before = {p: p.stat().st_mtime_ns for p in trained.glob("*/*")}
+    prints = Tokenizers.load(trained / "tokenizers.yaml").describe()
+    changed = {**CONFIG, "speech": {"size": 6, "max_seconds": 6}}
+    train(raw, trained, changed)
+    after = {p: p.stat().st_mtime_ns for p in trained.glob("*/*")}
+    assert {p.parent.name for p in after if after[p] != before[p]} == {"speech"}
+    assert train(raw, trained) == prints, "the same seed must give the same units"
+
+
+def test_training_is_deterministic_for_a_seed(raw, tmp_path):
+    short = {**CONFIG, "image": {**CONFIG["image"], "autoencoder_steps": 20, "quantized_steps": 40}}
+    first = train(raw, tmp_path / "a", short)
+    assert train(raw, tmp_path / "b", short) == first
+    assert train(raw, tmp_path / "c", short, seed=1)["image"] != first["image"]
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "message"),
+    [
+        ({**CONFIG, "video": {}}, "train-*.tar", "video: Extra inputs"),
+        ({**CONFIG, "image": {**CONFIG["image"], "kind": "gan"}}, "train-*.tar", "of kind vq (codes) or kl (latents)"),
+        ({"text": {"size": 300, "sise": 1}}, "train-*.tar", "text.sise"),
+        (CONFIG, "nothing-*.tar", "no input matches"),
+        (CONFIG, "text.jsonl", "the inputs hold no image"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_2(raw, tmp_path, config, inputs, message):
+    (raw / "text.jsonl").write_text('{"text": "only words"}\n')
+    done = command_line(raw, tmp_path / "out", config, inputs)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_tokenizer_that_came_out_worse_than_asked_is_said_loudly_with_what_to_change():
+    module = tool()
+    config = module.Config.model_validate(CONFIG)
+    text = {"size": 300, "texts": 9, "characters": 500}
+    image = {"psnr": 17.0, "psnr_of_mean_colour": 16.85, "images": 40}
+    speech = {"size": 8, "usage": 0.9}
+    assert module.warnings_of(config, {"text": text, "image": image, "speech": speech}) == []
+    assert module.warnings_of(config, {"text": text}) == []
+    [said] = module.warnings_of(config, {"text": text, "image": {**image, "psnr": 15.97}})
+    assert "15.97 dB" in said
+    assert "mean colour (16.85 dB)" in said
+    assert "autoencoder_steps is 120, quantized_steps is 120" in said
+    [said] = module.warnings_of(config, {"text": {**text, "size": 271}})
+    assert "271 ids, fewer than the 300 asked for" in said
+    assert "text.max_documents is 20000" in said
+    [said] = module.warnings_of(config, {"text": text, "speech": {**speech, "usage": 0.25}})
+    assert "only 25% of the 8 units" in said

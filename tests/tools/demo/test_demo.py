@@ -1,0 +1,69 @@
+"""The main job, whole but small: the same program as `make demo`."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import yaml
+
+from tests.helpers import CHECKOUT
+
+RECIPE = {
+    "text": {"size": 400},
+    "image": {"size": 32, "resolution": 16, "block_out_channels": [8, 16], "latent_channels": 4, "batch_size": 8,
+              "max_images": 40, "autoencoder_steps": 5, "quantized_steps": 5},
+    "speech": {"size": 20, "max_seconds": 20},
+}  # fmt: skip
+
+
+def demo(work, recipe, *more):
+    command = [sys.executable, "tools/demo.py", "--work", str(work), "--tokenizers", str(recipe), "--documents", "60"]
+    small = ["model.dim=32", "model.layers=1", "data.sequence_length=128", "data.lanes=1", "training.steps=20"]
+    small += ["optimizer.warmup=2", "validation.every=10", "validation.sequences=48"]
+    done = subprocess.run([*command, *more, *small], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    work = tmp_path / "demo"
+    table = demo(work, recipe)
+    for word in ("unigram baseline", "held out, at the end", "tokens seen", "FLOPs spent", "tokens/s", "curves.png"):
+        assert word in table
+    lines = [json.loads(line) for line in (work / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(21))
+    for modality in ("text", "image", "speech"):
+        key = f"val/held_out/loss/{modality}"
+        assert lines[20][key] < lines[0][key]
+    assert sorted(p.name for p in (work / "run/checkpoints").iterdir()) == ["step-10", "step-20"]
+    assert (work / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+
+    assert (work / "run/samples/sample-1.md").exists()
+    assert (work / "run/samples/sample-0-0.png").exists()
+
+    again = demo(work, recipe)
+    assert [json.loads(x) for x in (work / "run/metrics.jsonl").read_text().splitlines()] == lines, "trained again"
+    assert again.split("loss (nats")[1].split("run  ")[0] == table.split("loss (nats")[1].split("run  ")[0]
+
+    raw = tmp_path / "my own"  # with a space, as folders have
+    raw.mkdir()
+    text = "".join(json.dumps({"text": f"document {i} about nothing but text " * 20}) + "\n" for i in range(200))
+    (raw / "pages.jsonl").write_text(text)
+    table = demo(tmp_path / "demo own", recipe, "--corpus", str(raw))
+    assert "image" not in table.split("loss (nats")[1].split("FLOPs")[0]
+
+
+def test_a_corpus_with_a_space_in_its_name_reaches_the_program_whole():
+    for target in ("demo", "paper-mini"):
+        said = subprocess.run(
+            ["make", "--no-print-directory", "-n", "-o", ".venv/.ok", target, "CORPUS=my raw/tars"],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+        )
+        assert said.returncode == 0, said.stderr
+        words = shlex.split(said.stdout.splitlines()[-1])
+        assert words[words.index("--corpus") + 1] == "my raw/tars"

@@ -1,0 +1,118 @@
+import hashlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from mom_data.documents.document import Document, read_documents
+from tests.helpers import CHECKOUT
+
+pytest.importorskip("espeakng_loader")
+TOOL = CHECKOUT / "tools" / "make_demo_corpus.py"
+DOCUMENTS = 200
+
+
+def build(output, *options):
+    command = [sys.executable, str(TOOL), "--output", str(output), "--documents", str(DOCUMENTS), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "demo"
+    done = build(path, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def documents(corpus, split):
+    found = [d for shard in sorted((corpus / split).glob("*.tar")) for d in read_documents(shard)]
+    assert all(isinstance(d, Document) for d in found)
+    return found
+
+
+def test_every_document_can_be_read_and_the_summary_counts_them(corpus):
+    summary = json.loads((corpus / "summary.json").read_text())
+    for split, shards in (("train", 4), ("val", 1)):
+        assert len(list((corpus / split).glob("*.tar"))) == shards
+        found = documents(corpus, split)
+        segments = [s for d in found for s in d.segments]
+        assert len({d.key for d in found}) == len(found) == summary[split]["documents"]
+        assert sum(len(s.data) for s in segments if s.modality == "text") == summary[split]["characters"]
+        assert sum(s.modality == "image" for s in segments) == summary[split]["images"]
+        seconds = [soundfile.info(io.BytesIO(s.data)).duration for s in segments if s.modality == "speech"]
+        assert sum(seconds) == pytest.approx(summary[split]["speech_seconds"], abs=0.1)
+        assert min(seconds) > 0.5
+    assert summary["train"]["documents"] + summary["val"]["documents"] == DOCUMENTS
+
+
+def test_modalities_come_in_varying_orders(corpus):
+    orders = {tuple(s.modality for s in d.segments) for d in documents(corpus, "train")}
+    assert {("text",), ("text", "image"), ("image", "text"), ("speech", "image"), ("image", "speech")} <= orders
+    assert any(order.count("image") == 3 and "speech" in order for order in orders)
+
+
+def test_pictures_are_32_pixels_and_recordings_16_khz_mono_with_sound(corpus):
+    segments = [s for d in documents(corpus, "val") for s in d.segments]
+    for data in (s.data for s in segments if s.modality == "image"):
+        image = Image.open(io.BytesIO(data))
+        assert (image.size, image.mode) == ((32, 32), "RGB")
+    for data in (s.data for s in segments if s.modality == "speech"):
+        samples, rate = soundfile.read(io.BytesIO(data))
+        assert (samples.ndim, rate) == (1, 16_000)
+        assert np.abs(samples).max() > 0.05
+
+
+def ink(data):
+    """A digit whatever its pen: distance from the ground colour, scaled."""
+    pixels = np.asarray(Image.open(io.BytesIO(data)), np.float32)
+    away = np.abs(pixels - pixels[0, 0]).sum(axis=2)
+    return tuple((away / away.max() * 12).round().astype(int)[4:28:4, 4:28:4].ravel())
+
+
+def test_nothing_held_out_occurs_in_train(corpus):
+    train = [s for d in documents(corpus, "train") for s in d.segments]
+    validation = [s for d in documents(corpus, "val") for s in d.segments]
+    shapes = {ink(s.data) for s in train if s.modality == "image"}
+    held_out = {ink(s.data) for s in validation if s.modality == "image"}
+    assert held_out
+    assert not held_out & shapes
+    paragraphs = {p for s in train if s.modality == "text" for p in s.data.split("\n\n") if len(p) > 100}
+    long = [p for s in validation if s.modality == "text" for p in s.data.split("\n\n") if len(p) > 100]
+    assert long
+    assert not set(long) & paragraphs
+
+
+def test_a_sum_document_adds_up(corpus):
+    written = [
+        s.data for d in documents(corpus, "train") for s in d.segments if s.modality == "text" and " + " in s.data[:4]
+    ]
+    assert written
+    for line in written:
+        left, right = line.split(" = ")
+        assert sum(map(int, left.split(" + "))) == int(right)
+
+
+def digest(corpus):
+    return {str(p.relative_to(corpus)): hashlib.sha256(p.read_bytes()).hexdigest() for p in corpus.rglob("*.tar")}
+
+
+def test_same_seed_same_bytes_and_a_finished_corpus_is_left_alone(corpus, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in corpus.rglob("*.tar")}
+    assert build(corpus).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in corpus.rglob("*.tar")} == before
+    assert build(tmp_path / "again", "--workers", "1").returncode == 0
+    assert digest(tmp_path / "again") == digest(corpus)
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "train").mkdir()
+    done = build(tmp_path)
+    assert done.returncode == 2
+    assert "give another --output" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,143 @@
+"""Predicted traffic against what real ranks really send, and the arithmetic around it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mom_tools.model import plan_run as p
+from tests.helpers import CHECKOUT
+from tests.helpers.ranks import run_ranks
+from tests.helpers.run_config import tiny_config
+
+CONFIG = CHECKOUT / "configs" / "chameleon" / "443m-mom.yaml"
+KINDS = {
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::allreduce_": "all_reduce",
+    "_c10d_functional::all_reduce": "all_reduce",
+}
+
+
+def counted(config):
+    """[(collective, bytes of the whole tensor)] of one training step, as this rank calls them."""
+    from itertools import islice
+
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from mom_data.batches.loader import Share, batches
+    from mom_train.distributed.ranks import process_group
+    from mom_train.distributed.status import Stop
+    from mom_train.trainer import Trainer
+    from tests.helpers.corpus import VOCAB
+
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(issubclass(t, DTensor) for t in types):
+                return NotImplemented  # it comes again as the plain tensors that it is made of
+            if function.namespace in ("c10d", "_c10d_functional") and function.name() in KINDS:
+                tensors = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
+                calls.append((KINDS[function.name()], max(t.numel() * t.element_size() for t in tensors)))
+            return function(*args, **(kwargs or {}))
+
+    with process_group() as ranks:
+        trainer = Trainer(config, ranks)
+        share = Share(ranks.rank, ranks.world_size, config.training.batch, config.training.micro_batch)
+        stream = batches(trainer.plan, VOCAB, share)
+        for _ in range(2):  # the first step makes groups and buffers
+            calls.clear()
+            step = list(islice(stream, trainer.accumulation))
+            with Count():
+                agreement = trainer.agree(step, Stop())
+                sums = trainer.passes.forward_backward(step, agreement.counts)
+                trainer.step(sums, agreement.counts, step)
+        return list(calls)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shard_ranks", "batch"),
+    [(2, None, 2), (2, None, 6), (4, None, 4), (4, 2, 8)],
+    ids=["fsdp", "accumulation", "fsdp-4", "hsdp-accumulation"],
+)
+def test_predicted_traffic_is_what_ranks_really_call_for(tmp_path, ranks, shard_ranks, batch):
+    config = tiny_config(tmp_path, training__batch=batch, parallel={"shard_ranks": shard_ranks})
+    predicted = p.communication(config, ranks, p.units(config, p.shared_by(config, ranks)))
+    for table in predicted.values():  # small agreements are all-reduces, too
+        table["all_reduce"] += table.pop("small")
+    for calls in run_ranks(ranks, counted, config):
+        kinds = ("all_gather", "reduce_scatter", "all_reduce")
+        assert {kind: sum(b for k, b in calls if k == kind) for kind in kinds} == predicted["payload"]
+        assert {kind: sum(k == kind for k, _ in calls) for kind in kinds} == predicted["calls"]
+
+
+def test_a_ring_sends_each_byte_that_others_lack(tmp_path):
+    config = tiny_config(tmp_path, training__batch=8)
+    every = [p.Unit("a", 1000, 1), p.Unit("root", 24, 1)]
+    two, four = (p.communication(config, ranks, every) for ranks in (2, 4))
+    # gathered twice and the root once, in fp32; of it half is on the rank itself, or a quarter
+    assert two["payload"]["all_gather"] == 4 * 4 * (2000 + 24)
+    assert two["sent"]["all_gather"] == two["payload"]["all_gather"] / 2
+    assert four["payload"]["all_gather"] == 2 * 4 * (2000 + 24)
+    assert four["sent"]["reduce_scatter"] == 4 * 1024 * 3 / 4
+    alone = p.communication(config, 1, every)
+    assert not any(alone["payload"].values())
+    assert not any(alone["calls"].values())
+
+
+def given(network, **changes):
+    assumed = p.Assumptions(mfu=0.5, efficiency=1.0, latency=0.0, patch_share=0.5, price=2.0)
+    return p.Cluster(p.Gpu(1e12, 80e9, 1e30), changes.get("nodes", 4), 2, network, assumed)
+
+
+def test_communication_hides_behind_computing_and_shows_where_it_takes_longer():
+    config = p.load_config(CONFIG, ["training.batch=8", "training.micro_batch=1"])
+    every = p.units(config, 8)
+    fast, slow = (p.step_time(config, given(network), every) for network in (1e30, 1.0))
+    assert fast["exposed"] == pytest.approx(0, abs=1e-9)
+    # half the peak while it computes: twice the seconds at peak
+    assert fast["computing"] == pytest.approx(2 * fast["at_peak"])
+    tokens = config.data.sequence_length
+    flops = 3 * sum(p.forward_flops_per_token(config.model, config.layout.size, tokens).values())
+    assert fast["at_peak"] == pytest.approx(flops * tokens / 1e12)
+    # a byte per second: all of it shows, but for what one unit's computing hides
+    assert slow["computing"] == fast["computing"]
+    payload = p.communication(config, 8, every)["sent"]
+    assert slow["communicating"] == pytest.approx(payload["all_gather"] + payload["reduce_scatter"], rel=1e-3)
+    assert slow["communicating"] - slow["computing"] <= slow["exposed"] <= slow["communicating"]
+
+
+def test_sharding_inside_a_node_leaves_the_network_the_gradients_alone():
+    config = p.load_config(CONFIG, ["training.batch=8", "training.micro_batch=1", "parallel.shard_ranks=2"])
+    seconds = p.step_time(config, given(1.0), p.units(config, 2))
+    sent = p.communication(config, 8, p.units(config, 2))["sent"]
+    # both ranks of a node send their half of the sums through its one network
+    assert seconds["communicating"] == pytest.approx(2 * sent["all_reduce"], rel=1e-3)
+
+
+def test_the_command_prints_what_a_run_takes_and_says_that_it_is_predicted(tmp_path):
+    command = [sys.executable, "tools/plan_run.py", str(CONFIG), "--nodes", "2", "--price", "3"]
+    out = tmp_path / "plan.json"
+    networks = ["infiniband-ndr", "ethernet-100g"]
+    subprocess.run([*command, "--interconnect", *networks, "--json", str(out)], cwd=CHECKOUT, check=True)
+    plans = json.loads(out.read_text())
+    assert [plan["interconnect"] for plan in plans] == networks
+    config = p.load_config(CONFIG, [])
+    for plan in plans:
+        tokens = config.training.steps * config.training.batch * config.data.sequence_length
+        assert plan["tokens"] == tokens
+        assert plan["hours"] * 3600 == pytest.approx(plan["seconds_per_step"]["total"] * config.training.steps)
+        assert plan["tokens_per_gpu_hour"] * plan["gpu_hours"] == pytest.approx(tokens)
+        assert plan["cost"] == pytest.approx(3 * plan["gpu_hours"])
+    assert plans[0]["tokens_per_s"] > plans[1]["tokens_per_s"]
+    assert plans[0]["mfu"] < 0.35
+    said = p.describe("a run", plans)
+    assert "PREDICTED" in said
+    assert f"{plans[1]['gpu_hours']:,.0f}" in said
+    wrong = subprocess.run([*command, "training.batch=7"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "multiple" in wrong.stderr

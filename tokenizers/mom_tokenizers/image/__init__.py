@@ -1,0 +1,1 @@
+"""Image tokenizers: pictures become codes or latent patches, and pictures again."""

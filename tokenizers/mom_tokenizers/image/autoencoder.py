@@ -1,0 +1,213 @@
+"""Pictures into what the model reads, by an autoencoder's folder with its `image_tokenizer.json` beside the weights.
+
+Here the codes of any `diffusers.VQModel`, small or large; image_transformers.py has those of Emu3 and Janus,
+image_kl.py the latents of an `AutoencoderKL`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from mom_tokenizers.base import fingerprint_files, read_json
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.pictures import decode_image as decode_image  # what a tokenizer takes, at hand beside it
+from mom_tokenizers.media.pictures import on_white
+from mom_tokenizers.published import load_published
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+SIDECAR = "image_tokenizer.json"
+BATCH_PIXELS = 32 * 256 * 256  # 8 pictures of 512 x 512
+
+
+def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
+    """float32 (3, resolution, resolution) in [-1, 1]: alpha on white, short side resized, centre crop."""
+    from PIL import Image  # late: whoever only describes a tokenizer does without it
+
+    image = on_white(image)
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    # Only the centre square is wanted; cropping first keeps a very long picture from becoming a huge resize.
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    box_scale = (image.width / width, image.height / height)
+    box = (
+        left * box_scale[0],
+        top * box_scale[1],
+        (left + resolution) * box_scale[0],
+        (top + resolution) * box_scale[1],
+    )
+    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def picture(pixels: torch.Tensor) -> Image.Image:
+    """RGB picture of (3, H, W) in [-1, 1]; what lies outside is clipped."""
+    import torch
+    from PIL import Image
+
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(array.transpose(1, 2, 0))
+
+
+class ImageTokenizer:
+    """What all image tokenizers are made of: an autoencoder, a resolution, and the folder they come from."""
+
+    kind: ClassVar[str]
+    library: ClassVar[str] = "diffusers"
+    model_class: ClassVar[str]
+    """Name in the library."""
+    levels_key: ClassVar[str] = "block_out_channels"
+    """Key of the model's config whose entries are its levels, each half as wide as the one before."""
+    sidecar_example: ClassVar[str]
+    """What image_tokenizer.json may look like."""
+
+    # `model` is of a class of diffusers or Transformers, which mypy cannot follow
+    def __init__(self, model: Any, resolution: int, source: Path | None = None):
+        self._model = model.eval().requires_grad_(False)
+        self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
+        self.resolution = resolution
+        self.downsample = 2 ** (len(getattr(model.config, self.levels_key)) - 1)
+        self._batch = max(1, min(32, BATCH_PIXELS // resolution**2))
+        if resolution < self.downsample or resolution % self.downsample:
+            raise UserError(f"image: resolution {resolution} is no multiple of the model's factor {self.downsample}")
+
+    @classmethod
+    def _load(cls, path: Path, device: str) -> Any:
+        # No shards built on the meta device: diffusers would leave missing weights there, without a word.
+        options = {"low_cpu_mem_usage": False} if cls.library == "diffusers" else {}
+        # safetensors only: a pickled checkpoint could run code
+        model = load_published(path, cls.library, cls.model_class, use_safetensors=True, **options)
+        return model.to(device)
+
+    @classmethod
+    def _sidecar(cls, path: Path, key: str) -> int:
+        value = read_json(cls.files(path)[SIDECAR]).get(key)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path / SIDECAR}: '{key}' must be a number of pixels, e.g. {cls.sidecar_example}")
+        return value
+
+    @classmethod
+    def files(cls, path: str | Path) -> dict[str, Path]:
+        """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
+        path = Path(path)
+        for name, remedy in (
+            ("config.json", f"expected a {cls.library} {cls.model_class} folder"),
+            (SIDECAR, f"write one beside config.json, e.g. {cls.sidecar_example}"),
+        ):
+            if not (path / name).is_file():
+                raise UserError(f"{path}: no {name} there; {remedy}")
+        weights = sorted(path.glob("*.safetensors"))
+        if not weights:
+            raise UserError(f"{path}: no .safetensors weights there (pickled checkpoints are not loaded)")
+        return {file.name: file for file in (path / "config.json", path / SIDECAR, *weights)}
+
+    def _settings(self) -> dict[str, int]:
+        """Content of image_tokenizer.json."""
+        return {"resolution": self.resolution}
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self._source is None:
+            self._model.save_pretrained(str(directory))
+            (directory / SIDECAR).write_text(json.dumps(self._settings()) + "\n")
+        elif self._source.resolve() != directory.resolve():
+            for file in self.files(self._source).values():
+                shutil.copyfile(file, directory / file.name)
+
+    def fingerprint(self) -> str:
+        """16 hex digits; the same after save and load, and on every machine."""
+        if self._source is not None:
+            return fingerprint_files(self.kind, self.files(self._source))
+        with TemporaryDirectory() as directory:
+            self.save(directory)
+            return fingerprint_files(self.kind, self.files(directory))
+
+    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        import torch
+
+        pixels = torch.from_numpy(np.stack([preprocess(image, self.resolution) for image in images]))
+        return pixels.to(self._model.device, self._model.dtype)
+
+
+class VQImageTokenizer(ImageTokenizer):
+    """PIL picture <-> (resolution / downsample)^2 codes in raster order."""
+
+    kind = "vq"
+    model_class = "VQModel"
+    sidecar_example = '{"resolution": 512}'
+    size_key: ClassVar[tuple[str, int]] = ("num_vq_embeddings", 256)
+    """Key of the model's config with the number of codes, and what it is where a stored config leaves it out."""
+
+    def __init__(self, model: Any, resolution: int, source: Path | None = None):
+        super().__init__(model, resolution, source)
+        self.size = int(getattr(model.config, self.size_key[0]))
+
+    @property
+    def codes_per_image(self) -> int:
+        return (self.resolution // self.downsample) ** 2
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> VQImageTokenizer:
+        """From a `save_pretrained` folder of the model that also holds image_tokenizer.json. Raises ValueError."""
+        path = Path(path)
+        resolution = cls._sidecar(path, "resolution")
+        return cls(cls._load(path, device), resolution, path)
+
+    @classmethod
+    def stored_size(cls, path: str | Path) -> int:
+        """Number of codes of a stored tokenizer, read from its config alone."""
+        return int(read_json(cls.files(path)["config.json"]).get(*cls.size_key))
+
+    def encode(self, value: Image.Image) -> np.ndarray:
+        """uint32 (codes_per_image,) in raster order."""
+        return self.encode_batch([value])[0]
+
+    def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
+        """As `encode` of each; in batches, so a code may differ where two are equally near to rounding."""
+        batches = (values[i : i + self._batch] for i in range(0, len(values), self._batch))
+        return [codes for batch in batches for codes in self._encode(batch)]
+
+    def _encode(self, images: Sequence[Image.Image]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return self.quantize(self._pixels(images)).cpu().numpy().astype(np.uint32)
+
+    def quantize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, resolution, resolution) in [-1, 1] -> int64 codes (B, codes_per_image)."""
+        # encode() stops before the quantiser in diffusers
+        codes = self._model.quantize(self._model.encode(pixels).latents)[2][2]
+        return codes.view(pixels.shape[0], -1)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> Image.Image:
+        """RGB picture of one image's codes. Raises ValueError for a wrong number of codes or one out of range."""
+        import torch
+
+        codes = np.asarray(ids, np.int64)
+        if codes.shape != (self.codes_per_image,):
+            raise UserError(f"image: {codes.size} codes given, a picture has {self.codes_per_image}")
+        if codes.min() < 0 or codes.max() >= self.size:
+            raise UserError(f"image: code {codes.min()} or {codes.max()} lies outside the codebook of {self.size}")
+        side = self.resolution // self.downsample
+        with torch.inference_mode():
+            return picture(self.reconstruct(torch.from_numpy(codes).view(1, side, side).to(self._model.device))[0])
+
+    def reconstruct(self, codes: torch.Tensor) -> torch.Tensor:
+        """int64 codes (B, side, side) -> pixels (B, 3, resolution, resolution), about [-1, 1]."""
+        config: Any = self._model.config
+        shape = (*codes.shape, config.vq_embed_dim or config.latent_channels)
+        quantized = self._model.quantize.get_codebook_entry(codes.flatten(), shape)
+        # With lookup_from_codebook, diffusers' decode() would look the vectors up once more.
+        return self._model.decoder(
+            self._model.post_quant_conv(quantized), quantized if config.norm_type == "spatial" else None
+        )

@@ -1,0 +1,308 @@
+"""Training small image tokenizers: a VQ autoencoder for codes, a KL autoencoder (VAE) for latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag
+from tqdm import tqdm
+
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.image.autoencoder import VQImageTokenizer
+from mom_tokenizers.image.kl import KLImageTokenizer, patchify
+
+if TYPE_CHECKING:
+    import torch
+
+LOG_EVERY = 25  # steps
+REVIVE_EVERY = 25  # steps; a code unused for so long takes the place of some picture's latent
+COLOUR_WEIGHT = 2.0
+SHOWN = 16  # pictures in reconstructions.png
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AutoencoderConfig(Strict):
+    """What both kinds have; levels halve the picture between them, so three of them make 32 pixels 8."""
+
+    resolution: PositiveInt
+    block_out_channels: tuple[PositiveInt, ...]
+    layers_per_block: PositiveInt = 1
+    attention: bool = False
+    max_images: int = Field(20_000, ge=20)
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 2e-3
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """Arguments of diffusers' VQModel and AutoencoderKL."""
+        levels = len(self.block_out_channels)
+        return {
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "block_out_channels": self.block_out_channels,
+            "layers_per_block": self.layers_per_block,
+            "sample_size": self.resolution,
+            # one channel a group would be instance norm, which forgets the picture's colour
+            "norm_num_groups": max(1, math.gcd(32, *self.block_out_channels) // 4),
+            "mid_block_add_attention": self.attention,
+        }
+
+
+class VQConfig(AutoencoderConfig):
+    kind: Literal["vq"] = "vq"
+    size: int = Field(ge=2)
+    latent_channels: PositiveInt = 16
+    autoencoder_steps: PositiveInt
+    quantized_steps: PositiveInt
+
+
+class KLConfig(AutoencoderConfig):
+    kind: Literal["kl"]
+    latent_channels: PositiveInt = 4
+    patch: PositiveInt = 2
+    kl_weight: NonNegativeFloat = 1e-4
+    steps: PositiveInt
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind", "vq") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+ImageConfig = Annotated[
+    Annotated[VQConfig, Tag("vq")] | Annotated[KLConfig, Tag("kl")],
+    Discriminator(
+        _kind, custom_error_type="kind", custom_error_message="an image tokenizer is of kind vq (codes) or kl (latents)"
+    ),
+]
+
+
+def train_image(
+    config: VQConfig | KLConfig, images: Sequence[np.ndarray], directory: Path, seed: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Train a tokenizer on pictures uint8 (3, resolution, resolution), on `device`; save it and reconstructions.png in
+    `directory`, and return its figures. Raises ValueError for fewer than 20 pictures."""
+    import torch
+
+    if len(images) < 20:
+        raise UserError(f"{len(images)} pictures are too few to train and hold out; give at least 20")
+    torch.manual_seed(seed)
+    pixels = torch.from_numpy(np.stack(images)).contiguous(memory_format=torch.channels_last)
+    pixels = pixels[torch.from_numpy(np.random.default_rng(seed).permutation(len(pixels)))]
+    held_out = min(256, max(SHOWN, len(pixels) // 20))
+    test, train = pixels[:held_out], pixels[held_out:]
+    fit = _train_vq if isinstance(config, VQConfig) else _train_kl
+    decoded, figures = fit(config, train, test, directory, device)  # type: ignore[arg-type]
+    _draw(test[:SHOWN].numpy(), decoded[:SHOWN], directory / "reconstructions.png")
+    reference = test.numpy() / 255
+    return {
+        "images": len(train),
+        "held_out": held_out,
+        "psnr": psnr(decoded / 255, reference),
+        "psnr_of_mean_colour": psnr(np.broadcast_to(reference.mean((2, 3), keepdims=True), reference.shape), reference),
+        **figures,
+    }
+
+
+def _train_vq(
+    config: VQConfig, train: torch.Tensor, test: torch.Tensor, directory: Path, device: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """First a plain autoencoder, then k-means of its latents as codebook, then both together with quantisation.
+    Returns `test` as it comes back, uint8 (N, 3, H, W), and figures."""
+    import torch
+    from diffusers import VQModel
+
+    model: Any = VQModel(
+        **config.blocks,
+        latent_channels=config.latent_channels,
+        vq_embed_dim=config.latent_channels,
+        num_vq_embeddings=config.size,
+    )
+    tokenizer = VQImageTokenizer(model, config.resolution)  # checks resolution against levels
+    quantize: Any = model.quantize
+    counts = torch.zeros(config.size)
+    latents = torch.empty(0)
+
+    def forward(step: int, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal latents
+        if step == config.autoencoder_steps:
+            _initialize_codebook(model, train[:1024].to(pixels.device), config.size)
+        latents = model.encode(pixels).latents
+        if step < config.autoencoder_steps:
+            return model.decode(latents, force_not_quantize=True).sample, torch.zeros(())
+        quantized, commitment, (_, _, codes) = quantize(latents)
+        counts.add_(torch.bincount(codes, minlength=config.size).cpu())
+        return model.decode(quantized, force_not_quantize=True).sample, commitment
+
+    def revive(step: int) -> None:
+        since = step - config.autoencoder_steps + 1
+        if since > 0 and since % REVIVE_EVERY == 0:
+            # not in the last quarter: a fresh code needs steps to find its place
+            if since < 0.75 * config.quantized_steps:
+                _revive(quantize.embedding.weight, latents, counts)
+            counts.zero_()
+
+    steps = config.autoencoder_steps + config.quantized_steps
+    losses = _optimize(model, train, config, steps, forward, device, "commitment", revive)
+    tokenizer.save(directory)
+
+    with torch.inference_mode():
+        originals = _scaled(test)
+        codes = torch.cat([tokenizer.quantize(batch) for batch in originals.split(64)]).numpy()
+        # for comparison: what the autoencoder loses without its codebook
+        unquantized = torch.cat(
+            [model.decode(model.encode(b).latents, force_not_quantize=True).sample for b in originals.split(64)]
+        )
+    decoded = np.stack([np.asarray(tokenizer.decode(c)).transpose(2, 0, 1) for c in codes])
+    plain = ((unquantized.clamp(-1, 1) + 1) / 2).numpy()
+    return decoded, {
+        "size": tokenizer.size,
+        "codes_per_image": tokenizer.codes_per_image,
+        "psnr_without_quantization": psnr(plain, test.numpy() / 255),
+        **usage(codes, tokenizer.size),
+        "losses": losses,
+    }
+
+
+def _train_kl(
+    config: KLConfig, train: torch.Tensor, test: torch.Tensor, directory: Path, device: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """A VAE; the mean and deviation of its training latents become the shift and scale in its config.
+    Returns `test` as it comes back, uint8 (N, 3, H, W), and figures."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    model: Any = AutoencoderKL(**config.blocks, latent_channels=config.latent_channels)
+    KLImageTokenizer(model, config.resolution, config.patch)  # checks resolution against levels and patch
+
+    def forward(_: int, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = model.encode(pixels).latent_dist
+        # a latent's mean divergence, not a picture's sum: the weight then means the same at every size
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return model.decode(posterior.sample()).sample, config.kl_weight * divergence
+
+    losses = _optimize(model, train, config, config.steps, forward, device, "kl")
+    with torch.inference_mode():
+        latents = torch.cat([model.encode(_scaled(b)).latent_dist.mean for b in train.split(64)])
+    deviation, shift = float(latents.std()), float(latents.mean())
+    model.register_to_config(scaling_factor=1 / deviation, shift_factor=shift)
+    tokenizer = KLImageTokenizer(model, config.resolution, config.patch)
+    tokenizer.save(directory)
+
+    with torch.inference_mode():
+        means = torch.cat([model.encode(_scaled(b)).latent_dist.mean for b in test.split(64)]).numpy()
+    patches = patchify(means, config.patch).astype(np.float16)
+    decoded = np.stack([np.asarray(tokenizer.decode(p)).transpose(2, 0, 1) for p in patches])
+    return decoded, {
+        "patches_per_image": tokenizer.patches_per_image,
+        "patch_width": tokenizer.patch_width,
+        "latent_scale": round(tokenizer.latent_scale, 4),
+        "latent_shift": round(shift, 4),
+        "latent_deviations": [round(d, 3) for d in latents.std(dim=(0, 2, 3)).tolist()],
+        "losses": losses,
+    }
+
+
+def _optimize(
+    model: Any,
+    train: torch.Tensor,
+    config: AutoencoderConfig,
+    steps: int,
+    forward: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    device: str,
+    penalty_name: str,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> list[dict[str, float]]:
+    """`forward` gives (reconstruction, penalty) of a batch at a step. Returns the errors along the way; the model is
+    frozen then, and on the CPU."""
+    import torch
+
+    # channels_last: a third faster on CPUs, for these few channels
+    model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False
+    )
+    losses = []
+    for step in tqdm(range(steps), desc="image", unit="step"):
+        pixels = _scaled(train[torch.randint(len(train), (config.batch_size,))].to(device))
+        output, penalty = forward(step, pixels)
+        difference = output - pixels
+        # Colour differences are small beside brightness: unweighted, hundreds of steps pass before they are learned.
+        colour = difference - difference.mean(dim=1, keepdim=True)
+        reconstruction = sum(d.abs().mean() + d.square().mean() for d in (difference, COLOUR_WEIGHT * colour))
+        optimizer.zero_grad(set_to_none=True)
+        (reconstruction + penalty).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        after_step(step)
+        if step % LOG_EVERY == 0 or step == steps - 1:
+            mse = float(difference.detach().square().mean())
+            losses.append({"step": step, "mse": round(mse, 6), penalty_name: round(float(penalty.detach()), 6)})
+    model.to("cpu", memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    return losses
+
+
+def _initialize_codebook(model: Any, pixels: torch.Tensor, size: int) -> None:
+    import torch
+    from sklearn.cluster import MiniBatchKMeans
+
+    with torch.no_grad():
+        batches = _scaled(pixels).split(64)
+        latents = torch.cat([model.encode(b).latents.permute(0, 2, 3, 1).flatten(0, 2) for b in batches]).cpu().numpy()
+        if len(latents) < size:
+            raise UserError(f"image: {len(latents)} patches are too few for {size} codes; give more pictures")
+        kmeans = MiniBatchKMeans(size, batch_size=4096, max_iter=20, n_init=1, random_state=0).fit(latents)
+        embedding: Any = model.quantize.embedding
+        embedding.weight.copy_(torch.from_numpy(kmeans.cluster_centers_))
+
+
+def _revive(weight: torch.Tensor, latents: torch.Tensor, counts: torch.Tensor) -> None:
+    """Unused codes (counts 0) take the place of latents drawn from the batch, the worst served first."""
+    import torch
+
+    with torch.no_grad():
+        unused = (counts == 0).nonzero()[:, 0].to(weight.device)
+        if len(unused) == 0:
+            return
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        distance = torch.cdist(flat, weight).amin(dim=1)
+        chosen = torch.multinomial(distance + 1e-8, min(len(unused), len(flat)))
+        weight[unused[: len(chosen)]] = flat[chosen]
+
+
+def _scaled(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.float() / 127.5 - 1
+
+
+def psnr(pictures: np.ndarray, originals: np.ndarray) -> float:
+    """Mean over pictures (N, C, H, W) in [0, 1] of the peak signal-to-noise ratio, in dB."""
+    error = ((pictures - originals) ** 2).mean(axis=(1, 2, 3))
+    return round(float((-10 * np.log10(np.maximum(error, 1e-10))).mean()), 2)
+
+
+def usage(codes: np.ndarray, size: int) -> dict[str, float]:
+    """Share of ids that occur, and perplexity: how many equally frequent ids would be as varied."""
+    shares = np.bincount(codes.ravel(), minlength=size) / codes.size
+    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+    return {"usage": round(float((shares > 0).mean()), 4), "perplexity": round(math.exp(entropy), 1)}
+
+
+def _draw(originals: np.ndarray, decoded: np.ndarray, file: Path) -> None:
+    """PNG: a row of originals above a row of reconstructions, uint8 (N, 3, H, W), enlarged to at least 96 pixels."""
+    gap = 2
+    rows = [
+        np.concatenate([np.pad(p, ((0, 0), (gap, gap), (gap, gap)), constant_values=128) for p in pictures], axis=2)
+        for pictures in (originals, decoded)
+    ]
+    sheet = Image.fromarray(np.concatenate(rows, axis=1).transpose(1, 2, 0))
+    factor = max(1, 96 // originals.shape[-1])
+    sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST).save(file)

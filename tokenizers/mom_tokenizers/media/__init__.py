@@ -1,0 +1,1 @@
+"""Encoded pictures and recordings: which formats are read, and what they decode to."""

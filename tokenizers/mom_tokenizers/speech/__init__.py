@@ -1,0 +1,1 @@
+"""Speech tokenizers: recordings become units, and sound again."""

@@ -1,0 +1,282 @@
+"""What speech units are made from: log-mel bands, hidden states of published models, Mimi's codes; and sound again.
+
+An extractor is called with clips (float32 mono, a whole number of units each, at its `sample_rate`) and yields
+(clip, first unit, features of the units from there on), in any order. Long clips go through a model in overlapping
+windows, so its memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mom_tokenizers.base import read_json
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.published import load_published
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLE_RATE = 16_000
+UNITS_PER_SECOND = 25
+HOP = SAMPLE_RATE // UNITS_PER_SECOND
+MEL_BANDS, MEL_HOP, MEL_WINDOW, MEL_FFT = 40, 160, 400, 512
+FRAMES_PER_UNIT = HOP // MEL_HOP
+# config.json's model_type -> class of transformers and its attention: named here, so that no folder can name code
+MODELS = {
+    "hubert": ("HubertModel", "sdpa"),
+    "wav2vec2": ("Wav2Vec2Model", "sdpa"),
+    "wavlm": ("WavLMModel", "eager"),
+    "data2vec-audio": ("Data2VecAudioModel", "sdpa"),
+    "mimi": ("MimiModel", "sdpa"),
+}
+EXTRACTORS = ("log_mel", *MODELS)
+WINDOW_SECONDS = 30.0
+CONTEXT_SECONDS = 2.0  # heard on either side of what is kept of a window
+SECONDS_AT_ONCE = 120  # of sound in one forward pass
+
+Piece = tuple[int, int, np.ndarray]
+
+
+class Extractor(Protocol):
+    sample_rate: int
+    hop: int
+    width: int
+
+    def __call__(self, clips: Sequence[np.ndarray], /) -> Iterator[Piece]: ...
+
+
+class LogMel:
+    """float32 (units, 160): 4 frames of 40 log-mel bands, 10 ms apart, less the clip's mean."""
+
+    sample_rate, hop, width = SAMPLE_RATE, HOP, FRAMES_PER_UNIT * MEL_BANDS
+
+    def __call__(self, clips: Sequence[np.ndarray]) -> Iterator[Piece]:
+        for clip, samples in enumerate(clips):
+            bands = log_mel(samples)
+            yield clip, 0, (bands - mean_bands(bands)).reshape(-1, self.width)
+
+
+@lru_cache(maxsize=1)
+def _mel_filters() -> np.ndarray:
+    """float32 (257, 40)."""
+    from transformers.audio_utils import mel_filter_bank
+
+    return mel_filter_bank(
+        MEL_FFT // 2 + 1, MEL_BANDS, 20.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+    ).astype(np.float32)
+
+
+def log_mel(samples: np.ndarray, block: int = 6_000) -> np.ndarray:
+    """float32 (frames, 40): log10 of the power in mel bands, every 10 ms at 16 kHz; `block` frames at a time."""
+    around = (MEL_WINDOW - MEL_HOP) // 2
+    window = np.hanning(MEL_WINDOW).astype(np.float32)
+    mel = np.empty((len(samples) // MEL_HOP, MEL_BANDS), np.float32)
+    for start in range(0, len(mel), block):
+        stop = min(start + block, len(mel))
+        left, right = start * MEL_HOP - around, stop * MEL_HOP + around
+        heard = np.pad(samples[max(0, left) : right], (max(0, -left), max(0, right - len(samples))))
+        frames = np.lib.stride_tricks.sliding_window_view(heard, MEL_WINDOW)[::MEL_HOP]
+        mel[start:stop] = (np.abs(np.fft.rfft(frames * window, MEL_FFT)) ** 2).astype(np.float32) @ _mel_filters()
+    # 80 dB below the clip's peak and less is silence, whether digital or not
+    return np.log10(np.maximum(mel, max(float(mel.max()) * 1e-8, 1e-10)))
+
+
+def mean_bands(bands: np.ndarray) -> np.ndarray:
+    """float32 (40,); summed in float64, for an hour is 360,000 frames."""
+    return bands.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def sound_of_log_mel(bands: np.ndarray, iterations: int = 30, seed: int = 0) -> np.ndarray:
+    """float32 (160 * frames,) at 16 kHz, peak 0.5, whose log_mel() is near `bands` (frames, 40), up to loudness.
+
+    Mel to linear power by Richardson-Lucy, which keeps it positive; phases by Griffin-Lim with momentum
+    (Perraudin et al. 2013) from random ones.
+    """
+    import torch
+
+    mel_TM = torch.from_numpy(10 ** (bands - bands.max()).astype(np.float32)).clamp_min(1e-8)
+    filters_FM = torch.from_numpy(_mel_filters())
+    power_TF = torch.full((len(bands), len(filters_FM)), float(mel_TM.mean()))
+    for _ in range(100):
+        ratio_TM = mel_TM / (power_TF @ filters_FM).clamp_min(1e-12)
+        power_TF *= (ratio_TM @ filters_FM.T) / filters_FM.sum(1).clamp_min(1e-6)
+    magnitude_FT = power_TF.sqrt().T
+    window = torch.from_numpy(np.hanning(MEL_WINDOW).astype(np.float32))
+    # log_mel's frames are centred half a hop later than torch's: the sound starts half a hop before torch's first
+    length = MEL_HOP * len(bands) - MEL_HOP // 2
+
+    def sound(spectrum_FT: torch.Tensor) -> torch.Tensor:
+        return torch.istft(spectrum_FT, MEL_FFT, MEL_HOP, MEL_WINDOW, window, length=length)
+
+    def spectrum(samples: torch.Tensor) -> torch.Tensor:
+        stft = torch.stft(samples, MEL_FFT, MEL_HOP, MEL_WINDOW, window, pad_mode="constant", return_complex=True)
+        return stft[:, : len(bands)]
+
+    phase_FT = 2 * math.pi * torch.rand(magnitude_FT.shape, generator=torch.Generator().manual_seed(seed))
+    guess_FT = torch.polar(magnitude_FT, phase_FT)
+    before_FT = torch.zeros_like(guess_FT)
+    for _ in range(iterations):
+        consistent_FT = spectrum(sound(guess_FT))
+        momentum_FT = consistent_FT + 0.99 * (consistent_FT - before_FT)
+        guess_FT = magnitude_FT * momentum_FT / momentum_FT.abs().clamp_min(1e-12)
+        before_FT = consistent_FT
+    samples = np.concatenate([np.zeros(MEL_HOP // 2, np.float32), sound(guess_FT).numpy()])
+    return 0.5 * samples / max(float(np.abs(samples).max()), 1e-9)
+
+
+class Window(NamedTuple):
+    """In units of its clip: the model hears [start, stop), of which [first, last) is kept."""
+
+    clip: int
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def windows(clip: int, units: int, window: int, context: int) -> list[Window]:
+    """One for a clip of up to `window` units; else overlapping ones, all that long, that keep each unit once."""
+    if units <= window:
+        return [Window(clip, 0, units, 0, units)]
+    starts = [*range(0, units - window, window - 2 * context), units - window]
+    kept = [0, *(start + context for start in starts[1:]), units]
+    return [Window(clip, s, s + window, kept[k], kept[k + 1]) for k, s in enumerate(starts)]
+
+
+class PublishedModel(ABC):
+    """What both kinds of published models share: their folder, windows, and batches of equal lengths.
+
+    Never padded to a common length: a group-normalised extractor would hear the padding (features off by 2.4).
+    """
+
+    sample_rate: int
+    hop: int
+    width = 1
+    padding = 0  # zeros after the last sample, so that the last unit is complete
+    normalize = False
+
+    def __init__(self, path: Path, model_type: str, window_seconds: float, device: str):
+        self.model = load_model(path, model_type).to(device)
+        self._window_seconds = window_seconds
+
+    @abstractmethod
+    def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
+        """Features (B, units, width), or codes (B, units)."""
+
+    def __call__(self, clips: Sequence[np.ndarray]) -> Iterator[Piece]:
+        import torch
+
+        per_second = self.sample_rate / self.hop
+        window, context = (round(s * per_second) for s in (self._window_seconds, CONTEXT_SECONDS))
+        by_length: dict[int, list[Window]] = {}
+        for clip, samples in enumerate(clips):
+            for w in windows(clip, len(samples) // self.hop, window, context):
+                by_length.setdefault(w.stop - w.start, []).append(w)
+        scales = [_mean_and_deviation(samples) if self.normalize else (0.0, 1.0) for samples in clips]
+        for length, same in by_length.items():
+            at_once = max(1, int(SECONDS_AT_ONCE * per_second / length))
+            for i in range(0, len(same), at_once):
+                batch = same[i : i + at_once]
+                heard_BS = np.zeros((len(batch), length * self.hop + self.padding), np.float32)
+                for heard, w in zip(heard_BS, batch, strict=True):
+                    mean, deviation = scales[w.clip]
+                    part = clips[w.clip][w.start * self.hop :][: len(heard)]
+                    heard[: len(part)] = (part - mean) / deviation
+                with torch.inference_mode():
+                    found = self.run(torch.from_numpy(heard_BS).to(self.model.device)).cpu().numpy()
+                for w, features in zip(batch, found, strict=True):
+                    yield w.clip, w.first, features[w.first - w.start : w.last - w.start]
+
+
+class HiddenStates(PublishedModel):
+    """Hidden states of a HuBERT-like folder's layer (1 = after the first Transformer layer), exactly 25 a second.
+
+    A model of 50 a second is averaged by twos.
+    """
+
+    sample_rate, hop = SAMPLE_RATE, HOP
+
+    def __init__(self, path: Path, model_type: str, layer: int, window_seconds: float, device: str):
+        super().__init__(path, model_type, window_seconds, device)
+        config = self.model.config
+        if not 0 <= layer <= config.num_hidden_layers:
+            raise UserError(f"speech: layer {layer} of a {model_type} with {config.num_hidden_layers} layers")
+        hop = math.prod(config.conv_stride)
+        if hop not in (HOP, HOP // 2):
+            raise UserError(
+                f"{path}: its features are {SAMPLE_RATE / hop:g} a second; {UNITS_PER_SECOND} are needed, or twice that"
+            )
+        receptive_field = 1 + sum(
+            (kernel - 1) * math.prod(config.conv_stride[:i]) for i, kernel in enumerate(config.conv_kernel)
+        )
+        self.padding = max(0, receptive_field - hop)
+        self.layer, self.width = layer, config.hidden_size
+        self._pooled = HOP // hop
+        # What lies above is not needed; one more layer stays, for some classes normalise after the last one.
+        self.model.encoder.layers = self.model.encoder.layers[: layer + 1]
+        preprocessor = path / "preprocessor_config.json"
+        # transformers' own default, where the file is there
+        self.normalize = preprocessor.is_file() and bool(read_json(preprocessor).get("do_normalize", True))
+
+    def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
+        states_BTW = self.model(samples_BS, output_hidden_states=True).hidden_states[self.layer].float()
+        return states_BTW.unflatten(1, (-1, self._pooled)).mean(2)
+
+
+class MimiCodes(PublishedModel):
+    """The semantic codebook of a Mimi folder: 12.5 codes a second for the published one, no k-means."""
+
+    def __init__(self, path: Path, model_type: str, window_seconds: float, device: str):
+        super().__init__(path, model_type, window_seconds, device)
+        self.sample_rate, self.hop = self.model.config.sampling_rate, self.model.config.frame_size
+        self.size = int(self.model.config.codebook_size)
+        if 2 * self.sample_rate % self.hop:
+            raise UserError(f"{path}: {self.sample_rate / self.hop:g} codes a second are no multiple of a half")
+
+    def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
+        return self.model.encode(samples_BS[:, None], num_quantizers=1).audio_codes[:, 0]
+
+
+def _mean_and_deviation(samples: np.ndarray, block: int = 1 << 20) -> tuple[float, float]:
+    """As Wav2Vec2FeatureExtractor normalises, without a second copy of the clip."""
+    mean = float(samples.mean(dtype=np.float64))
+    squares = sum(
+        float(np.square(samples[i : i + block] - mean, dtype=np.float64).sum()) for i in range(0, len(samples), block)
+    )
+    return mean, math.sqrt(squares / len(samples) + 1e-7)
+
+
+def load_model(path: Path, model_type: str) -> Any:
+    """A model of transformers from a folder; weights are safetensors or, without code, a .bin."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json there, so not a folder of a {model_type} model")
+    found = read_json(path / "config.json").get("model_type")
+    if found != model_type:
+        raise UserError(f"{path}: extractor '{model_type}', but its config.json says model_type {found!r}")
+    name, attention = MODELS[model_type]
+    # a folder that holds both is read from its safetensors; of a .bin, only tensors are unpickled
+    return load_published(path, "transformers", name, weights_only=True, attn_implementation=attention).float()
+
+
+def extractor(
+    name: str, model: Path | None, layer: int | None, window_seconds: float = WINDOW_SECONDS, device: str = "cpu"
+) -> Extractor:
+    """By its name in EXTRACTORS. Raises ValueError for what it lacks, or cannot be."""
+    if name == "log_mel":
+        return LogMel()
+    if name not in MODELS:
+        raise UserError(f"speech: unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
+    if not window_seconds >= 4 * CONTEXT_SECONDS:
+        raise UserError(f"speech: window_seconds {window_seconds:g}: at least {4 * CONTEXT_SECONDS:g}")
+    if model is None or (layer is None) != (name == "mimi"):
+        raise UserError(f"speech: extractor '{name}' needs a model folder and {'no' if name == 'mimi' else 'a'} layer")
+    if layer is None:
+        return MimiCodes(model, name, window_seconds, device)
+    return HiddenStates(model, name, layer, window_seconds, device)

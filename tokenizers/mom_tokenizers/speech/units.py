@@ -1,0 +1,343 @@
+"""Speech units: 25 a second, each the nearest k-means centroid of 40 ms of features; or a codec's own codes.
+
+A stored tokenizer is a folder: speech_tokenizer.json, centroids.safetensors, and, where its extractor is a published
+model, that model's folder under the extractor's name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from mom_tokenizers.base import fingerprint_files, read_json
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.recordings import Waveform
+from mom_tokenizers.media.recordings import decode_audio as decode_audio  # what a tokenizer takes, at hand beside it
+from mom_tokenizers.speech.features import (
+    FRAMES_PER_UNIT,
+    MEL_BANDS,
+    SAMPLE_RATE,
+    UNITS_PER_SECOND,
+    WINDOW_SECONDS,
+    MimiCodes,
+    load_model,
+    log_mel,
+    mean_bands,
+    sound_of_log_mel,
+)
+from mom_tokenizers.speech.features import extractor as make_extractor
+
+CONFIG, CENTROIDS = "speech_tokenizer.json", "centroids.safetensors"
+KEYS = ("extractor", "layer", "window_seconds", "deduplicate", "units_per_second", "size")
+ASSIGNED_AT_ONCE = 4_096
+
+
+def count_units(samples: int, rate: int, per_second: float = UNITS_PER_SECOND) -> int:
+    """floor(per_second * seconds + 1/2), in integers: 40 ms a unit at 25, the last one complete at half or more."""
+    twice = round(2 * per_second)
+    return (twice * samples + rate) // (2 * rate)
+
+
+def read_centroids(file: str | Path) -> np.ndarray:
+    """float32 (units, features) from .safetensors ('centroids', or the one tensor it holds) or .npy.
+
+    Raises ValueError for anything else: joblib's and torch's files are pickles, which run code when they are read.
+    """
+    file = Path(file)
+    if file.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        try:
+            tensors = load_file(file)
+        except Exception as error:
+            raise UserError(f"{file}: not a safetensors file: {error}") from error
+        found = tensors.get("centroids", next(iter(tensors.values())) if len(tensors) == 1 else None)
+        if found is None:
+            raise UserError(f"{file}: no tensor 'centroids' among {sorted(tensors)}")
+    elif file.suffix == ".npy":
+        try:
+            found = np.load(file, allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{file}: not an array of numbers: {error}") from error
+    else:
+        raise UserError(
+            f"{file}: centroids are read from .safetensors or .npy only, for pickles run code when they are read. "
+            'Where you trust the file, convert a k-means of scikit-learn once: python -c "import joblib, numpy; '
+            f"numpy.save('centroids.npy', joblib.load('{file.name}').cluster_centers_)\""
+        )
+    if found.ndim != 2 or found.dtype.kind != "f" or not np.isfinite(found).all():
+        raise UserError(f"{file}: expected finite floats (units, features), got {found.dtype} {found.shape}")
+    return found.astype(np.float32)
+
+
+class SpeechTokenizer:
+    """(float32 mono waveform, sample rate) -> speech units."""
+
+    kind = "units"
+
+    def __init__(
+        self,
+        centroids: np.ndarray | None,
+        extractor: str = "log_mel",
+        *,
+        model: str | Path | None = None,
+        layer: int | None = None,
+        window_seconds: float = WINDOW_SECONDS,
+        deduplicate: bool = False,
+        mean: np.ndarray | None = None,
+        device: str = "cpu",
+        source: Path | None = None,
+    ):
+        """`centroids`: (units, features); None for extractor 'mimi', which has codes of its own.
+
+        `model`, `layer`: the folder and layer of any extractor but 'log_mel'. `window_seconds`: longer clips go
+        through the model in overlapping windows. `deduplicate`: drop a unit equal to the one before it, and with it
+        how long it lasted. `mean`: (40,) log-mel bands of the average clip, for decode().
+        """
+        self._model = None if extractor == "log_mel" or model is None else Path(model)
+        self._features = make_extractor(extractor, self._model, layer, window_seconds, device)
+        self.units_per_second = self._features.sample_rate / self._features.hop
+        self._config: dict[str, Any] = {"extractor": extractor}
+        if layer is not None and extractor != "log_mel":
+            self._config["layer"] = layer
+        if self._model is not None:
+            self._config["window_seconds"] = window_seconds
+        if deduplicate:
+            self._config["deduplicate"] = True
+        self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
+        self._tensors: dict[str, np.ndarray] = {}
+        if isinstance(self._features, MimiCodes):
+            if centroids is not None:
+                raise UserError("speech: extractor 'mimi' has a codebook of its own; centroids are of no use")
+            self.size = self._features.size
+            self._config |= {"units_per_second": self.units_per_second, "size": self.size}
+            return
+        if centroids is None:
+            raise UserError(f"speech: extractor '{extractor}' needs centroids")
+        if np.shape(centroids)[1:] != (self._features.width,):
+            raise UserError(
+                f"speech: centroids {np.shape(centroids)} are of other features, but the model's are "
+                f"{self._features.width} wide"
+            )
+        self._tensors["centroids"] = np.ascontiguousarray(centroids, np.float32)
+        if mean is not None:
+            self._tensors["mean"] = np.ascontiguousarray(mean, np.float32)
+        self._half_norms = 0.5 * (self._tensors["centroids"].astype(np.float64) ** 2).sum(axis=1)
+        self.size = len(centroids)
+
+    @classmethod
+    def train(
+        cls,
+        waveforms: Iterable[Waveform],
+        size: int,
+        *,
+        extractor: str = "log_mel",
+        model: str | Path | None = None,
+        layer: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> SpeechTokenizer:
+        """Mini-batch k-means over the features of all waveforms. Raises ValueError for too little speech."""
+        from sklearn.cluster import MiniBatchKMeans
+
+        if extractor == "mimi":
+            raise UserError("speech: extractor 'mimi' has a codebook of its own; there is nothing to train")
+        hears = make_extractor(extractor, None if model is None else Path(model), layer, device=device)
+        found, means = [], []
+        for waveform, rate in waveforms:
+            samples = _resampled(waveform, rate, hears.sample_rate, hears.hop)
+            pieces = sorted(hears([samples]), key=lambda piece: piece[1])
+            found += [features for _, _, features in pieces]
+            if extractor == "log_mel":
+                means.append(mean_bands(log_mel(samples)))
+        total = sum(map(len, found))
+        if total < size:
+            raise UserError(f"speech: {total} frames of 40 ms are too few for {size} units; give more recordings")
+        kmeans = MiniBatchKMeans(size, batch_size=10_000, max_iter=50, n_init=1, random_state=seed)
+        return cls(
+            kmeans.fit(np.concatenate(found)).cluster_centers_,
+            extractor,
+            model=model,
+            layer=layer,
+            mean=np.mean(means, axis=0) if means else None,
+            device=device,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> SpeechTokenizer:
+        """From a folder as save() writes it. Raises ValueError."""
+        path = Path(path)
+        files = cls.files(path)
+        config = read_json(files[CONFIG])
+        if unknown := set(config) - set(KEYS):
+            raise UserError(f"{files[CONFIG]}: unknown {sorted(unknown)}; known: {', '.join(KEYS)}")
+        tensors: dict[str, np.ndarray] = {}
+        if CENTROIDS in files:
+            from safetensors.numpy import load_file
+
+            try:
+                tensors = load_file(files[CENTROIDS])
+                tensors["centroids"]
+            except Exception as error:
+                raise UserError(f"{files[CENTROIDS]}: no tensor 'centroids' to be read: {error}") from error
+        name = config.get("extractor", "")
+        loaded = cls(
+            tensors.get("centroids"),
+            name,
+            model=path / name,
+            layer=config.get("layer"),
+            window_seconds=config.get("window_seconds", WINDOW_SECONDS),
+            deduplicate=config.get("deduplicate", False),
+            mean=tensors.get("mean"),
+            device=device,
+            source=path,
+        )
+        for key, value in (("units_per_second", loaded.units_per_second), ("size", loaded.size)):
+            if config.get(key, value) != value:
+                raise UserError(f"{files[CONFIG]}: {key} {config[key]}, but the model's is {value:g}")
+        return loaded
+
+    @staticmethod
+    def files(path: str | Path) -> dict[str, Path]:
+        """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path}: no {CONFIG} there; expected a folder written by train_tokenizers.py")
+        name = str(read_json(path / CONFIG).get("extractor"))
+        if name != "mimi" and not (path / CENTROIDS).is_file():
+            raise UserError(f"{path}: no {CENTROIDS} there; expected a folder written by train_tokenizers.py")
+        found = [path / CONFIG, *([] if name == "mimi" else [path / CENTROIDS]), *_model_files(path / name)]
+        return {str(file.relative_to(path)): file for file in found}
+
+    @classmethod
+    def stored_size(cls, path: str | Path) -> int:
+        """Number of units of a stored tokenizer, from its config or the header of its centroids."""
+        files = cls.files(path)
+        if CENTROIDS not in files:
+            return int(read_json(files[CONFIG])["size"])
+        from safetensors import safe_open
+
+        with safe_open(str(files[CENTROIDS]), "numpy") as file:
+            return int(file.get_slice("centroids").get_shape()[0])
+
+    @classmethod
+    def stored_rate(cls, path: str | Path) -> dict[str, float | bool]:
+        """{"units_per_second"} of a stored tokenizer; where "deduplicate" is in it, at most so many."""
+        config = read_json(cls.files(path)[CONFIG])
+        rate = {"units_per_second": config.get("units_per_second", float(UNITS_PER_SECOND))}
+        return rate | ({"deduplicate": True} if config.get("deduplicate") else {})
+
+    def save(self, directory: str | Path) -> None:
+        """A model of which there is only a .bin is written as safetensors."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        files: dict[str, Path] = {}
+        if self._source is not None:
+            files = self.files(self._source)
+        else:
+            (directory / CONFIG).write_text(json.dumps(self._config) + "\n")
+            if self._tensors:
+                from safetensors.numpy import save_file
+
+                save_file(self._tensors, directory / CENTROIDS)
+            if self._model is not None:
+                name = self._config["extractor"]
+                found = _model_files(self._model)
+                files = {f"{name}/{file.name}": file for file in found}
+                if not any(file.suffix == ".safetensors" for file in found):
+                    load_model(self._model, name).save_pretrained(str(directory / name))
+                    del files[f"{name}/config.json"]
+        for relative, file in files.items():
+            if file.resolve() != (directory / relative).resolve():
+                (directory / relative).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, directory / relative)
+
+    def fingerprint(self) -> str:
+        """16 hex digits; the same after save and load, and on every machine."""
+        if self._source is not None:
+            return fingerprint_files(self.kind, self.files(self._source))
+        with TemporaryDirectory() as directory:
+            self.save(directory)
+            return fingerprint_files(self.kind, self.files(directory))
+
+    def features(self, value: Waveform) -> np.ndarray:
+        """float32 (units, features) of a waveform, before quantisation."""
+        pieces = sorted(self._features([self.resampled(value)]), key=lambda piece: piece[1])
+        return np.concatenate([features for _, _, features in pieces])
+
+    def encode(self, value: Waveform) -> np.ndarray:
+        """uint32 (count_units(samples, rate, units_per_second),). Raises ValueError for less than half a unit."""
+        return self.encode_batch([value])[0]
+
+    def encode_batch(self, values: Sequence[Waveform]) -> list[np.ndarray]:
+        """As `encode` of each: clips of equal length, and windows of long ones, go through a model together."""
+        clips = [self.resampled(value) for value in values]
+        units = [np.empty(len(samples) // self._features.hop, np.uint32) for samples in clips]
+        for clip, first, features in self._features(clips):
+            units[clip][first : first + len(features)] = self._nearest(features) if self._tensors else features
+        if self._config.get("deduplicate"):
+            return [u[np.r_[True, u[1:] != u[:-1]]] for u in units]
+        return units
+
+    def resampled(self, value: Waveform) -> np.ndarray:
+        """float32 (units * hop,) as the features hear it. Raises ValueError for less than half a unit."""
+        return _resampled(*value, self._features.sample_rate, self._features.hop)
+
+    def _nearest(self, features: np.ndarray) -> np.ndarray:
+        # |x|^2 is the same for all centroids; float64, so that ties fall alike everywhere
+        centroids_WK = self._tensors["centroids"].T.astype(np.float64)
+        return np.concatenate(
+            [
+                (features[i : i + ASSIGNED_AT_ONCE].astype(np.float64) @ centroids_WK - self._half_norms).argmax(axis=1)
+                for i in range(0, len(features), ASSIGNED_AT_ONCE)
+            ]
+        )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> Waveform:
+        """(float32 (units * 640,), 16,000): an approximate sound of log-mel units, to hear what they keep.
+
+        Raises ValueError for units out of range, for none, and for other extractors, whose features are no sound.
+        """
+        if self._config["extractor"] != "log_mel":
+            raise UserError(
+                f"speech: no vocoder is configured for units of '{self._config['extractor']}'; only log_mel has sound"
+            )
+        units = np.asarray(ids, np.int64)
+        if units.ndim != 1 or not len(units):
+            raise UserError(f"speech: expected units (n,), n > 0, got shape {units.shape}")
+        if units.min() < 0 or units.max() >= self.size:
+            raise UserError(f"speech: unit {units.min()} or {units.max()} lies outside the {self.size} there are")
+        bands = self._tensors["centroids"][units].reshape(len(units) * FRAMES_PER_UNIT, MEL_BANDS)
+        mean = self._tensors.get("mean", np.zeros(MEL_BANDS, np.float32))
+        return sound_of_log_mel(bands + mean), SAMPLE_RATE
+
+
+def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.ndarray:
+    """float32 (units * hop,) at `to_rate`: the tail padded with zeros, or cut where it is below half a unit."""
+    waveform = np.asarray(waveform, np.float32)
+    if waveform.ndim != 1 or rate < 1:
+        raise UserError(f"speech: expected a mono waveform and a rate, got shape {waveform.shape} at {rate} Hz")
+    units = count_units(len(waveform), rate, to_rate / hop)
+    if units == 0:
+        raise UserError(
+            f"speech: {len(waveform)} samples at {rate} Hz are below {500 * hop / to_rate:g} ms, too short for a unit"
+        )
+    import soxr  # late: whoever only describes a tokenizer does without it
+
+    resampled = waveform if rate == to_rate else soxr.resample(waveform, rate, to_rate)
+    if len(resampled) == units * hop:
+        return resampled
+    exact = np.zeros(units * hop, np.float32)
+    exact[: len(resampled)] = resampled[: len(exact)]
+    return exact
+
+
+def _model_files(folder: Path) -> list[Path]:
+    names = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+    return [f for f in [*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))] if f.is_file()]

@@ -1,0 +1,186 @@
+"""Compile every Triton kernel for NVIDIA GPUs on any machine, and show what the compiler made of it.
+
+    python tools/dev/compile_kernels.py                              # bf16 rows, sm_90
+    python tools/dev/compile_kernels.py --arch 80 90 100 --all --json kernels.json
+
+Registers, spilled bytes and shared memory are the assembler's own; instructions are counted in the innermost loops of
+the machine code, per step of the recurrence and warp: the issue slots that a roofline needs. Nothing runs. Needs
+`triton` (the CPU has no other use for it), and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
+
+_ROWS = {"X", "DT", "Z", "B", "C", "Y", "GY", "GX", "GDT", "GZ", "INITIAL", "GINITIAL"}
+_INTEGERS = {"L", "D", "T", "SPAN", "CHUNKS"}
+_ROW_TYPES = {"bf16": "*bf16", "fp32": "*fp32"}
+
+
+def variants(everything: bool) -> list[dict[str, Any]]:
+    """Kernels with their compile-time settings: the ones a training run uses, or `everything` that can be asked for.
+
+    `steps`: steps of the recurrence in one pass of each innermost loop, in the order of the machine code.
+    """
+    from mom_train.ops.conv import triton as triton_conv
+    from mom_train.ops.scan import triton as triton_scan
+
+    found: list[dict[str, Any]] = []
+    ahead, kept = triton_scan._STEPS, triton_scan._KEPT
+    for dtype in ("bf16", "fp32") if everything else ("bf16",):
+        for even in (True, False) if everything else (True,):
+            start = not even
+            shape = {"N": 16, "BD": triton_scan.channel_block(16), "S": ahead, "M": 4, "WIDE": start, "EVEN": even}
+            chunked = {**shape, "CH": triton_scan.CHUNK}
+            local = {"HAS_START": False, "OUTPUT": False, "KEEP": False}
+            block = triton_conv.channel_block(4096)
+            conv = {"K": 4, "BD": block, "SPAN": triton_conv.SPAN, "S": triton_conv._STEPS, "HAS_INITIAL": start}
+            kernels: list[tuple[str, Any, tuple[int, ...], dict[str, Any]]] = [
+                ("scan forward", triton_scan._forward, (ahead,),
+                 {**chunked, "HAS_START": start, "OUTPUT": True, "KEEP": True}),
+                ("scan forward, a span's own state", triton_scan._forward, (ahead,), {**chunked, **local}),
+                ("scan backward, a span's own carry", triton_scan._carry, (ahead,), shape),
+                ("scan backward", triton_scan._backward, (ahead, kept), {**chunked, "KEPT": kept}),
+                ("conv forward", triton_conv._forward, (triton_conv._STEPS,), {**conv, "WIDE": start, "EVEN": even}),
+                ("conv backward", triton_conv._backward, (triton_conv._STEPS,), {**conv, "WIDE": start}),
+            ]  # fmt: skip
+            variant = dtype if even else f"{dtype}, ragged, carried in, 64-bit offsets"
+            for kernel, function, steps, settings in kernels:
+                found.append({"kernel": kernel, "variant": variant, "dtype": dtype, "function": function,
+                              "steps": steps, "settings": settings})  # fmt: skip
+    return found
+
+
+def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
+    """Registers, spills (bytes per thread), shared memory (bytes) and loop instructions of one kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mom_train.ops.scan import triton as triton_scan
+
+    fn, settings = variant["function"], variant["settings"]
+    signature = {name: _type(name, variant["dtype"], settings) for name in fn.arg_names}
+    # as the launcher specializes: aligned pointers, and widths and strides in multiples of 16
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, type_) in enumerate(signature.items())
+        if type_ != "constexpr" and name not in triton_scan.LENGTHS
+    }
+    source = ASTSource(fn=fn, signature=signature, constexprs=settings, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=triton_scan.OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", str(binary))
+        code = _run("nvdisasm", "-c", str(binary))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise UserError(f"cuobjdump said nothing of registers for {variant['kernel']}:\n{usage}")
+    registers, stack, shared, local = map(int, found.groups())
+    loops = _innermost_loops(code)
+    if len(loops) != len(variant["steps"]):
+        raise UserError(f"{variant['kernel']}: {len(loops)} innermost loops in the code, expected {variant['steps']}")
+    pairs = list(zip(loops, variant["steps"], strict=True))
+    count = Counter[str]()
+    for loop, steps in pairs:
+        for name in loop:
+            count[name] += 1 / steps
+    return {
+        "kernel": variant["kernel"],
+        "variant": variant["variant"],
+        "arch": f"sm_{arch}",
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared_bytes": shared,
+        "instructions_per_step": round(sum(count.values()), 1),
+        "exponentials_per_step": round(count["MUFU"], 1),
+        "by_opcode": {name: round(n, 2) for name, n in count.most_common(12)},
+    }
+
+
+def _type(name: str, dtype: str, settings: dict[str, Any]) -> str:
+    if name in settings:
+        return "constexpr"
+    if name in _ROWS:
+        return _ROW_TYPES[dtype]
+    if name in _INTEGERS or name.islower():
+        return "i32"
+    return {"ORDER": "*i32", "MODALITY": "*u8", "POSITION": "*u8"}.get(name, "*fp32")
+
+
+def _run(tool: str, *arguments: str) -> str:
+    """The disassemblers that come with triton."""
+    import triton
+
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    done = subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _innermost_loops(code: str) -> list[list[str]]:
+    """The opcodes of every loop that holds no other, in order."""
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label.group(1)] = len(opcodes)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", line):
+            opcodes.append(instruction.group(1))
+            target = re.search(r"BRA\S*.*`\((\.L_\w+)\)", line)
+            start = labels.get(target.group(1)) if target else None
+            if start is not None and start < len(opcodes) - 1:  # the last one is the trap that ends every kernel
+                spans.append((start, len(opcodes)))
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [opcodes[start:end] for start, end in sorted(inner)]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    columns = ("kernel", "variant", "arch", "registers", "spilled_bytes", "shared_bytes", "instructions_per_step",
+               "exponentials_per_step")  # fmt: skip
+    return tabulate([[r[c] for c in columns] for r in results], [c.replace("_", " ") for c in columns], "pipe")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", type=int, default=[90], help="compute capabilities times ten (default 90)")
+    parser.add_argument("--all", action="store_true", help="also fp32 rows, ragged lengths, carried states")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    options = parser.parse_args(arguments)
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("no triton here: pip install -c requirements.lock triton")
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no machine code
+    results = []
+    for arch in options.arch:
+        for variant in variants(options.all):
+            results.append(compile_variant(variant, arch))
+            print(f"sm_{arch}: {variant['kernel']}, {variant['variant']}", file=sys.stderr, flush=True)
+    if options.json != "-":
+        print(table(results))
+    if options.json:
+        text = json.dumps(results, indent=1)
+        if options.json == "-":
+            print(text)
+        else:
+            write_text(options.json, text + "\n")
+
+
+if __name__ == "__main__":
+    with exit_clearly("compile_kernels"):
+        main()

@@ -1,0 +1,1 @@
+"""Benchmarks: kernels, training steps, loading and tokenizing, beside other programs."""

@@ -1,0 +1,1 @@
+"""Commands that compare runs with each other and with the paper."""

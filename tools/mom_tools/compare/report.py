@@ -1,0 +1,325 @@
+"""One or more runs as one HTML page that needs no network: what was trained, on what, how it went, what it cost.
+
+    python tools/report.py runs/demo/run --output report.html
+    python tools/report.py runs/dense-0 runs/dense-1 runs/mixture-0 runs/mixture-1 --price 2.5
+
+Runs that differ in nothing but their seed are one model; the first model is the baseline that the others are compared
+with, as tools/match_loss.py does. What a run's directory lacks is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tools.compare.curves import AXES, WINDOW, Run, compare, smoothed, tokens_of
+from mom_tools.compare.line_chart import Series, chart
+from mom_tools.compare.match_loss import HEADER, cells, notes
+from mom_train.baseline import read_baseline, unigram, write_baseline
+from mom_train.config.files import load_config
+from mom_train.distributed.status import read_status
+
+_POINTS = 400  # of a curve
+_SAMPLES = 3  # newest steps whose samples are shown
+_SAMPLE_BYTES = 16_000_000  # of one picture or recording
+_LINK = re.compile(r"^!?\[[^\]\n]*\]\((?P<name>[^()/\n]+)\)[^\S\n]*$", re.MULTILINE)
+_KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".wav": "audio/wav"}
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted key -> text."""
+    if isinstance(values, dict) and values:
+        return {k: v for key, inner in values.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
+    if isinstance(values, list) and all(not isinstance(v, dict | list) for v in values):
+        return {prefix[:-1]: ", ".join(map(str, values)) or "none"}
+    if isinstance(values, list):
+        return {k: v for i, inner in enumerate(values) for k, v in flat(inner, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: "" if values is None else str(values)}
+
+
+def read_json(path: Path) -> Any:
+    """None where there is no such file, or one that a crash cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+# ---- one run -------------------------------------------------------------------------------------------------
+
+
+def seconds_of(run: Run) -> float:
+    """Time spent in training: tokens between two lines over the speed that the second one tells."""
+    before, spent = 0.0, 0.0
+    for line in run.lines:
+        if line.get("perf/tokens_per_s"):
+            now = sum(tokens_of(line).values())
+            spent += (now - before) / line["perf/tokens_per_s"]
+            before = now
+    return spent
+
+
+def middle(run: Run, name: str) -> float | None:
+    values = [line[name] for line in run.lines if name in line]
+    return statistics.median(values) if values else None
+
+
+def facts(run: Run, price: float | None) -> dict[str, Any]:
+    """What the tables say of a run."""
+    last: dict[str, float] = next((line for line in reversed(run.lines) if tokens_of(line)), {})
+    environment = read_json(run.path / "environment.json") or {}
+    world = environment.get("world_size") if isinstance(environment, dict) else None
+    tokens, spent = tokens_of(last), seconds_of(run)
+    # the last checkpoint's is logged until the next one
+    stalls = [k for k, _ in itertools.groupby(line.get("checkpoint/stall_s", 0) for line in run.lines) if k]
+    hours = spent * (world or 1) / 3600
+    total = sum(tokens.values())
+    found = {
+        "state": read_status(run.path),
+        "step": int(last.get("step", 0)),
+        "tokens": tokens,
+        "flops": last.get("flops/total"),
+        "seconds": spent,
+        "tokens_per_s": middle(run, "perf/tokens_per_s"),
+        "mfu": middle(run, "perf/mfu"),
+        "data_wait": middle(run, "perf/data_wait"),
+        "straggling": middle(run, "perf/straggling"),
+        "stalls": {"count": len(stalls), "median": statistics.median(stalls), "most": max(stalls)} if stalls else None,
+        "skipped": max((line.get("anomaly/skipped", 0) for line in run.lines), default=0),
+        "damaged": last.get("data/damaged", 0),
+        "tokens_per_hour": 3600 * total / spent if spent else None,
+        "device_hours": hours,
+        "world": world,
+        "cost": None if price is None else price * hours,
+        "cost_per_billion": price * hours * 1e9 / total if price is not None and total else None,
+        "environment": flat(environment) if environment else {},
+        "incident": read_json(run.path / "incident.json"),
+        "rollbacks": rollbacks(run.path / "rollbacks.jsonl"),
+        "stacks": sorted(p.name for p in run.path.glob("stacks/*.txt") if p.stat().st_size),
+    }
+    return found
+
+
+def rollbacks(path: Path) -> list[Any]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """The newest sampled generations: RUN/samples/step-N/, then what tools/generate.py left in RUN/samples.
+
+    Each has parts in the order in which they were made: text, pictures and recordings as they stand in it, and ids
+    by their file's name. Nothing of a sample is cut; a file above 16 MB is named in its place.
+    """
+    folder = run.path / "samples"
+    steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]) if p.name[5:].isdigit() else -1)
+    found = []
+    for place in [*steps[-_SAMPLES:][::-1], *([folder] if folder.is_dir() else [])]:
+        files = {p.name: p for p in sorted(place.iterdir()) if p.is_file()}
+        parts: list[dict[str, str]] = []
+        shown = set()
+        for file in files.values():
+            if file.suffix in (".txt", ".md"):
+                for text, name in _pieces(file.read_text(errors="replace"), files):
+                    parts += [{"name": file.name, "text": text}] if text.strip() else []
+                    parts += _media(files[name]) if name else []
+                    shown.add(name)
+        for name in sorted(files.keys() - shown):
+            parts += _media(files[name])
+        if parts:
+            found.append({"name": place.name, "parts": parts})
+    return found
+
+
+def _pieces(text: str, files: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """(text, name of the file that follows it) of a sample's Markdown; a link stands alone in its line."""
+    at = 0
+    for link in _LINK.finditer(text):
+        if link["name"] in files and Path(link["name"]).suffix in _KINDS:
+            yield text[at : link.start()], link["name"]
+            at = link.end()
+    yield text[at:], None
+
+
+def _media(file: Path) -> list[dict[str, str]]:
+    if file.suffix not in _KINDS:
+        return []
+    if file.stat().st_size > _SAMPLE_BYTES:
+        return [{"name": file.name, "text": f"[{file.name}: {file.stat().st_size / 1e6:.0f} MB, not shown here]"}]
+    uri = f"data:{_KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    return [{"name": file.name, "picture" if file.suffix != ".wav" else "sound": uri}]
+
+
+# ---- curves --------------------------------------------------------------------------------------------------
+
+
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
+    keep = np.unique(np.linspace(0, max(0, len(x) - 1), min(len(x), _POINTS)).astype(int))
+    return x[keep].tolist(), y[keep].tolist()
+
+
+def loss_charts(runs: Sequence[Run], axis: str) -> list[dict[str, Any]]:
+    """One chart a modality: training losses smoothed over the noisy ones, validation as dots."""
+    names = list(dict.fromkeys(name for run in runs for name in run.names))
+    modalities = list(dict.fromkeys(name.rpartition("/")[2] for name in names))
+    charts = []
+    for modality in modalities:
+        series = []
+        for number, run in enumerate(runs):
+            for name in run.names:
+                if name.rpartition("/")[2] != modality:
+                    continue
+                x, y = run.over(name, axis)
+                if name.startswith("val/"):
+                    series.append(Series(*thinned(x, y), number, "dots", f"{run.path}: {name}"))
+                    continue
+                if len(runs) == 1:
+                    series.append(Series(*thinned(x, y), number, "faint", ""))
+                series.append(Series(*thinned(x, smoothed(x, y, WINDOW)), number, "line", f"{run.path}: {name}"))
+        charts.append(chart(modality, series, AXES[axis]))
+    return charts
+
+
+def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    charts = []
+    for name, title in wanted:
+        series = []
+        for number, run in enumerate(runs):
+            x, y = run.over(name, "steps")
+            if len(x):
+                drawn = y if name == "learning_rate" else smoothed(x, y, WINDOW)
+                series.append(Series(*thinned(x, drawn), number, "line", str(run.path)))
+        if series:
+            charts.append(chart(title, series, "steps", from_zero=True))
+    return charts
+
+
+# ---- several runs --------------------------------------------------------------------------------------------
+
+
+def models(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in nothing but seed and place, together; in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        what = {k: v for k, v in run.config.items() if k not in ("seed", "run_dir")}
+        groups.setdefault(json.dumps(what, sort_keys=True, default=str) if what else str(run.path), []).append(run)
+    return list(groups.values())
+
+
+def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every other model against the first. Where they cannot be compared, why."""
+    baseline, *others = models(runs)
+    found: list[dict[str, Any]] = []
+    for other in others:
+        entry: dict[str, Any] = {"baseline": [runs.index(r) for r in baseline]}
+        entry["candidate"] = [runs.index(r) for r in other]
+        try:
+            results = compare(baseline, other)
+            entry |= {"rows": [cells(name, x)[:5] for name, x in results.items()], "notes": notes(results, WINDOW)}
+        except ValueError as error:
+            entry["why"] = str(error)
+        found.append(entry)
+    return found
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Paths without what they have in common; of one run its last two parts."""
+    paths = [run.path.absolute() for run in runs]
+    shared = len(Path(os.path.commonpath(paths)).parts) if len(paths) > 1 else len(paths[0].parts) - 2
+    return ["/".join(p.parts[min(shared, len(p.parts) - 1) :]) for p in paths]
+
+
+def validation_table(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Loss -> for each run (final, best, step of the best), or None."""
+    names = dict.fromkeys(n for run in runs for line in run.lines for n in line if n.startswith("val/"))
+    table: dict[str, list[Any]] = {}
+    for name in names:
+        table[name] = []
+        for run in runs:
+            seen = [(line[name], line["step"]) for line in run.lines if name in line]
+            table[name].append((seen[-1][0], *min(seen)) if seen else None)
+    return table
+
+
+def baseline_of(run: Run) -> dict[str, float]:
+    """Validation loss, as the run names it -> the unigram baseline, which is made where nobody has made it yet."""
+    found = read_baseline(run.path)
+    if not found and run.config:
+        try:
+            found = unigram(load_config(run.path / "config.yaml"))
+            write_baseline(run.path, found)
+        except UserError as error:
+            print(f"{run.path}: no unigram baseline, which counts in the run's data: {error}", file=sys.stderr)
+    return {f"val/{name}/loss/{m}": loss for name, losses in found.items() for m, loss in losses.items()}
+
+
+def differences(runs: Sequence[Run]) -> tuple[dict[str, list[str | None]], list[dict[str, str]]]:
+    """(keys of the config in which runs differ -> each one's value, every run's whole config)."""
+    configs = [flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    differing = {k: [c.get(k) for c in configs] for k in keys if len({c.get(k) for c in configs}) > 1}
+    return differing, configs
+
+
+def page(runs: Sequence[Run], price: float | None = None) -> str:
+    """The report. Raises ValueError for a directory that is not a run's."""
+    for run in runs:
+        _ = run.lines
+    differing, configs = differences(runs)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    wanted = [("perf/tokens_per_s", "tokens per second"), ("perf/data_wait", "share of time waiting for data")]
+    wanted += [("grad_norm/total", "gradient norm"), ("learning_rate", "learning rate"), ("perf/mfu", "MFU")]
+    return environment.get_template("report.html").render(
+        runs=[
+            {"path": str(run.path), "label": l, **facts(run, price)} for run, l in zip(runs, labels(runs), strict=True)
+        ],
+        losses={axis: loss_charts(runs, axis) for axis in AXES},
+        axes=AXES,
+        values=value_charts(runs, wanted),
+        validation=validation_table(runs),
+        baselines=[baseline_of(run) for run in runs],
+        header=HEADER[:5],
+        comparisons=comparisons(runs),
+        differing=differing,
+        configs=configs,
+        sources=[run.config.get("data", {}).get("train", []) for run in runs],
+        samples=[samples(run) for run in runs],
+        modalities=list(dict.fromkeys(m for run in runs for line in run.lines[-1:] for m in tokens_of(line))),
+        price=price,
+        window=100 * WINDOW,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the first is the baseline")
+    parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html, or report.html of several)")
+    parser.add_argument("--price", type=float, help="of one device (rank) for an hour, in any currency")
+    arguments = parser.parse_args()
+    with exit_clearly("report"):
+        if arguments.price is not None and not 0 <= arguments.price < math.inf:
+            raise UserError(f"--price {arguments.price}: not below 0, and finite")
+        html = page([Run(path) for path in arguments.runs], arguments.price)
+        alone = len(arguments.runs) == 1
+        output = arguments.output or (arguments.runs[0] / "report.html" if alone else Path("report.html"))
+        write_text(output, html)
+        print(f"{output}: {len(html) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands that make, look at and verify token datasets and tokenizers."""

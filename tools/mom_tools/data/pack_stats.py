@@ -1,0 +1,92 @@
+"""What packing will make of a dataset, from its index alone: padding, cut documents, the mixture, epochs.
+
+    python tools/pack_stats.py configs/demo.yaml data.sequence_length=1024
+    python tools/pack_stats.py --data tokens/books tokens/captions --length 4096
+
+Nothing is read but indices. The figures are those of the run's first sequences, exactly; the table beside them shows
+the same data packed in other ways. Warns where padding is above 2 %, and of sources that a run repeats more than four
+times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mom_data.order.forecast import predict
+from mom_data.order.plan import Plan, Source
+from mom_data.shards.dataset import TokenDataset
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
+
+
+def text(found: dict[str, Any]) -> str:
+    """The figures for a person."""
+    total = sum(found["tokens"].values())
+    mixture = ", ".join(f"{m} {100 * n / total:.1f} %" for m, n in found["tokens"].items())
+    lines = [f"first {found['sequences']:,} sequences of {found['length']:,} positions: {mixture} of {total:,} tokens"]
+    if found["run_tokens"] is not None:
+        lines[0] += f"; the run takes {found['run_tokens']:,}, and sees its " + ", its ".join(
+            f"{modality} {n:.1f} times" for modality, n in found["epochs"].items()
+        )
+    lines += ["", f"{'packing':<12}{'window':>8}{'cut spans':>11}{'padding %':>11}{'split %':>9}{'documents/row':>15}"]
+    for way, mark in [(found, "  <- configured"), *((a, "") for a in found["alternatives"])]:
+        lines.append(
+            f"{way['packing']:<12}{way['window']:>8,}{'yes' if way['cut_spans'] else 'no':>11}"
+            f"{way['padding_percent']:>11.2f}{way['documents_split_percent']:>9.1f}{way['documents_per_row']:>15.2f}{mark}"
+        )
+    lines += ["", f"{'documents':>12}{'tokens/epoch':>16}{'share %':>9}{'wanted %':>10}{'epochs':>8}  source"]
+    for s in found["sources"]:
+        epochs = "" if s["epochs"] is None else f"{s['epochs']:.2f}"
+        lines.append(
+            f"{s['documents']:>12,}{s['tokens_per_epoch']:>16,}{s['share_percent']:>9.2f}{s['wanted_percent']:>10.2f}"
+            f"{epochs:>8}  {s['path']}"
+        )
+    return "\n".join(lines + [f"warning: {w}" for w in found["warnings"]])
+
+
+def configured(config: Path, overrides: Sequence[str]) -> tuple[Plan, int]:
+    """(training plan, sequences that the run takes) of a run's config."""
+    from mom_train.config.files import load_config  # here, for these import torch
+    from mom_train.data import Datasets, training_plan
+
+    run = load_config(config, overrides)
+    plan, _ = training_plan(run, Datasets(run))
+    return plan, run.training.steps * run.training.batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="*", metavar="CONFIG key=value", help="a run's config, and overrides of it")
+    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="token shards, in place of a config")
+    parser.add_argument("--length", type=int, default=4096, help="positions in a row, with --data (%(default)s)")
+    parser.add_argument("--lanes", type=int, default=16, help="with --data (%(default)s)")
+    parser.add_argument("--window", type=int, default=1024, help="pieces packed together, with --data (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order, with --data (%(default)s)")
+    parser.add_argument("--sequences", type=int, default=2048, help="rows to plan (default: %(default)s)")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="the figures as JSON, to OUT or to stdout")
+    arguments = parser.parse_intermixed_args()
+    with exit_clearly("pack_stats"):
+        if bool(arguments.config) == bool(arguments.data):
+            raise UserError("give either a CONFIG, or --data FOLDER ... and --length")
+        if min(arguments.sequences, arguments.length, arguments.lanes, arguments.window) < 1:
+            raise UserError("--sequences, --length, --lanes and --window must be at least 1")
+        if arguments.config:
+            plan, run_sequences = configured(Path(arguments.config[0]), arguments.config[1:])
+        else:
+            sources = tuple(Source(TokenDataset(folder), 1.0) for folder in arguments.data)
+            plan = Plan(sources, arguments.length, arguments.lanes, arguments.window, arguments.seed)
+            run_sequences = None
+        found = predict(plan, arguments.sequences, run_sequences)
+        if arguments.json == "-":
+            print(json.dumps(found, indent=1))
+            return
+        if arguments.json:
+            write_text(arguments.json, json.dumps(found, indent=1) + "\n")
+        print(text(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Train small tokenizers from raw documents: byte-level BPE, a VQ or KL autoencoder, k-means speech units.
+
+    python tools/train_tokenizers.py --config configs/demo_tokenizers.yaml --input 'raw/train-*.tar' --output DIR
+
+DIR gets text/, image/, speech/, tokenizers.yaml (what tokenize_shards.py takes), training.json (figures) and
+reconstructions.png (held-out pictures above what their codes or latents bring back). A stage whose result is there
+already, from the same config, inputs and seed, is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from tqdm import tqdm
+
+from mom_data.documents.document import BadSample, Document, read_documents
+from mom_data.documents.inputs import files_of_side
+from mom_tokenizers.base import resolved_device
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.image.autoencoder import preprocess
+from mom_tokenizers.image.training import ImageConfig, Strict, train_image, usage
+from mom_tokenizers.media.pictures import decode_image
+from mom_tokenizers.media.recordings import Waveform, decode_audio
+from mom_tokenizers.speech.units import SpeechTokenizer, read_centroids
+from mom_tokenizers.text import TextTokenizer
+
+STAGES = ("text", "image", "speech")
+
+
+class TextConfig(Strict):
+    size: int = Field(ge=256)
+    max_documents: PositiveInt = 20_000
+
+
+class SpeechConfig(Strict):
+    size: int = Field(ge=2)
+    extractor: Literal["log_mel", "hubert", "wav2vec2", "wavlm", "data2vec-audio", "mimi"] = "log_mel"
+    model: str | None = None  # all but log_mel: a folder with config.json and weights
+    layer: int | None = None
+    centroids: str | None = None  # .safetensors or .npy of published ones, in place of k-means on the corpus
+    max_seconds: PositiveFloat = 20_000
+
+
+class Config(Strict):
+    text: TextConfig
+    image: ImageConfig | None = None
+    speech: SpeechConfig | None = None
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Modality -> kind of tokenizer, of those that are configured."""
+        kinds = {"text": TextTokenizer.kind, "speech": SpeechTokenizer.kind}
+        if self.image:
+            kinds["image"] = self.image.kind
+        return {name: kinds[name] for name in STAGES if getattr(self, name) is not None}
+
+
+def load_config(path: Path) -> Config:
+    """Raises ValueError that names every wrong key."""
+    try:
+        return Config.model_validate(yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(file)'}: {e['msg']}" for e in error.errors()]
+        raise UserError(f"{path}:\n" + "\n".join(lines)) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
+
+
+@dataclass
+class Sample:
+    """What was drawn from the corpus."""
+
+    texts: list[str] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)  # uint8 (3, resolution, resolution)
+    waveforms: list[Waveform] = field(default_factory=list)
+    unreadable: int = 0
+
+
+def draw_sample(files: list[Path], config: Config, modalities: set[str], seed: int) -> Sample:
+    """Up to the configured caps, spread evenly over the files: each gives its share of what is still wanted."""
+    sample = Sample()
+    caps = {"text": float(config.text.max_documents)}
+    caps |= {"image": float(config.image.max_images)} if config.image else {}
+    caps |= {"speech": config.speech.max_seconds} if config.speech else {}
+    caps = {modality: cap for modality, cap in caps.items() if modality in modalities}
+    taken = dict.fromkeys(caps, 0.0)
+    seen: set[bytes] = set()  # the same picture twice would put held-out ones among those trained on
+    order = list(files)
+    random.Random(seed).shuffle(order)
+    for number, path in enumerate(tqdm(order, desc="reading", unit="file")):
+        quota = {m: taken[m] + (cap - taken[m]) / (len(order) - number) for m, cap in caps.items()}
+        for document in _until(read_documents(path), lambda q=quota: all(taken[m] >= q[m] for m in q)):  # type: ignore[misc]
+            if isinstance(document, BadSample):
+                sample.unreadable += 1
+                continue
+            texts = [s.data for s in document.segments if isinstance(s.data, str)]
+            if texts and "text" in caps and taken["text"] < quota["text"]:
+                sample.texts += texts
+                taken["text"] += 1
+            for segment in document.segments:
+                wanted = segment.modality in caps and taken[segment.modality] < quota[segment.modality]
+                if not wanted or isinstance(segment.data, str):
+                    continue
+                digest = hashlib.blake2b(segment.data, digest_size=16).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+                try:
+                    if segment.modality == "image" and config.image:
+                        pixels = preprocess(decode_image(segment.data), config.image.resolution)
+                        sample.images.append(((pixels + 1) * 127.5).round().astype(np.uint8))
+                        taken["image"] += 1
+                    elif segment.modality == "speech":
+                        waveform, rate = decode_audio(segment.data)
+                        if len(waveform) < 0.02 * rate:
+                            raise UserError("shorter than a unit")
+                        sample.waveforms.append((waveform, rate))
+                        taken["speech"] += len(waveform) / rate
+                except ValueError:
+                    sample.unreadable += 1
+    for modality, amount in taken.items():
+        if not amount:
+            raise UserError(
+                f"the inputs hold no {modality} that can be read; take '{modality}' out of the config, or add inputs"
+            )
+    return sample
+
+
+def _until(documents: Iterator[Document | BadSample], full: Callable[[], bool]) -> Iterator[Document | BadSample]:
+    for document in documents:
+        yield document
+        if full():
+            return
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def train_text(config: TextConfig, sample: Sample, directory: Path) -> dict[str, Any]:
+    tokenizer = TextTokenizer.train(tqdm(sample.texts, desc="text", unit="text"), config.size)
+    tokenizer.save(directory)
+    some = sample.texts[:500]
+    tokens = sum(map(len, tokenizer.encode_batch(some)))
+    return {
+        "texts": len(sample.texts),
+        "characters": sum(map(len, sample.texts)),
+        "size": tokenizer.size,
+        "characters_per_token": round(sum(map(len, some)) / max(1, tokens), 3),
+    }
+
+
+def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: int, device: str) -> dict[str, Any]:
+    if config.centroids is not None or config.extractor == "mimi":  # nothing is left to be trained
+        given = None if config.centroids is None else read_centroids(Path(config.centroids))
+        tokenizer = SpeechTokenizer(given, config.extractor, model=config.model, layer=config.layer)
+        if tokenizer.size != config.size:
+            raise UserError(f"speech.size is {config.size}, but the units given are {tokenizer.size}")
+    else:
+        tokenizer = SpeechTokenizer.train(
+            tqdm(sample.waveforms, desc="speech", unit="clip"),
+            config.size,
+            extractor=config.extractor,
+            model=config.model,
+            layer=config.layer,
+            seed=seed,
+            device=device,
+        )
+    tokenizer.save(directory)
+    units = np.concatenate(tokenizer.encode_batch(sample.waveforms[:200]))
+    return {
+        "clips": len(sample.waveforms),
+        "seconds_of_speech": round(sum(len(w) / rate for w, rate in sample.waveforms), 1),
+        "size": tokenizer.size,
+        **usage(units, tokenizer.size),
+    }
+
+
+# --------------------------------------------------------------------------------------------- the whole
+
+
+def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int, device: str = "cpu") -> dict[str, Any]:
+    """Train what is missing under `output`; returns the figures of all stages."""
+    inputs = [[f.name, f.stat().st_size] for f in files]
+    stages = {name: getattr(config, name) for name in config.kinds}
+    recipes = {n: {"config": c.model_dump(mode="json"), "inputs": inputs, "seed": seed} for n, c in stages.items()}
+    figures = {name: _finished(output / name, recipe) for name, recipe in recipes.items()}
+    missing = {name for name, found in figures.items() if found is None}
+    if missing:
+        output.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        sample = draw_sample(files, config, missing, seed)
+        reading = time.monotonic() - started
+    for name in stages:
+        if name not in missing:
+            continue
+        partial = output / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        started = time.monotonic()
+        if name == "text":
+            found = train_text(config.text, sample, partial)
+        elif name == "image":
+            assert config.image
+            found = train_image(config.image, sample.images, partial, seed, device)
+        else:
+            assert config.speech
+            found = train_speech(config.speech, sample, partial, seed, device)
+        found = {
+            "seconds": round(time.monotonic() - started, 1),
+            "seconds_reading": round(reading, 1),
+            "unreadable": sample.unreadable,
+            **found,
+        }
+        (partial / "training.json").write_text(json.dumps({"recipe": recipes[name], "figures": found}))
+        shutil.rmtree(output / name, ignore_errors=True)
+        os.replace(partial, output / name)
+        figures[name] = found
+
+    declared = {name: {"kind": kind, "path": name} for name, kind in config.kinds.items()}
+    _replace(output / "tokenizers.yaml", yaml.safe_dump(declared, sort_keys=False).encode())
+    _replace(output / "training.json", (json.dumps(figures, indent=1) + "\n").encode())
+    if "image" in stages:
+        _replace(output / "reconstructions.png", (output / "image" / "reconstructions.png").read_bytes())
+    return figures
+
+
+def warnings_of(config: Config, figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is the matter with tokenizers that came out worse than asked, and what to change."""
+    warnings = []
+    text, image, speech = (figures.get(name, {}) for name in STAGES)
+    if text and text["size"] < config.text.size:
+        warnings.append(
+            f"text: the tokenizer has {text['size']} ids, fewer than the {config.text.size} asked for: {text['texts']} "
+            f"texts of {text['characters']:,} characters hold no more pairs. Give more texts (text.max_documents is "
+            f"{config.text.max_documents}), or set text.size to {text['size']} or less. A vocabulary.text above "
+            "it costs parameters that are never used."
+        )
+    if image and config.image and image["psnr"] <= image["psnr_of_mean_colour"]:
+        shown = config.image.model_dump()
+        steps = ", ".join(f"{name} is {value}" for name, value in shown.items() if name.endswith("steps"))
+        warnings.append(
+            f"image: held-out pictures come back worse ({image['psnr']} dB) than painted all over in their mean colour "
+            f"({image['psnr_of_mean_colour']} dB): a model can learn nothing from these tokens. Look at "
+            f"reconstructions.png. Train for longer ({steps}), on more pictures (there were {image['images']}), with "
+            "a lower learning_rate or smaller pictures (resolution); or use a pretrained tokenizer."
+        )
+    if speech and speech["usage"] < 0.5:
+        warnings.append(
+            f"speech: only {speech['usage']:.0%} of the {speech['size']} units ever occur. Give more recordings, or "
+            "set a lower speech.size."
+        )
+    return warnings
+
+
+def _finished(directory: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """Figures of a stage that was trained by the same recipe."""
+    try:
+        record = json.loads((directory / "training.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return record["figures"] if record["recipe"] == recipe else None
+
+
+def _replace(file: Path, content: bytes) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="sizes and steps, e.g. configs/demo_tokenizers.yaml")
+    parser.add_argument("--input", nargs="+", required=True, help="raw documents: files, globs or folders")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU where there is one (%(default)s)")
+    arguments = parser.parse_args()
+    with exit_clearly("train_tokenizers"):
+        config = load_config(arguments.config)
+        figures = train_tokenizers(
+            config,
+            files_of_side(arguments.input, "train")[0],  # what is held out in folders is not trained on
+            arguments.output,
+            arguments.seed,
+            resolved_device(arguments.device),
+        )
+        for name, found in figures.items():
+            print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in found.items() if k != "losses"))
+        for warning in warnings_of(config, figures):
+            print(f"\nWARNING: {warning}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

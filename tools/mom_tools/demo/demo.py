@@ -1,0 +1,209 @@
+"""The main job, from raw documents to a trained model, on this machine: what `make demo` runs.
+
+    python tools/demo.py                       # on a corpus built from what the machine has
+    python tools/demo.py --corpus raw/         # on your own raw shards
+
+Every stage that is finished is not done again; `rm -r` its folder to have it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from mom_data.documents.document import expand_inputs
+from mom_data.documents.inputs import files_of_side, modalities_at_the_head
+from mom_data.shards.content import keep_inputs
+from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
+from mom_tools.data.mixture import sources
+from mom_train.baseline import unigram, write_baseline
+from mom_train.config.files import load_config
+from mom_train.config.run import RunConfig
+from mom_train.distributed.status import read_status
+from mom_train.observe.metrics import read_metrics
+
+_started = time.perf_counter()
+# of the tokens: text, which is cheapest to store, would otherwise leave little room for the rest
+SHARES = {"text": 0.4, "image": 0.35, "speech": 0.25}
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    print(f"\n=== {title}", flush=True)
+    yield
+    print(f"    {time.perf_counter() - begun:.0f} s ({time.perf_counter() - _started:.0f} s in all)", flush=True)
+
+
+def call(*command: str | Path, threads: int | None = None, quiet: bool = False) -> None:
+    """Run a command of `mom`; its own message says what went wrong."""
+    output = subprocess.DEVNULL if quiet else None
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    done = subprocess.run([sys.executable, "-m", "mom_tools", *map(str, command)], env=environment, stdout=output)
+    if done.returncode:
+        raise SystemExit(EXIT_USER_ERROR if done.returncode == EXIT_USER_ERROR else 1)
+
+
+def present_modalities(corpus: Path) -> list[str]:
+    """The modalities in the first documents of the input files that are trained on, text first."""
+    files, _ = files_of_side([str(corpus)], "train")
+    found = {"text", *modalities_at_the_head(files)}
+    return sorted(found, key=lambda modality: (modality != "text", modality))
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether the run has ended at its last step with this config. The objective is left out of the comparison, for
+    a run adds the scale of its latents to it."""
+    status, resolved = read_status(config.run_dir), config.run_dir / "config.yaml"
+    if status is None or status["state"] != "finished" or not resolved.exists():
+        return False
+    return load_config(resolved).model_dump(exclude={"objective"}) == config.model_dump(exclude={"objective"})
+
+
+def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
+    """The table that the demo ends with."""
+    lines = read_metrics(config.run_dir)
+    first, last = lines[0], lines[-1]
+    columns = [m for m in (*config.layout.modalities, "total") if f"val/{name}/loss/{m}" in last]
+    speed = statistics.median(line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line)
+    tokens = {m: int(last[f"tokens/{m}"]) for m in config.layout.modalities}
+    rows = {
+        "unigram baseline": [baseline[c] for c in columns],
+        "held out, at the start": [first[f"val/{name}/loss/{c}"] for c in columns],
+        "held out, at the end": [last[f"val/{name}/loss/{c}"] for c in columns],
+        "training, last 20 steps": [
+            statistics.mean(v for line in lines[-20:] if (v := line.get(f"loss/{c}")) is not None) for c in columns
+        ],
+    }
+    diffusion = config.objective.diffusion
+    text = [f"{'loss (nats per token)':26}" + "".join(f"{c:>10}" for c in columns)]
+    text += [f"{title:26}" + "".join(f"{v:10.3f}" for v in values) for title, values in rows.items()]
+    if diffusion is not None:
+        text.append(f"image: squared error per value of a latent patch; total: entropy + {diffusion.weight:g} x image")
+    seen = ", ".join(f"{n:,} {m}" for m, n in tokens.items())
+    return "\n".join(
+        [
+            *text,
+            "",
+            f"tokens seen    {sum(tokens.values()):,} ({seen}) in {int(last['step'])} steps",
+            f"FLOPs spent    {last['flops/total']:.3g}",
+            f"speed          {speed:,.0f} tokens/s (median)",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="folder of raw tars (with train/ and val/ inside, if it has them)")
+    parser.add_argument("--work", type=Path, help="folder for everything made (default: runs/demo[-CORPUS])")
+    parser.add_argument("--config", default="configs/demo.yaml", help="the run (default: %(default)s)")
+    parser.add_argument("--tokenizers", default="configs/demo_tokenizers.yaml", help="default: %(default)s")
+    parser.add_argument("--documents", type=int, help="size of the corpus that is built")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, such as training.steps=50")
+    arguments = parser.parse_args()
+    with exit_clearly("demo"):
+        demo(arguments)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    cores = len(os.sched_getaffinity(0))
+    corpus: Path | None = arguments.corpus and arguments.corpus.expanduser()  # make quotes it
+    work: Path = arguments.work or Path("runs") / (f"demo-{corpus.resolve().name}" if corpus else "demo")
+    work.mkdir(parents=True, exist_ok=True)
+
+    if corpus is None:
+        raw = work / "raw"
+        with stage("1/5 corpus: text, handwritten digits, and speech, from what this machine has"):
+            size = ["--documents", str(arguments.documents)] if arguments.documents else []
+            call("demo-corpus", "--output", raw, *size)
+    else:
+        raw = corpus
+        files_of_side([str(raw)], "train")
+        keep_inputs(work, expand_inputs([str(raw)]))
+
+    with stage("2/5 tokenizers: byte-level BPE, image codes or latents, speech units"):
+        wanted = yaml.safe_load(Path(arguments.tokenizers).read_text())
+        found = present_modalities(raw)
+        recipe = work / "tokenizers.yaml"
+        # The recipe decides: what it has no tokenizer for is left out on purpose, not by mistake.
+        dropped = [m for m in found if m not in wanted]
+        found = [m for m in found if m in wanted]
+        if dropped:
+            print(f"    left out: {', '.join(dropped)}, for which {arguments.tokenizers} has no tokenizer")
+        recipe.write_text(yaml.safe_dump({m: wanted[m] for m in found}, sort_keys=False))
+        made = work / "tokenizers"
+        call("train-tokenizers", "--config", recipe, "--input", raw, "--output", made, threads=cores)
+
+    with stage("3/5 token shards"):
+        for part in ("train", "val"):
+            tool = (
+                "tokenize",
+                "--config",
+                made / "tokenizers.yaml",
+                "--output",
+                work / "tokens" / part,
+            )
+            call(*tool, "--input", raw, "--split", part, *(["--drop-modalities", *dropped] if dropped else []))
+
+    name = "held_out"
+    given = load_config(arguments.config)
+    vocabulary = {m: dict(given.layout.sizes)[m] for m in found}
+    prompts = [{"text": "A handwritten digit" if corpus is None else "The"}, *({"start": m} for m in found[1:])]
+    overrides = [
+        f"run_dir={work / 'run'}",
+        f"tokenizers={made / 'tokenizers.yaml'}",
+        f"vocabulary={json.dumps(vocabulary)}",
+        f"data.train={json.dumps(sources(work / 'tokens' / 'train', given.data.lanes, SHARES))}",
+        f"data.validation={json.dumps({name: sources(work / 'tokens' / 'val', 1, SHARES)})}",
+        f"sampling.prompts={json.dumps(prompts)}",
+        f"sampling.every={given.training.steps}",  # so: where it stops, and where it ends
+        *arguments.overrides,
+    ]
+    config = load_config(arguments.config, overrides)
+    launch = ("local", "--nproc-per-node", "2", arguments.config, *overrides)
+    half = config.training.steps // 2
+    with stage(f"4/5 training: {config.training.steps} steps on 2 ranks, stopped at step {half} and resumed"):
+        if finished(config):
+            print(f"    {config.run_dir} is finished: its {config.training.steps} steps are not trained again")
+        else:
+            if not (config.run_dir / "LATEST").exists():
+                call(*launch, f"training.stop_at={half}")
+            call(*launch)
+
+    with stage("5/5 what came out"):
+        run = config.run_dir
+        if not (run / "report.html").exists() or not finished(config):
+            baseline = unigram(config)
+            write_baseline(run, baseline)
+            call("plot", run, "--out", run / "curves.png")
+            (run / "report.md").write_text(f"```\n{report(config, baseline[name], name)}\n```\n")
+            start = ["--start", "image"] if "image" in found else []
+            prompt = ["--prompt", "A handwritten digit"] if corpus is None else []
+            call("generate", run, *prompt, *start, "--samples", "2", "--max-tokens", "300", quiet=True)
+            call("report", run, quiet=True)
+        print("\n" + (run / "report.md").read_text().strip("`\n") + "\n")
+        made_pictures = made / "reconstructions.png"
+        for title, what in {
+            "report": f"{run / 'report.html'}: open it in a browser",
+            "run": f"{run} (config.yaml, metrics.jsonl, checkpoints/, report.md)",
+            "curves": run / "curves.png",
+            "samples": f"{run / 'samples'}: what the model writes, draws and says",
+            "pictures": f"{made_pictures}: what the image tokenizer keeps" if made_pictures.exists() else "",
+            "TensorBoard": f"tensorboard --logdir {work}, then http://localhost:6006/#custom_scalars",
+        }.items():
+            if what:
+                print(f"{title:<15}{what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands about one model: its cost, its checkpoints, its losses, its samples."""

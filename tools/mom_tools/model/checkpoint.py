@@ -1,0 +1,151 @@
+"""A run's checkpoints: what there is, whether it is whole, fewer of them, and weights out of one.
+
+    python tools/checkpoint.py RUN list [--json [OUT]]
+    python tools/checkpoint.py RUN verify [--step N] [--json [OUT]]
+    python tools/checkpoint.py RUN prune --keep 3
+    python tools/checkpoint.py RUN export --out exported/ [--step N] [--ema] [--format transformers]
+
+RUN is a run's folder, or the URL that its checkpoints are under (s3://bucket/run). `verify` reads every byte and ends
+with exit code 2 where one is not as it was written; `list` looks at sizes only. `prune` keeps the newest K, the best
+and the permanent ones (checkpoint.keep_every), and removes saves that did not finish; it holds RUN/lock meanwhile, so
+that it never takes the save that a run is writing for one.
+"""
+
+from __future__ import annotations
+
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tools.model.export_model import FORMATS, export
+from mom_train.config.preflight import check_run, check_writable, is_local
+from mom_train.distributed.run_lock import RunLock
+
+if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known to be right
+    from mom_train.checkpoint.store import Checkpoint
+
+
+def describe(checkpoint: Checkpoint, latest: Checkpoint | None, best: Checkpoint | None) -> dict[str, Any]:
+    """One line of `list`. `bytes` are those that lie there; `problems` what can be told without reading them all."""
+    files, path = checkpoint.files, checkpoint.path
+    there = {name: files.size(f"{path}/{name}") for name in files.names(path)}
+    entry: dict[str, Any] = {
+        "step": checkpoint.step,
+        "path": path,
+        "bytes": sum(there.values()),
+        "committed": checkpoint.committed,
+        "latest": latest is not None and checkpoint.step == latest.step,
+        "best": best is not None and checkpoint.step == best.step,
+        "permanent": False,
+        "problems": [],
+    }
+    if checkpoint.damaged:
+        entry["problems"].append("a run found it damaged and fell back to an older one")
+    if not entry["committed"]:
+        return entry
+    try:
+        entry["permanent"] = checkpoint.permanent(checkpoint.keep_every())
+        for name, want in checkpoint.sums().items():
+            if there.get(name) != want.size:
+                entry["problems"].append(f"{name} has {there.get(name, 0):,} bytes instead of {want.size:,}")
+    except UserError as error:
+        entry["problems"].append(str(error))
+    return entry
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    lines = [f"{'step':>10} {'MB':>10}  state"]
+    for e in entries:
+        words = ["committed" if e["committed"] else "not committed"]
+        words += [word for word in ("latest", "best", "permanent") if e[word]]
+        words += [f"verified: {e['verified']}"] if "verified" in e else []
+        lines.append(f"{e['step']:>10} {e['bytes'] / 1e6:>10,.1f}  {', '.join([*words, *e['problems']])}")
+    return "\n".join(lines)
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    try:
+        total = sum(s.size for s in checkpoint.sums().values())
+    except UserError:
+        total = 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc=checkpoint.name, disable=None) as bar:
+        return checkpoint.damage(progress=bar.update)
+
+
+@contextmanager
+def held(run: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, nobody trains in the run's folder. `run` may be the place of its checkpoints instead, so the folder that
+    the checkpoint names is held as well, where it is there. Raises UserError where somebody does."""
+    run_dir = (checkpoint.train_state().get("config") or {}).get("run_dir", "")
+    places = {Path(place).resolve() for place in (run, run_dir) if place and is_local(place) and Path(place).is_dir()}
+    with ExitStack() as stack:
+        for place in sorted(places):
+            stack.enter_context(RunLock(place))
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run directory, or URL")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("list", "verify"):
+        command = commands.add_parser(name)
+        command.add_argument("--json", nargs="?", const="-", metavar="OUT", help="to OUT, or standard output")
+    command.add_argument("--step", type=int, help="this one (default: all committed)")
+    command = commands.add_parser("prune")
+    command.add_argument("--keep", type=int, required=True, help="how many of the newest stay")
+    command = commands.add_parser("export")
+    command.add_argument("--out", type=Path, required=True, help="folder")
+    command.add_argument("--step", type=int, help="(default: the newest)")
+    command.add_argument("--ema", action="store_true", help="the average of the weights")
+    command.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    arguments = parser.parse_args()
+    with exit_clearly("checkpoint"):
+        check_run(arguments.run)
+        if arguments.command == "prune" and arguments.keep < 1:
+            raise UserError("--keep: at least 1, which the run carries on from")
+        if arguments.command == "export":
+            check_writable(arguments.out, "--out")
+        from mom_train.checkpoint.store import Checkpoints
+
+        checkpoints = Checkpoints.of(arguments.run)
+        if arguments.command == "export":
+            export(arguments.run, arguments.out, arguments.step, arguments.format, arguments.ema)
+            return
+        latest, best = checkpoints.latest(), checkpoints.best()
+        if arguments.command == "prune":
+            newest = checkpoints.find()
+            with held(arguments.run, newest):
+                removed = checkpoints.clean() + checkpoints.prune(newest.step, arguments.keep, newest.keep_every())
+            for checkpoint in removed:
+                print(f"removed {checkpoint}")
+            return
+        chosen = checkpoints.all()
+        if arguments.command == "verify":
+            step = arguments.step
+            chosen = [c for c in chosen if c.committed] if step is None else [checkpoints.find(step)]
+        entries = [describe(checkpoint, latest, best) for checkpoint in chosen]
+        if arguments.command == "verify":
+            for entry, checkpoint in zip(entries, chosen, strict=True):
+                entry["problems"] = verify(checkpoint)
+                entry["verified"] = not entry["problems"]
+        text = json.dumps(entries, indent=1) if arguments.json else table(entries)
+        if arguments.json and arguments.json != "-":
+            write_text(arguments.json, text + "\n")
+        else:
+            print(text)
+        damaged = [e["path"] for e in entries if e.get("verified") is False]
+        if damaged:
+            raise UserError(f"damaged: {', '.join(damaged)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What a config's model costs before anything is built: parameters, FLOPs per token, memory per rank.
+
+    python tools/describe_model.py configs/chameleon/1.5b-mom.yaml
+    python tools/describe_model.py configs/transfusion/760m-mom.yaml training.micro_batch=2 --ranks 64 --json
+    python tools/describe_model.py configs/chameleon/[!_]*.yaml           # one row for each
+
+Everything is a formula of mom_train/cost: no weight is made. Memory is predicted, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_train.config.files import load_config
+from mom_train.config.run import RunConfig
+from mom_train.cost.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
+from mom_train.cost.memory import memory
+
+
+def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
+    """All figures of one config. `ranks` is by default the number that needs no accumulation, as in the paper.
+
+    Raises ValueError for a number of ranks that the batch cannot be dealt to.
+    """
+    if ranks is None:
+        ranks = max(1, config.training.batch // config.training.micro_batch)
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: at least one rank")
+    accumulation = config.accumulation(ranks)
+    model, length = config.model, config.data.sequence_length
+    vocab = config.layout
+    patch_width = config.objective.diffusion.patch_width if config.objective.diffusion else None
+    total = parameters(model, vocab.size, len(vocab.modalities), patch_width)
+    active = active_parameters(model, vocab.size, patch_width)
+
+    def flops(patch_width: int | None) -> dict[str, Any]:
+        parts = forward_flops_per_token(model, vocab.size, length, patch_width)
+        forward = sum(parts.values())
+        return {"forward": forward, "training": TRAINING_FACTOR * forward, "by_part": parts}
+
+    predicted = memory(config, ranks)
+    return {
+        "architecture": model.architecture,
+        "decoupled": list(model.decoupled),
+        "dim": model.dim,
+        "layers": model.layers,
+        "blocks": model.blocks,
+        "vocabulary": vocab.size,
+        "modalities": list(vocab.modalities),
+        "parameters": {
+            "total": sum(total.values()),
+            "active": sum(active.values()),
+            "by_part": total,
+            "active_by_part": active,
+        },
+        # of a discrete token; a latent patch has patch_in and patch_out in the head's place
+        "flops_per_token": flops(None) | ({} if patch_width is None else {"patch": flops(patch_width)}),
+        "tokens_per_batch": config.training.batch * length,
+        "ranks": ranks,
+        "accumulation": accumulation,
+        "memory_bytes_per_rank": predicted[predicted["chosen"]]["total"],
+        "memory": predicted,
+    }
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, readable as it stands: the first column to the left, figures to the right."""
+    align = ("left", *["right"] * (len(header) - 1))
+    return tabulate(rows, header, tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+def _millions(n: float) -> str:
+    return f"{n / 1e6:,.1f}"
+
+
+def _gigabytes(n: float) -> str:
+    return f"{n / 1e9:,.2f}"
+
+
+def by_part(name: str, d: Mapping[str, Any]) -> str:
+    """One config's figures, part by part."""
+    counts, flops, mem = d["parameters"], d["flops_per_token"], d["memory"]
+    decoupled = ", ".join(d["decoupled"]) or "nothing"
+    said = [
+        f"{name}: {d['architecture']}, {d['layers']} layers ({d['blocks']} blocks) of width {d['dim']}, vocabulary "
+        f"{d['vocabulary']:,} ({', '.join(d['modalities'])}), decoupled: {decoupled}",
+        "",
+        table(
+            ("parameters (M)", "total", "active"),
+            [(part, _millions(n), _millions(counts["active_by_part"][part])) for part, n in counts["by_part"].items()]
+            + [("all", _millions(counts["total"]), _millions(counts["active"]))],
+        ),
+    ]
+    tokens = {"MFLOPs per token": flops}
+    if "patch" in flops:
+        tokens = {"MFLOPs per text token": flops, "MFLOPs per latent patch": flops["patch"]}
+    for title, counted in tokens.items():
+        rows = [(part, _millions(n), _millions(TRAINING_FACTOR * n)) for part, n in counted["by_part"].items()]
+        rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
+        said += ["", table((title, "forward", "training"), rows)]
+    names = ("without_checkpointing", "with_selective_checkpointing", "with_checkpointing")
+    kinds = [mem[name] for name in names]
+    memory_rows = [
+        [use.replace("_", " "), *(_gigabytes(kind["by_use"][use]) for kind in kinds)] for use in kinds[0]["by_use"]
+    ]
+    memory_rows.append(["all", *(_gigabytes(kind["total"]) for kind in kinds)])
+    if kinds[0]["host"]:
+        memory_rows.append(["host memory", *(_gigabytes(kind["host"]) for kind in kinds)])
+    memory_rows.append(["highest in", *(kind["peak_at"].replace("_", " ") for kind in kinds)])
+    memory_rows.append(["kept per token (MB)", *(f"{kind['activations_per_token'] / 1e6:.3f}" for kind in kinds)])
+    header = ("predicted GB per rank", "no checkpointing", "selective", "activation checkpointing")
+    chosen = mem["chosen"].replace("_", " ")
+    note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {chosen}"
+    said += ["", table(header, memory_rows), "", note]
+    return "\n".join(said)
+
+
+def overview(described: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row per config; where pictures are latents, FLOPs of a text token and of a patch."""
+    rows = []
+    for name, d in described.items():
+        kinds = [d["flops_per_token"], *([d["flops_per_token"]["patch"]] if "patch" in d["flops_per_token"] else [])]
+        rows.append(
+            (
+                name,
+                _millions(d["parameters"]["total"]),
+                _millions(d["parameters"]["active"]),
+                " / ".join(_millions(kind["forward"]) for kind in kinds),
+                " / ".join(_millions(kind["training"]) for kind in kinds),
+                f"{d['tokens_per_batch']:,}",
+                str(d["ranks"]),
+                _gigabytes(d["memory_bytes_per_rank"]),
+            )
+        )
+    header = ["config", "total (M)", "active (M)", "forward (MFLOPs/token)", "training (MFLOPs/token)"]
+    return table([*header, "tokens per batch", "ranks", "predicted GB per rank"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for all CONFIGs")
+    parser.add_argument("--ranks", type=int, help="ranks that share the model (default: batch / micro_batch)")
+    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    parser.add_argument("--by-part", action="store_true", help="several configs in detail too, not a row for each")
+    arguments = parser.parse_intermixed_args()
+    with exit_clearly("describe_model"):
+        names = [a for a in arguments.config if "=" not in a or Path(a).suffix in (".yaml", ".yml")]
+        overrides = [a for a in arguments.config if a not in names]
+        if arguments.json and Path(arguments.json).suffix in (".yaml", ".yml"):
+            raise UserError(f"--json {arguments.json} would overwrite a config: put --json last, or name its file")
+        if arguments.ranks is not None and arguments.ranks < 1:
+            raise UserError(f"--ranks {arguments.ranks}: at least 1")
+        if not names:
+            raise UserError("no CONFIG among the arguments")
+        described = {name: describe(load_config(name, overrides), arguments.ranks) for name in names}
+        if arguments.json:
+            objects = [{"config": name} | d for name, d in described.items()]
+            text = json.dumps(objects[0] if len(objects) == 1 else objects, indent=2) + "\n"
+            if arguments.json == "-":
+                sys.stdout.write(text)
+            else:
+                write_text(arguments.json, text)
+        elif len(described) == 1 or arguments.by_part:
+            print("\n\n".join(by_part(name, d) for name, d in described.items()))
+        else:
+            print(overview(described))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Text, pictures and speech from a trained run, interleaved.
+
+    python tools/generate.py runs/demo/run --prompt "The digit seven"
+    python tools/generate.py RUN --prompt "a red nine" --start image --out samples/
+
+Writes OUT/sample-N.md with the text, pictures as PNG where the run's tokenizers can decode them (latents as .npy
+besides), speech units as JSON, and as WAV where a vocoder is configured. `--start` opens a picture or a recording
+right after the prompt.
+"""
+
+from __future__ import annotations
+
+import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
+
+import argparse
+import math
+from pathlib import Path
+
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_train.config.files import checked
+from mom_train.config.preflight import check_run, check_there, check_writable
+from mom_train.config.run import PromptConfig, SamplingConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--prompt", default="", help="text to start from")
+    parser.add_argument("--start", metavar="MODALITY", help="open a span, such as image or speech, after the prompt")
+    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="with the average of the weights (training.ema_decay)")
+    parser.add_argument("--samples", type=int, default=1, help="documents (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder (default: RUN/samples)")
+    parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.9, help="0: the likeliest id (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="the prompt's included (default: %(default)s)")
+    parser.add_argument("--patches", type=int, help="codes or patches of a picture (default: the image tokenizer's)")
+    parser.add_argument("--denoising-steps", type=int, default=50, help="(default: %(default)s)")
+    parser.add_argument("--denoised-limit", type=float, default=4.0, help="(default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="of latent pictures; 1: none (default)")
+    parser.add_argument("--device", help="(default: a GPU where there is one)")
+    arguments = parser.parse_args()
+    with exit_clearly("generate"):
+        generate(arguments)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    chosen = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens", "guidance")}
+    chosen["denoising_steps"] = arguments.denoising_steps
+    checked(SamplingConfig, chosen)  # before PyTorch is imported, which takes seconds
+    for name in ("samples", "patches", "denoised_limit"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0")
+    if min(arguments.seed, arguments.step or 0) < 0:
+        raise UserError("--seed, --step: not below 0")
+    check_run(arguments.run)
+    check_there("--tokenizers", arguments.tokenizers)
+    check_writable(arguments.out or arguments.run / "samples", "--out")
+
+    import torch
+
+    from mom_tokenizers.bundle import Tokenizers
+    from mom_train.generate.sampler import check_prompt, load_model, sample_document
+    from mom_train.generate.samples import prompt_segments, settings, write_span
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_model(arguments.run, arguments.step, device, arguments.ema)
+    path = arguments.tokenizers or config.tokenizers
+    if path is None:
+        raise UserError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
+    config.check_guidance(arguments.guidance)
+    tokenizers, vocab = Tokenizers.load(path), config.layout
+    sampling = settings(tokenizers, arguments.patches, denoised_limit=arguments.denoised_limit, **chosen)
+    prompt = prompt_segments(PromptConfig(text=arguments.prompt, start=arguments.start), tokenizers, vocab)
+    check_prompt(prompt, sampling, model.diffusion)
+    folder: Path = arguments.out or arguments.run / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(arguments.samples):
+        lines = [f"> {arguments.prompt}", ""] if arguments.prompt else []
+        spans = sample_document(model, vocab, prompt, sampling, arguments.seed + n)
+        for i, (modality, values) in enumerate(spans):
+            lines += [write_span(folder, f"sample-{n}-{i}", modality, values, tokenizers).markdown, ""]
+        (folder / f"sample-{n}.md").write_text("\n".join(lines))
+        print(f"--- {folder / f'sample-{n}.md'}")
+        print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

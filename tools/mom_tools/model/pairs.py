@@ -1,0 +1,97 @@
+"""Held-out documents of one text and one picture or recording: what samples are made after and compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mom_tokenizers.errors import UserError
+from mom_tools.model.scores import normalised
+
+if TYPE_CHECKING:
+    from mom_data.shards.dataset import TokenDataset
+    from mom_tokenizers.bundle import Tokenizers
+
+FEWEST = 4  # two halves, each with a covariance
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A held-out document of one text and one picture or recording, in either order."""
+
+    name: str
+    shard: int
+    document: int
+    text: np.ndarray
+    """Local ids (n,)."""
+    values: np.ndarray
+    """Local ids (n,), or latents (P, W)."""
+
+
+def chosen_pairs(dataset: TokenDataset, modality: str, count: int, longest: int, text: Any) -> list[Pair]:
+    """The `count` first ones in an order by hash: more of them contain fewer. `longest`: units of a recording. Those
+    whose text, decoded by `text`, has no words are left out. Raises ValueError for fewer than FEWEST."""
+    from mom_data.order.plan import hashed
+    from mom_data.shards.format import LATENT_BIT
+
+    found = []
+    wanted = sorted((0, dataset.modalities.index(modality) if modality in dataset.modalities else -1))
+    for shard in range(len(dataset.shards)):
+        index = dataset.index(shard)
+        order = hashed(len(index.segment_start) - 1, "score", shard)
+        for document in np.flatnonzero(np.diff(index.segment_start.astype(np.int64)) == 2).tolist():
+            first = int(index.segment_start[document])
+            modalities = (index.segment_modality[first : first + 2] & ~np.uint8(LATENT_BIT)).tolist()
+            if sorted(modalities) == wanted:
+                length = int(index.segment_length[first + modalities.index(wanted[1])])
+                if modality != "speech" or length <= longest:
+                    found.append((int(order[document]), shard, document))
+    pairs: list[Pair] = []
+    for _, shard, document in sorted(found):
+        segments = dataset.read(shard, document)
+        if segments is not None:  # a damaged one
+            of = {segment.modality: segment.values for segment in segments}
+            if normalised(text.decode(of[0])):
+                name = f"{dataset.shards[shard]['name'].removesuffix('.tar')}-{document}"
+                pairs.append(Pair(name, shard, document, of[0], of[wanted[1]]))
+        if len(pairs) == count:
+            break
+    if len(pairs) < FEWEST:
+        kind = f"documents of one text and one {modality} segment"
+        raise UserError(f"{dataset.location}: {len(pairs)} {kind}; at least {FEWEST} are needed")
+    return pairs
+
+
+def originals(dataset: TokenDataset, pairs: Sequence[Pair], tokenizers: Tokenizers, raw: list[str]) -> list[Any]:
+    """The raw bytes of each pair's picture or recording, None where they are not in the files. A raw document is the
+    pair's where its key and the ids of its text are. Raises ValueError where none is."""
+    from tqdm import tqdm
+
+    from mom_data.documents.document import BadSample, expand_inputs, read_documents
+    from mom_data.shards.verify import document_keys
+
+    by_key: dict[str, list[int]] = {}
+    for shard in sorted({pair.shard for pair in pairs}):
+        tar = Path(dataset.where(shard))
+        if not tar.is_file():
+            raise UserError(f"--raw: documents' keys are read from shards on this machine, and {tar} is not")
+        keys = document_keys(tar)
+        for i, pair in enumerate(pairs):
+            if pair.shard == shard:
+                by_key.setdefault(keys[pair.document], []).append(i)
+    found: list[Any] = [None] * len(pairs)
+    for path in tqdm(expand_inputs(raw), desc="raw documents", unit="file", disable=None):
+        for document in read_documents(path):
+            if isinstance(document, BadSample) or len(document.segments) != 2:
+                continue
+            for i in by_key.get(document.key, ()):
+                text = [s.data for s in document.segments if s.modality == "text"]
+                if len(text) == 1 and np.array_equal(tokenizers.encode("text", text[0]), pairs[i].text):
+                    found[i] = next(s.data for s in document.segments if s.modality != "text")
+    if all(data is None for data in found):
+        raise UserError(f"--raw: none of the {len(pairs)} documents chosen from {dataset.location} is in these files")
+    return found

@@ -1,0 +1,372 @@
+"""The paper in miniature: dense Mamba, Mixture-of-Mamba and a Transformer on one's own corpus, in its three settings.
+
+    python tools/paper_mini.py --corpus raw/ --minutes 480 --seeds 3 --output runs/paper-mini
+
+Trains tokenizers and tokenizes the corpus (once, not counted in --minutes), times each model, chooses the steps that
+fit the budget, tunes each architecture's learning rate with runs of half as many, then trains everything with one
+seed, then with the next, and writes OUTPUT/report.md and results.json: Tables 2, 3, 4 and 7 beside the published ones.
+All models of a setting see the same tokens with the same seed and have equal active FLOPs. Killed and started again,
+it goes on; started again with more --minutes, --seeds or --experiments it trains what is missing, with the same steps.
+--experiments adds rows to the Chameleon + Speech setting: learned routing, experts, wrong masks
+(docs/results/experiments.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from mom_data.shards.content import keep_inputs
+from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
+from mom_tools.compare.curves import Run
+from mom_tools.data.mixture import sources
+from mom_tools.paper.plan import (
+    EVALUATIONS,
+    EXPERIMENTS,
+    EXPERIMENTS_IN,
+    SETTINGS,
+    TIMED_STEPS,
+    Job,
+    State,
+    changes,
+    sequences,
+    startable,
+    steps_for,
+    todo,
+)
+from mom_tools.paper.results import write_report
+
+SHARES = {"text": 0.45, "image": 0.40, "speech": 0.15}  # of the tokens, scaled to the modalities of a setting
+MODALITIES = {
+    "chameleon_speech": ("text", "image", "speech"),
+    "transfusion": ("text", "image"),
+    "chameleon": ("text", "image"),
+}
+HELD_OUT = "held_out"
+_PR_SET_PDEATHSIG = 1
+log = logging.getLogger("paper_mini")
+
+
+# ---- data ----------------------------------------------------------------------------------------------------
+
+
+def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -> list[str]:
+    """Tokenizers and token shards of every setting that the corpus has the modalities for, once: OUTPUT/data.json says
+    that they are there. Returns the settings. Raises ValueError for a corpus without pictures, or without what the
+    `experiments` need."""
+    from mom_data.documents.document import expand_inputs  # here, for it imports torch
+
+    place = str(corpus.resolve())
+    record = output / "data.json"
+    if record.exists():
+        before = json.loads(record.read_text())
+        if before["corpus"] != place:
+            raise UserError(f"{output} was begun with {before['corpus']}; take another --output for {corpus}")
+        if (output / "inputs.json").exists() and corpus.exists():
+            keep_inputs(output, expand_inputs([place]))
+        return before["settings"]
+    from mom_tools.demo.demo import call, present_modalities  # here, for they import torch
+
+    files = expand_inputs([place])
+    split = (corpus / "train").is_dir() and (corpus / "val").is_dir()
+    found = present_modalities(corpus / "train" if split else corpus)
+    if "image" not in found:
+        raise UserError(f"{corpus}: no pictures, which all settings of the paper have; found {', '.join(found)}")
+    settings = [s for s in SETTINGS if set(MODALITIES[s]) <= set(found)]
+    chosen_experiments(experiments, settings)  # before hours of work
+    keep_inputs(output, files)
+    for setting in settings:
+        recipe = "continuous" if setting == "transfusion" else "discrete"
+        wanted = yaml.safe_load((configs / f"{recipe}_tokenizers.yaml").read_text())
+        made = output / "tokenizers" / recipe
+        made.mkdir(parents=True, exist_ok=True)
+        config = made / "recipe.yaml"
+        config.write_text(yaml.safe_dump({m: wanted[m] for m in found if m in wanted}, sort_keys=False))
+        train = corpus / "train" if split else corpus
+        threads = len(os.sched_getaffinity(0))
+        call("train-tokenizers", "--config", config, "--input", train, "--output", made, threads=threads)
+        bundle = yaml.safe_load((made / "tokenizers.yaml").read_text())
+        own = made / f"{setting}.yaml"
+        own.write_text(yaml.safe_dump({m: bundle[m] for m in MODALITIES[setting]}, sort_keys=False))
+        dropped = [m for m in found if m not in MODALITIES[setting]]
+        for part in ("train", "val"):
+            inputs: list[str | Path] = [corpus / part] if split else [corpus, "--split", part]
+            target: list[str | Path] = ["--output", output / "tokens" / setting / part, "--config", own]
+            drop: list[str | Path] = ["--drop-modalities", *dropped] if dropped else []
+            call("tokenize", *target, "--input", *inputs, *drop)
+    record.write_text(json.dumps({"corpus": place, "settings": settings}) + "\n")
+    return settings
+
+
+def chosen_experiments(wanted: list[str], settings: list[str]) -> list[str]:
+    """Those named, in the order of EXPERIMENTS. Raises ValueError where the corpus has not the modalities for them."""
+    if wanted and EXPERIMENTS_IN not in settings:
+        needed = ", ".join(MODALITIES[EXPERIMENTS_IN])
+        raise UserError(f"--experiments: they are trained with {needed}, and the corpus has not all of these")
+    return [name for name in EXPERIMENTS if name in wanted or "all" in wanted]
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    since: float
+    slot: int
+
+
+class Miniature:
+    """All runs of a miniature: what is finished, what runs now. State is in OUTPUT/state.json after every event."""
+
+    def __init__(self, output: Path, arguments: argparse.Namespace, settings: list[str]):
+        self.output, self.arguments = output, arguments
+        self.path = output / "state.json"
+        self.state = State.load(self.path)
+        self.state.settings = settings
+        self.state.experiments = chosen_experiments(arguments.experiments, settings)
+        self.state.failed.clear()  # what failed before may have been mended
+        if arguments.rates and not self.state.steps:
+            self.state.rates = {architecture: arguments.rates for architecture in self.state.rates}
+        if not self.state.precision:  # a miniature begun before this was noted has none
+            self.state.precision = "fp32" if self.state.finished else arguments.precision
+        self.full = yaml.safe_load((arguments.configs / "_full.yaml").read_text()) if arguments.full else {}
+        common = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
+        self.batch: int = {**common["training"], **self.full.get("training", {})}["batch"]
+        self.lanes: int = {**common["data"], **self.full.get("data", {})}["lanes"]
+        self.running: list[Running] = []
+        self.tries: dict[str, int] = {}
+        self._seen = time.monotonic()
+
+    def run(self) -> bool:
+        """Returns whether everything that was wanted is trained."""
+        stopped: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, _: stopped.append(n))
+        begun = time.monotonic()
+        while not stopped:
+            self._tick()
+            self._collect()
+            self._decide_steps()
+            for job in self._startable()[: self.arguments.jobs - len(self.running)]:
+                self._start(job)
+            if not self.running:
+                break
+            time.sleep(0.5 if time.monotonic() - begun < 60 else 2)
+        for running in self.running:
+            running.process.send_signal(signal.SIGTERM)
+        for running in self.running:
+            running.process.wait()
+        self._tick()
+        if stopped:
+            log.warning("%s: runs are saved, start again to go on", signal.Signals(stopped[0]).name)
+            raise SystemExit(EXIT_PREEMPTED)
+        return not list(todo(self.state, self.arguments.seeds))
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.state.spent += now - self._seen
+        self._seen = now
+        self.state.save(self.path)
+
+    def _decide_steps(self) -> None:
+        state, wanted = self.state, self.arguments
+        if state.steps or self.running or any(True for _ in todo(state, wanted.seeds)):
+            return
+        missing = [f"{s}/{a}" for s in state.settings for a in SETTINGS[s] if f"{s}/{a}" not in state.per_step]
+        if missing:
+            raise UserError(f"runs of {TIMED_STEPS} steps failed: {', '.join(missing)}; see {self.output / 'logs'}")
+        budget = 60 * wanted.minutes
+        state.steps = steps_for(state, budget, wanted.jobs, wanted.seeds, self.batch, wanted.max_steps)
+        log.info("%d steps a run; s/step %s", state.steps, {k: round(v, 3) for k, v in state.per_step.items()})
+        state.save(self.path)
+
+    def _startable(self) -> list[Job]:
+        left = 60 * self.arguments.minutes - self.state.spent
+        busy = {r.job.id for r in self.running}
+        begun = {j.id for j in todo(self.state, self.arguments.seeds) if (self.directory(j) / "status.json").exists()}
+        return startable(self.state, self.arguments.seeds, self.batch, busy, begun, left)
+
+    def directory(self, job: Job) -> Path:
+        return self.output / "runs" / job.id
+
+    def _log(self, job: Job) -> Path:
+        return self.output / "logs" / f"{job.id.replace('/', '--')}.log"
+
+    def _start(self, job: Job) -> None:
+        name = self._log(job)
+        name.parent.mkdir(exist_ok=True)
+        free = set(range(self.arguments.jobs)) - {r.slot for r in self.running}
+        slot = min(free)
+        threads = {"OMP_NUM_THREADS": str(self.arguments.threads)}
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, **threads}  # runs side by side must not spin
+        if self.arguments.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.arguments.gpus)
+        command = [
+            sys.executable,
+            "-m",
+            "mom_train",
+            str(self.arguments.configs / f"{job.setting}.yaml"),
+            *self._overrides(job),
+        ]
+        with open(name, "ab") as file:
+            # a run must not outlive this program: started again, it would train beside its successor
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+            )
+        log.info("start %s (rate %g, %d steps)", job.id, job.rate, job.steps)
+        self.running.append(Running(job, process, time.monotonic(), slot))
+
+    def _overrides(self, job: Job) -> list[str]:
+        tokens = self.output / "tokens" / job.setting
+        bundle = self.output / "tokenizers" / _recipe(job.setting) / f"{job.setting}.yaml"
+        sizes = _sizes(tokens / "train", MODALITIES[job.setting])
+        vocabulary = {m: 1 if latents else size for m, size, latents in sizes}
+        every = max(1, job.steps // EVALUATIONS)
+        values = {
+            **{f"{section}.{key}": v for section, keys in self.full.items() for key, v in keys.items()},
+            "training.precision": self.state.precision,
+            **changes(job.variant),
+            "run_dir": str(self.directory(job)),
+            "seed": job.seed,
+            "vocabulary": vocabulary,
+            **({"tokenizers": str(bundle)} if bundle.exists() else {}),  # shards may have come without
+            "data.train": sources(tokens / "train", self.lanes, SHARES),
+            "data.validation": {HELD_OUT: sources(tokens / "val", 1, SHARES)},
+            "optimizer.learning_rate": job.rate,
+            "optimizer.warmup": max(1, job.steps // 16),
+            "training.steps": job.steps,
+            "validation.every": every if job.kind == "run" else job.steps,
+            "validation.sequences": sequences(job.steps, self.batch),
+        }
+        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+    def _collect(self) -> None:
+        """Whatever has ended meanwhile."""
+        for running in [r for r in self.running if r.process.poll() is not None]:
+            self.running.remove(running)
+            job, code = running.job, running.process.returncode
+            took = time.monotonic() - running.since
+            loss = self._held_out(job) if code == 0 else None
+            if loss is not None:
+                self._finish(job, took, loss)
+                log.info("done  %s: %.4f, %.0f s", job.id, loss, took)
+            elif code != EXIT_PREEMPTED:
+                self.tries[job.id] = self.tries.get(job.id, 0) + 1
+                last = self._log(job).read_text(errors="replace").strip().rpartition("\n")[2]
+                why = last if code else "its held-out loss at the end is not finite"
+                log.warning("%s ended with %d: %s", job.id, code, why)
+                if self.tries[job.id] == 2:
+                    self.state.failed[job.id] = why
+            self.state.save(self.path)
+
+    def _held_out(self, job: Job) -> float | None:
+        return Run(self.directory(job)).lines[-1].get(f"val/{HELD_OUT}/loss/total")
+
+    def _finish(self, job: Job, took: float, loss: float) -> None:
+        run = Run(self.directory(job))
+        if job.kind == "time":
+            per_token = statistics.median(1 / x["perf/tokens_per_s"] for x in run.lines[4:] if "perf/tokens_per_s" in x)
+            tokens = sum(v for k, v in run.lines[-1].items() if k.startswith("tokens/")) / job.steps
+            known = f"{job.setting}/{job.variant}"
+            self.state.per_step[known] = per_token * tokens
+            self.state.startup[known] = max(0.0, took - job.steps * per_token * tokens)
+        if job.kind != "run":
+            shutil.rmtree(self.directory(job) / "checkpoints", ignore_errors=True)
+            (self.directory(job) / "LATEST").unlink(missing_ok=True)
+        self.state.finished[job.id] = loss
+
+
+def _recipe(setting: str) -> str:
+    return "continuous" if setting == "transfusion" else "discrete"
+
+
+def _sizes(dataset: Path, modalities: tuple[str, ...]) -> list[tuple[str, int, bool]]:
+    """(modality, ids, whether it is latents) of a token dataset."""
+    tokenizers = json.loads((dataset / "manifest.json").read_text())["tokenizers"]
+    return [(m, tokenizers[m]["size"], tokenizers[m]["kind"] == "kl") for m in modalities]
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be, before torch is imported."""
+    corpus: Path | None = arguments.corpus
+    if corpus is None:
+        raise UserError(
+            "name the corpus to train on: make paper-mini CORPUS=path/to/raw/tars, or --corpus. It is a folder of tars "
+            "or JSON lines with text, pictures and, for two of the three settings, speech (docs/how-to/data.md)."
+        )
+    if not corpus.exists():
+        raise UserError(f"--corpus {corpus}: nothing there")
+    counts = (arguments.seeds, arguments.max_steps, 1 if arguments.jobs is None else arguments.jobs)
+    if min(counts) < 1 or not 0 < arguments.minutes < math.inf:
+        raise UserError("--seeds, --max-steps and --jobs must be at least 1, --minutes above 0")
+    if not all(0 < rate < math.inf for rate in arguments.rates or ()):
+        raise UserError("--rates: learning rates are above 0")
+    if not (arguments.configs / "_common.yaml").is_file():
+        raise UserError(f"--configs {arguments.configs}: no _common.yaml there")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="your raw tars, in train/ and val/ or not")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper-mini"), help="(default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=240, help="of training, over all starts (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to try; one: no sweep (default: three)")
+    known = ["all", *EXPERIMENTS]
+    parser.add_argument("--experiments", nargs="+", choices=known, default=[], metavar="NAME", help=", ".join(known))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the matrix products (bf16 where it is fast)")
+    parser.add_argument("--full", action="store_true", help="the body of the paper's 37M models, for a GPU")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU, or one a core)")
+    parser.add_argument("--max-steps", type=int, default=20_000, help="of a run (default: %(default)s)")
+    default = Path("configs/mini")
+    parser.add_argument("--configs", type=Path, default=default, help="settings and tokenizers (default: configs/mini)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with exit_clearly("paper_mini"):
+        check(arguments)
+        import torch  # only to know the machine
+
+        cores = len(os.sched_getaffinity(0))
+        arguments.gpus = torch.cuda.device_count()
+        cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        arguments.precision = arguments.precision or ("bf16" if arguments.gpus or cpu.get("amx_bf16") else "fp32")
+        arguments.jobs = arguments.jobs or arguments.gpus or cores
+        arguments.threads = max(1, cores // arguments.jobs)
+        output: Path = arguments.output
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(output / ".lock", timeout=0):
+                settings = prepare(arguments.corpus, output, arguments.configs, arguments.experiments)
+                miniature = Miniature(output, arguments, settings)
+                complete = miniature.run()
+                write_report(output, miniature.state, arguments.seeds, complete)
+        except Timeout:
+            raise UserError(f"{output}: another paper_mini is at work there") from None
+        print((output / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
