@@ -1,1 +1,1 @@
-"""The config of a run: its schema, its files, and what is checked before torch is imported."""
+"""The config of a run: its schema, how its files are read, and what is checked before torch is imported."""

@@ -1,6 +1,6 @@
-"""A run's YAML file: inheritance, dotted overrides, and errors that say where and what would be right.
+"""Reads the YAML file of a run: inheritance, dotted overrides, and errors that say where and what would be right.
 
-base: ../chameleon/common.yaml      # optional, relative to this file; mappings merge, the rest replaces
+base: ../chameleon/common.yaml      # optional, relative to this file: mappings are merged, other values replaced
 model: {dim: 256, layers: 4}
 """
 
@@ -24,9 +24,9 @@ S = TypeVar("S", bound=Section)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config at `path` with dotted overrides applied (`optimizer.learning_rate=1e-3`, `model.decoupled=[]`).
+    """Reads the config at `path` and applies dotted overrides (`optimizer.learning_rate=1e-3`, `model.decoupled=[]`).
 
-    Raises UserError naming the file, the key and what would be right.
+    Raises UserError, which names the file, the key and what would be right.
     """
     values = _read(Path(path))
     for override in overrides:
@@ -38,8 +38,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def validated(values: Mapping[str, Any], where: object) -> RunConfig:
-    """A run's config from its values in today's form. Raises UserError naming `where`, the key and what would be
-    right."""
+    """The config of a run from its values in the current schema. Raises UserError, which names `where`, the key and
+    what would be right."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -47,7 +47,7 @@ def validated(values: Mapping[str, Any], where: object) -> RunConfig:
 
 
 def checked(section: type[S], values: Mapping[str, Any]) -> S:
-    """A section of a config from values that a tool was given. Raises UserError naming each that is out of bounds."""
+    """A section of a config from values that a tool was given. Raises UserError, which names each impossible value."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -55,14 +55,15 @@ def checked(section: type[S], values: Mapping[str, Any]) -> S:
 
 
 def read_saved(run: str | Path) -> dict[str, Any]:
-    """The values of RUN/config.yaml in today's form; empty where there is no such file. Raises UserError where it
+    """The values of RUN/config.yaml in the current schema, or {} if there is no such file. Raises UserError if the file
     cannot be read."""
     path = Path(run) / "config.yaml"
     return migrated_config(_mapping(path), path) if path.is_file() else {}
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config with the defaults of what is new since; as it is where it is not a whole and valid one."""
+    """A saved config, completed with the defaults of keys that are newer than it. An incomplete or invalid config is
+    returned unchanged."""
     try:
         return RunConfig.model_validate(values).model_dump(mode="json")
     except ValidationError:
@@ -70,8 +71,11 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(was: Any, now: Any, key: str = "") -> list[str]:
-    """What differs between two values of a config, a line a key: `model.dim: 32 -> 64`. The order of the keys counts
-    in a mapping that both have the same keys in: a vocabulary's order numbers the modalities."""
+    """The differences between two values of a config, one line for each key: `model.dim: 32 -> 64`.
+
+    If two mappings have the same entries in another order, that is a difference too, because the order of a vocabulary
+    numbers the modalities.
+    """
     if not (isinstance(was, Mapping) and isinstance(now, Mapping)):
         return [] if was == now else [f"{key}: {_shown(was)} -> {_shown(now)}"]
     lines = []
@@ -95,11 +99,11 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: its chain of 'base' files comes back to itself")
     values = _mapping(path)
     base = values.pop("base", None)
-    values = migrated_config(values, path, unnumbered=SCHEMA)  # what somebody writes by hand is of today's
+    values = migrated_config(values, path, unnumbered=SCHEMA)  # written by hand, so in the current schema
     if base is None:
         return values
     if not isinstance(base, str):
-        raise UserError(f"{path}: base: {base!r} is no path of a file")
+        raise UserError(f"{path}: base: {base!r} is not the path of a file")
     return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
 
 
@@ -120,12 +124,12 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice; PyYAML keeps the last one and says nothing."""
+    """A loader that refuses a mapping with the same key twice. PyYAML itself silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):  # a list or a mapping as a key, which PyYAML refuses itself
+            if not isinstance(key, yaml.ScalarNode):  # PyYAML itself refuses a list or a mapping as a key
                 continue
             if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
                 raise yaml.constructor.ConstructorError(
@@ -184,7 +188,7 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """Field names of the section that holds the unknown key at `location`."""
+    """Names of the keys of the section that holds the unknown key at `location`."""
     section: Any = RunConfig
     for part in location[:-1]:
         if isinstance(part, str) and part in section.model_fields:
@@ -196,7 +200,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
 
 
 def _arguments(annotation: Any) -> list[Any]:
-    """Every type inside an annotation such as dict[str, tuple[SourceConfig, ...]]."""
+    """All types inside an annotation such as dict[str, tuple[SourceConfig, ...]]."""
     found = []
     for argument in getattr(annotation, "__args__", ()):
         found += [argument, *_arguments(argument)]

@@ -1,12 +1,11 @@
-"""The number of the form that configs and checkpoints are saved in, and how earlier forms become today's.
+"""The schema number of saved configs and checkpoints, and how those of earlier schemas are read today.
 
-What a run saves of itself carries `schema`: its config.yaml, each checkpoint's train_state.json, and what
-tools/export_model.py writes. Without it, it is of schema 1. Whoever reads one of these goes through `migrated_config`
-or `migrated_state`, so the rest of the code knows today's form only.
+Everything that a run saves carries the number `schema`: its config.yaml, the train_state.json of each checkpoint, and
+what tools/export_model.py writes. A file without the number has schema 1. Code that reads one of these files calls
+`migrated_config` or `migrated_state`, so that the rest of the code knows only the current schema.
 
-A new key needs no entry here where its default does what the code did before: it takes the default. Raise SCHEMA and
-add an entry where a key is renamed or removed, where its default differs from what was done before, or where a value
-that was accepted is now refused.
+A new key needs no entry here if its default does what the code did before. Raise SCHEMA and add an entry if a key is
+renamed or removed, if its default differs from what was done before, or if a value that was accepted is now refused.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ Values = dict[str, Any]
 
 
 def migrated_config(values: Mapping[str, Any], where: object, unnumbered: int = 1) -> Values:
-    """A saved config in today's form, without its number; `values` stay as they are. `unnumbered` is the schema of one
-    that has none: a file that somebody wrote by hand is of today's. Any part of the config may be missing.
+    """The config of `values` in the current schema, without its number. `values` is not changed.
 
-    Raises UserError, which names `where`, for a schema that this version does not know.
+    `unnumbered` is the schema of a config that has no number: a file that somebody wrote by hand has the current one.
+    Any part of the config may be missing. Raises UserError, which names `where`, for a schema that this version does
+    not know.
     """
     migrated = copy.deepcopy(dict(values))
     for step in range(_number(migrated, where, unnumbered), SCHEMA):
@@ -35,7 +35,8 @@ def migrated_config(values: Mapping[str, Any], where: object, unnumbered: int = 
 
 
 def migrated_state(values: Mapping[str, Any], where: object) -> Values:
-    """A checkpoint's train state in today's form, its config included. Raises UserError as `migrated_config`."""
+    """The train state of a checkpoint, with its config, in the current schema. Raises UserError as `migrated_config`
+    does."""
     migrated = dict(values)
     number = _number(migrated, where, 1)
     if isinstance(migrated.get("config"), Mapping):
@@ -58,7 +59,7 @@ def _number(values: Values, where: object, unnumbered: int) -> int:
 
 
 def _without_effect_left_out(values: Values) -> Values:
-    """Schema 1 accepted settings that nothing ever read. They are refused now, and mean what their absence means."""
+    """Removes settings that schema 1 accepted although nothing ever read them, and that are refused now."""
     model, objective, data = (values.get(key) or {} for key in ("model", "objective", "data"))
     for key in ("rope_base",) if model.get("architecture", "mamba") == "mamba" else ("state", "conv", "expand"):
         model.pop(key, None)
@@ -86,4 +87,4 @@ def _without_effect_left_out(values: Values) -> Values:
 
 
 _CONFIGS: dict[int, Callable[[Values], Values]] = {1: _without_effect_left_out}
-"""Schema -> what makes a config of it one of the next schema."""
+"""For each earlier schema, the function that turns a config of it into one of the next schema."""

@@ -1,4 +1,4 @@
-"""The sections of a config that say what the model is: its blocks, its routing, its losses."""
+"""The sections of a config that describe the model: its blocks, its routing and its losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_fo
 
 
 PROJECTIONS: tuple[Part, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
-"""What the paper decouples: Mixture-of-Mamba is Mamba with all four of them by modality."""
+"""The parts that the paper decouples. Mixture-of-Mamba is a Mamba that has all four of them once per modality."""
 
 
 _PARTS: dict[str, tuple[Part, ...]] = {
@@ -33,41 +33,46 @@ _ONLY: dict[str, tuple[str, ...]] = {
 
 
 QUARTERS = 4
-"""Parts that a validation divides the timesteps of diffusion into: t0 has the least noise, t3 the most."""
+"""Number of parts that validation divides the diffusion timesteps into: t0 has the least noise and t3 the most."""
 
 
 class ModelConfig(Section):
+    """The blocks of the model and which of their parts each modality has for itself."""
+
     architecture: Literal["mamba", "transformer"] = "mamba"
-    """Which block: Mamba-1, or attention (RoPE) with a SwiGLU feed-forward."""
+    """Kind of block: `mamba` is Mamba-1; `transformer` is attention with rotary positions (RoPE) and a SwiGLU
+    feed-forward."""
     dim: PositiveInt
-    """Width of the residual stream. Mamba's inner width is `expand` times this."""
+    """Width of the residual stream. The inner width of a Mamba block is `expand` times this."""
     layers: PositiveInt
-    """A layer is two Mamba blocks, as in the published model, or one Transformer block."""
+    """Number of layers. A layer is two Mamba blocks, as in the published model, or one Transformer block."""
     decoupled: tuple[Part, ...]
-    """Parts with weights of their own for each modality. Mixture-of-Mamba: all four *_proj; dense: []. Transformer:
-    attention, feed_forward and norm together make the Mixture-of-Transformers. `norm` gives Mamba per-modality norms
-    as well."""
+    """Parts of a block that have separate weights for each modality. All four `*_proj` make the Mixture-of-Mamba, and
+    [] makes a dense model. In a Transformer, attention, feed_forward and norm together make the
+    Mixture-of-Transformers. A Mamba may have `norm` as well."""
     router: Literal["rule", "learned"] = "rule"
-    """Who chooses a decoupled projection's matrix: the token's modality, or a learned top-1 router per projection."""
+    """What chooses the matrix of a decoupled projection for a token. With `rule`, the token's modality does, and with
+    more than one expert a learned top-1 router chooses among those of the modality. With `learned`, a learned top-1
+    router chooses among all."""
     experts: PositiveInt = 1
-    """Matrices per modality. More than one makes a mixture of experts inside each modality (`rule`), or a larger pool
-    (`learned`)."""
+    """Number of matrices per modality in each decoupled projection. More than one makes a mixture of experts inside
+    each modality (`router: rule`) or a larger pool of experts for all tokens (`router: learned`)."""
     heads: PositiveInt | None = None
-    """Attention heads (Transformer only); must divide `dim`."""
+    """Number of attention heads (Transformer only). `dim / heads` must be an even number."""
     rope_base: float = Field(default=10000.0, gt=1)
     """Base of the rotary position embedding (Transformer only)."""
     state: PositiveInt = 16
-    """N, the size of each channel's state."""
+    """N, the size of the state of each channel (Mamba only)."""
     conv: PositiveInt = 4
-    """Taps of the causal convolution."""
+    """Number of taps of the causal convolution (Mamba only)."""
     expand: PositiveInt = 2
-    """Inner width over `dim`."""
+    """Inner width of a block as a multiple of `dim` (Mamba only)."""
     dt_rank: PositiveInt | None = None
-    """Rank of the time-step projection; ceil(dim / 16) by default."""
+    """Rank of the time-step projection (Mamba only). null stands for ceil(dim / 16)."""
     norm_eps: float = Field(default=1e-5, gt=0, lt=1)
-    """Added to the mean square in RMSNorm."""
+    """Number that RMSNorm adds to the mean square before it takes the root."""
     identical_modalities: bool = False
-    """Start every modality from the same weights instead of independent draws."""
+    """Start every modality from the same weights. Otherwise the weights of each are drawn independently."""
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -79,8 +84,8 @@ class ModelConfig(Section):
                 raise UserError(f"decoupled names '{part}' twice")
         if (self.router != "rule" or self.experts > 1) and not {*self.decoupled} - {"norm"}:
             raise UserError(
-                f"router={self.router}, experts={self.experts}: there is nothing to choose between, for no part but "
-                "norms is decoupled; name parts in model.decoupled, or leave router and experts out"
+                f"router={self.router}, experts={self.experts}: there is nothing to choose between, because no part "
+                "but norms is decoupled; name parts in model.decoupled, or leave router and experts out"
             )
         if self.architecture == "transformer" and (self.heads is None or self.dim % (2 * self.heads)):
             raise UserError(f"a transformer needs heads such that dim / heads is even (dim {self.dim})")
@@ -92,6 +97,7 @@ class ModelConfig(Section):
 
     @property
     def blocks(self) -> int:
+        """Number of blocks in the model."""
         return self.layers if self.architecture == "transformer" else 2 * self.layers
 
     @property
@@ -101,48 +107,57 @@ class ModelConfig(Section):
 
     @property
     def inner(self) -> int:
+        """Inner width of a Mamba block."""
         return self.expand * self.dim
 
     @property
     def rank(self) -> int:
+        """Rank of the time-step projection: `dt_rank`, or by default ceil(dim / 16)."""
         return self.dt_rank or -(-self.dim // 16)
 
 
 class DiffusionConfig(Section):
-    """The image loss of Transfusion: denoising of latent patches (DDPM)."""
+    """The image loss of Transfusion, which denoises latent patches (DDPM)."""
 
     patch_width: PositiveInt
-    """Values of a patch: latent channels x patch side squared, as the shards' `latent_width`."""
+    """Number of values in a patch: latent channels x patch side squared. It must equal the `latent_width` of the
+    shards."""
     weight: float = Field(5.0, ge=0)
-    """Lambda in LM + lambda * DDPM. 5 is recovered from Table 4: (overall - text) / image in all nine rows."""
+    """Weight lambda of the image loss in LM + lambda * DDPM. The paper does not state it; all nine rows of its Table 4
+    give (overall - text) / image = 5."""
     steps: PositiveInt = 1000
-    """T, diffusion steps of the cosine schedule."""
+    """T, the number of diffusion steps of the cosine schedule."""
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
-    """What the model predicts: the noise (the paper), v, or the velocity of a rectified flow."""
+    """What the model predicts: `epsilon` is the noise, as in the paper; `v` is the v-prediction; `flow` is the velocity
+    of a rectified flow."""
     noise_limit: PositiveInt | None = None
-    """Largest timestep (exclusive) for a picture that precedes text in its document; null, as the paper is silent."""
+    """Timesteps below this one are drawn for a picture that has text after it in its document. null sets no limit; the
+    paper mentions none."""
     condition_dropout: float = Field(0.0, ge=0, le=1)
-    """Share of pictures whose preceding text and codes are replaced by <null>, for classifier-free guidance. Special
-    tokens and earlier pictures stay."""
+    """Share of pictures whose preceding text and codes are replaced by <null>, so that the model learns to be sampled
+    with classifier-free guidance. Special tokens and earlier pictures stay."""
     latent_scale: float | None = Field(None, gt=0)
-    """Latents are multiplied by this (a VAE's scaling_factor); null takes the shards', which is 1 where they record
-    none."""
+    """Number that latents are multiplied by (the scaling_factor of a VAE). null takes the number that the shards
+    record, or 1 if they record none."""
     latent_shift: float | None = None
-    """Subtracted from the latents before scaling; null takes the shards', which is 0 where they record none."""
+    """Number that is subtracted from latents before they are scaled. null takes the number that the shards record, or 0
+    if they record none."""
 
     @model_validator(mode="after")
     def _fits(self) -> DiffusionConfig:
         if self.steps < QUARTERS:
-            raise UserError(f"steps={self.steps}: at least {QUARTERS}, for losses are told by quarter of the timesteps")
+            raise UserError(f"steps={self.steps}: at least {QUARTERS}, as losses are logged by quarter of timesteps")
         if self.noise_limit is not None and self.noise_limit > self.steps:
             raise UserError(f"noise_limit={self.noise_limit} is above steps={self.steps}, so it limits nothing")
         return self
 
 
 class ObjectiveConfig(Section):
+    """The losses that are added to the cross-entropy of the next token."""
+
     load_balance: float = Field(default=0.01, ge=0)
-    """Weight of the routers' load-balance loss, where there are routers."""
+    """Weight of the load-balance loss of the learned routers. It has no effect in a model that has no router."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared log-normaliser of the softmax, averaged over targets."""
+    """Weight of the z-loss: the squared log-normaliser of the softmax, averaged over targets."""
     diffusion: DiffusionConfig | None = None
-    """Continuous pictures (Transfusion). Without it every modality is discrete (Chameleon)."""
+    """Settings of continuous pictures (Transfusion). null makes every modality discrete (Chameleon)."""

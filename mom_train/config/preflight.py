@@ -1,7 +1,7 @@
-"""What can be known to be wrong before torch is imported, which takes seconds: places that are not there.
+"""Checks made before torch is imported, which takes seconds: whether the files and folders of a config are there.
 
-The config's own mistakes are found by `mom_train.config.files.load_config`; here is what the disk says. Places at URLs
-are asked when they are needed. Everything that is wrong is said at once, in one UserError.
+Mistakes in the config itself are found by `mom_train.config.files.load_config`. URLs are not checked here but opened
+when they are needed. All problems are reported at once, in one UserError.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 def check_places(config: RunConfig, ranks: int | None = None) -> None:
-    """Raises UserError where a run cannot begin: token shards that are missing or do not fit the vocabulary, raw
-    documents, tokenizers or weights that are not there, folders that cannot be written, a batch that `ranks` ranks
-    cannot share."""
+    """Raises UserError if a run cannot begin: because token shards are missing or do not fit the vocabulary, because
+    raw documents, tokenizers or weights are not there, because a folder cannot be written, or because `ranks` ranks
+    cannot share a batch."""
     problems: list[str] = []
     sources = [*config.data.train, *chain(*config.data.validation.values())]
     datasets = {
@@ -49,13 +49,13 @@ def check_places(config: RunConfig, ranks: int | None = None) -> None:
     of_this_rank = bool(problems)
     if ranks is not None:
         attempt(problems, lambda: config.accumulation(ranks))
-    if problems and not of_this_rank:  # told from the config and the number of ranks, which all ranks have alike
+    if problems and not of_this_rank:  # the config and the number of ranks are the same on all ranks
         raise AgreedError(problems[0])
     say(problems)
 
 
 def check_run(run: str | Path) -> None:
-    """Raises UserError where there is no run with a checkpoint: a folder of a run, or one step's folder in it."""
+    """Raises UserError if `run` is neither the folder of a run with checkpoints nor the folder of one checkpoint."""
     if not is_local(run):
         return
     path = Path(run)
@@ -65,11 +65,11 @@ def check_run(run: str | Path) -> None:
         return
     where = read_saved(path).get("checkpoint", {}).get("path") or path
     if is_local(where) and not (Path(where) / "checkpoints").is_dir():
-        raise UserError(f"{where}: no checkpoints there, so it is no run's folder, or of a run that has saved none yet")
+        raise UserError(f"{where}: no checkpoints there. It is not the folder of a run, or the run has saved none yet")
 
 
 def check_datasets(places: Iterable[str]) -> None:
-    """Raises UserError where one of these folders holds no whole set of token shards."""
+    """Raises UserError if one of these folders does not hold a complete set of token shards."""
     problems: list[str] = []
     for place in places:
         if is_local(place):
@@ -78,26 +78,27 @@ def check_datasets(places: Iterable[str]) -> None:
 
 
 def check_there(option: str, place: Path | None) -> None:
-    """Raises UserError where the file or folder that `option` names is not there."""
+    """Raises UserError if the file or folder that `option` names is not there."""
     if place is not None and is_local(place) and not place.exists():
         raise UserError(f"{option} {place}: nothing there")
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Raises UserError where `folder` is not there and cannot be made, or cannot be written in; makes nothing."""
+    """Raises UserError if `folder` cannot be written in, or if it is not there and cannot be made. Makes nothing."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise UserError(f"{key}: {folder} cannot be a folder, for {there} is a file")
+        raise UserError(f"{key}: {folder} cannot be a folder, because {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{key}: {folder} cannot be written: no permission in {there}, or it is read-only")
 
 
 def is_local(place: str | Path) -> bool:
+    """Whether `place` is a path and not a URL."""
     return "://" not in str(place)
 
 
 def attempt(problems: list[str], check: Callable[[], T]) -> T | None:
-    """What `check` returns; where it raises a UserError, None, and its message is one of the `problems`."""
+    """Returns what `check` returns. If it raises a UserError, adds the message to `problems` and returns None."""
     try:
         return check()
     except UserError as error:
@@ -107,5 +108,6 @@ def attempt(problems: list[str], check: Callable[[], T]) -> T | None:
 
 
 def say(problems: list[str]) -> None:
+    """Raises one UserError that lists all `problems`, if there are any."""
     if problems:
         raise UserError("\n  ".join([problems[0], *problems[1:]]))

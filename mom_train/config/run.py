@@ -1,4 +1,4 @@
-"""A whole run: every section and key with its type, default and meaning. Impossible values are errors."""
+"""The config of a whole run: every section and key with its type, default and meaning, and what values it refuses."""
 
 from __future__ import annotations
 
@@ -32,174 +32,195 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
+    """AdamW, its learning rate over the run, and gradient clipping."""
+
     learning_rate: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     warmup: int = Field(0, ge=0)
-    """Steps of linear warm-up."""
+    """Number of steps over which the learning rate rises linearly to its peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Decay after the warm-up."""
+    """How the learning rate goes on after the warm-up: it falls along a cosine, or it stays at its peak."""
     final_fraction: float = Field(0.1, ge=0, le=1)
-    """Learning rate of the last step, as a fraction of the peak (cosine)."""
+    """Learning rate of the last step as a fraction of the peak (cosine schedule only)."""
     weight_decay: float = Field(0.1, ge=0)
-    """On matrices only: not on norms, biases, A_log and D."""
+    """AdamW's weight decay. It applies to matrices only, not to norms, biases, A_log and D."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay of AdamW's two moments."""
+    """Decay rates of AdamW's two moments."""
     eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon. Without it, an id that no row has held yet would become NaN (0 / 0)."""
+    """AdamW's epsilon. Without it, the embedding of an id that has not occurred yet would become NaN (0 / 0)."""
     clip: float = Field(1.0, gt=0)
-    """Largest norm of the whole gradient."""
+    """Largest norm of the gradient of the whole model. A gradient with a larger norm is scaled down to it."""
 
 
 class TrainingConfig(Section):
+    """How long the run trains, on how much at a time, and with which numerics."""
+
     steps: PositiveInt
-    """Optimiser steps of the whole run (what the schedule counts to)."""
+    """Number of optimiser steps of the whole run. The learning-rate schedule ends with the last of them."""
     batch: PositiveInt
-    """Sequences per optimiser step, over all ranks."""
+    """Number of sequences per optimiser step, over all ranks together."""
     micro_batch: PositiveInt
-    """Sequences per rank and forward pass; the rest of `batch` is accumulated."""
+    """Number of sequences per rank in one forward pass. Gradients are added up over passes until `batch` is reached."""
     stop_at: PositiveInt | None = None
-    """Checkpoint and end cleanly after this step, to carry on another time."""
+    """Step after which the run writes a checkpoint and ends cleanly, to be continued another time."""
     time_limit: float | None = Field(None, gt=0)
-    """Seconds after which the run checkpoints and ends as if it were preempted: a little less than the job's."""
+    """Seconds after which the run writes a checkpoint and ends as if it were preempted. Set it a little below the time
+    limit of the job."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the matrix products (autocast). Parameters, norms, scan, time steps and losses are fp32 in any case."""
+    """Precision of the matrix products (autocast). Parameters, norms, the scan, its time steps and the losses are
+    always fp32."""
     activation_checkpointing: Recompute = False
-    """Recompute each block in the backward pass instead of keeping its activations: true, all of it; selective, all but
-    what is dear (large products, scan, attention), at little cost in time."""
+    """Whether the backward pass recomputes each block to save memory instead of keeping its activations. `true`
+    recomputes all of the block. `selective` keeps the results that are expensive to recompute (large matrix products,
+    scan, attention), so it costs little time."""
     compile: bool = False
-    """torch.compile each block."""
+    """Whether to compile each block with torch.compile."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Keep an exponential moving average of the weights with this decay, such as 0.999."""
+    """Decay of an exponential moving average of the weights, such as 0.999. null keeps no average."""
 
 
 class ValidationConfig(Section):
+    """When the validation sets of `data.validation` are evaluated, and how much of them."""
+
     every: PositiveInt | None = None
-    """Steps between validations; one always follows the last step. Nothing by default but that one."""
+    """Number of steps between validations. There is always one after the last step; null leaves only that one."""
     sequences: PositiveInt | None = 64
-    """Most sequences of each set, the same ones each time: the first of one pass over its documents. A set of fewer is
-    taken whole, each document once. null: every set whole."""
+    """Largest number of sequences taken from each set. They are the same every time: the first ones of one pass over
+    its documents. A smaller set is taken whole, each document once. null takes every set whole."""
     ema: bool = False
-    """Validate, and sample from, the averaged weights (training.ema_decay) in place of those being trained."""
+    """Whether validation and sampling use the averaged weights (training.ema_decay) instead of the trained ones."""
 
 
 class PromptConfig(Section):
     """What a sampled document begins with."""
 
     text: str = ""
-    """Text after the document's opening token."""
+    """Text that follows the token that opens the document."""
     start: Name | None = None
-    """A modality whose span is opened after the text: the model fills it."""
+    """Name of a modality whose span is opened after the text, so that the model fills it."""
 
 
 class SamplingConfig(Section):
-    """Documents that the model writes while it trains, to look at and listen to: RUN/samples/step-N and TensorBoard.
-    Rank 0 holds the whole model once more for it, and the other ranks wait. Needs `tokenizers`."""
+    """Documents that the model writes while it trains, to look at and listen to in RUN/samples/step-N and TensorBoard.
+    For this, rank 0 holds the whole model a second time while the other ranks wait. It needs `tokenizers`."""
 
     every: PositiveInt | None = None
-    """Steps between samples; they also follow the last step. null: none at all."""
+    """Number of steps between samples. They are also written after the last step. null writes none at all."""
     prompts: tuple[PromptConfig, ...] = (PromptConfig(),)
-    """One document each, with the same random draws every time."""
+    """The beginnings of the documents. One document is written from each, with the same random draws every time."""
     max_tokens: PositiveInt = 128
-    """Positions of a document, the prompt's included. A picture or recording that has begun is finished."""
+    """Largest number of positions in a document, including its prompt. A picture or recording that has begun is
+    finished."""
     temperature: float = Field(default=0.9, ge=0)
-    """0 takes the likeliest id."""
+    """Temperature that the logits are divided by. 0 always takes the most likely id."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    """Ids are drawn from the likeliest ones that together have this probability."""
+    """Nucleus sampling: ids are drawn from the most likely ones that together have this probability."""
     denoising_steps: PositiveInt = 25
-    """Of a continuous picture."""
+    """Number of denoising steps for a continuous picture."""
     guidance: float = Field(default=1.0, ge=0)
-    """Classifier-free guidance of continuous pictures (needs objective.diffusion.condition_dropout); 1 is none."""
+    """Strength of the classifier-free guidance of continuous pictures, which needs
+    objective.diffusion.condition_dropout. 1 means no guidance."""
     seconds: float = Field(default=120.0, gt=0)
-    """No further document is begun once so many have passed."""
+    """Number of seconds after which no further document is begun."""
 
 
 class WandbConfig(Section):
-    """Weights & Biases beside metrics.jsonl and TensorBoard; needs `pip install wandb`."""
+    """Logging to Weights & Biases in addition to metrics.jsonl and TensorBoard. It needs `pip install wandb`."""
 
     project: Name
     """Name of the project."""
     entity: Name | None = None
-    """Account or team; null: the login's own."""
+    """Account or team that owns the project. null takes the account that is logged in."""
     name: Name | None = None
-    """Of the run; null: the run_dir's."""
+    """Name of the run there. null takes the name of the run_dir."""
     group: Name | None = None
-    """Runs that belong together, such as the seeds of one experiment."""
+    """Name of a group of runs that belong together, such as the seeds of one experiment."""
     tags: tuple[Name, ...] = ()
-    """Words to find the run by."""
+    """Words by which the run can be found."""
     mode: Literal["online", "offline"] = "online"
-    """`offline` keeps everything in RUN/wandb, for `wandb sync` later: compute nodes often have no network."""
+    """`online` sends everything as it is logged. `offline` keeps it in RUN/wandb to be sent later with `wandb sync`,
+    because compute nodes often have no network."""
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are written, where, and how many are kept."""
+
     every: PositiveInt | None = None
-    """Steps between checkpoints; one always follows the last step."""
+    """Number of steps between checkpoints. There is always one after the last step."""
     seconds: float | None = Field(default=None, gt=0)
-    """Seconds between checkpoints, besides those by steps."""
+    """Number of seconds between checkpoints, in addition to those made every so many steps."""
     keep: PositiveInt = 2
-    """The newest so many are kept; older ones are deleted."""
+    """Number of newest checkpoints that are kept. Older ones are deleted."""
     keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this divides are made, and kept for good."""
+    """A checkpoint is made at every step that this number divides, and it is never deleted."""
     max_failures: PositiveInt = 3
-    """A checkpoint that cannot be written is reported and training goes on; so many in a row end the run."""
+    """Number of failures in a row that end the run. After fewer, the failure to write a checkpoint is only reported and
+    training continues."""
     best: Name | None = None
-    """A validation figure, such as val/demo/loss/total: whenever it is lower than ever before, a checkpoint is made,
-    which BEST then names and which is kept beside the newest ones until a better one comes."""
+    """Name of a validation figure, such as val/demo/loss/total. Whenever it is lower than ever before, a checkpoint is
+    made. The file BEST names it, and it is kept in addition to the newest ones until a better one is made."""
     path: Name | None = None
-    """Where checkpoints and LATEST go instead of the run_dir: a folder, or a URL such as s3://bucket/run."""
+    """Folder or URL, such as s3://bucket/run, that checkpoints and the file LATEST are written to instead of the
+    run_dir."""
 
 
 class AnomalyConfig(Section):
-    """Steps that go bad: skipped; too many in a row, and the run goes back to its last checkpoint and leaves that data
-    out; and when that does not help, it ends with incident.json."""
+    """What happens at a bad step, one whose loss or gradient is not finite or far too large. Its update is skipped.
+    After too many in a row, the run goes back to its last checkpoint and leaves out the data of these steps. If that
+    does not help, the run ends and writes incident.json."""
 
     loss_spike: float | None = Field(default=None, gt=1)
-    """Skip a step whose loss exceeds this many times the median of the last good steps; null: only one that is not
-    finite."""
+    """A step is bad if its loss exceeds this many times the median loss of the last good steps. null makes it bad only
+    if its loss is not finite."""
     grad_norm_spike: float | None = Field(default=None, gt=1)
-    """The same for the norm of the gradient before clipping."""
+    """The same as `loss_spike`, for the norm of the gradient before clipping."""
     window: int = Field(default=64, ge=16)
-    """Good steps that the medians are of."""
+    """Number of last good steps that the medians are taken over."""
     skips: PositiveInt = 5
-    """Bad steps in a row before the run goes back."""
+    """Number of bad steps in a row after which the run goes back to its last checkpoint."""
     rollbacks: int = Field(default=2, ge=0)
-    """How often it goes back before it ends."""
+    """Number of times that the run may go back. After that, it ends instead."""
 
 
 class ParallelConfig(Section):
-    """How ranks share the work. Nothing here changes the result."""
+    """How ranks share the work. No key here changes the result."""
 
     shard_ranks: PositiveInt | None = None
-    """Ranks that share one copy of the model (HSDP): those of a node, where its links are much faster than the
-    network. null: all of them."""
+    """Number of ranks that share one copy of the model (HSDP). Choose the number of ranks of a node if the links inside
+    a node are much faster than the network. null lets all ranks share one copy."""
     context_ranks: PositiveInt = 1
-    """Ranks that share each row, for rows too long for one: each has one slice of the positions, and the scan's state
-    goes from slice to slice (Mamba only)."""
+    """Number of ranks that share each row, for rows that are too long for one rank. Each rank has one slice of the
+    positions, and the state of the scan is passed from slice to slice (Mamba only)."""
     cpu_offload: bool = False
-    """Keep sharded parameters, gradients and optimiser state in host memory."""
+    """Whether to keep sharded parameters, gradients and optimiser state in host memory."""
     first_step_timeout: float = Field(default=1800, gt=0, le=_YEAR)
-    """Seconds that a collective may take until the first step is done: compilation, cold caches and file systems."""
+    """Seconds that a collective operation may take before the first step is done, while code is compiled and caches
+    and file systems are cold."""
     timeout: float = Field(default=600, gt=0, le=_YEAR)
-    """The same from then on. A rank that hangs ends the run after it; the stacks of all ranks are in RUN/stacks."""
+    """Seconds that a collective operation may take after the first step. If a rank hangs for longer, the run ends, and
+    the stacks of all ranks are in RUN/stacks."""
     dry_run: bool | None = None
-    """Before the first step, one pass over a full batch that is not trained on, so that memory that does not suffice
-    shows at once. null: on GPUs."""
+    """Whether to make one pass over a full batch before the first step, without training on it, so that too little
+    memory shows at once. null does so on GPUs only."""
 
 
 class RunConfig(Section):
     """One training run."""
 
     run_dir: Path
-    """Where everything of the run goes. A run that has a checkpoint there carries on from it."""
+    """Folder that everything of the run is written to. If it holds a checkpoint, the run continues from it."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the initial weights and the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     vocabulary: dict[str, PositiveInt] | Path
-    """Number of ids of each modality, text first; this order numbers the modalities. Or a layout.json, as
-    tools/map_vocabulary.py writes it, where codes live inside an existing text vocabulary."""
+    """Number of ids of each modality, text first; this order numbers the modalities. If the codes lie inside an
+    existing text vocabulary, it is the path of the layout.json that tools/map_vocabulary.py wrote."""
     tokenizers: Path | None = None
-    """tokenizers.yaml of the tokenizers meant for this run: their fingerprints must be the shards'."""
+    """Path of the tokenizers.yaml that lists the tokenizers of this run. Their fingerprints must equal those recorded
+    in the token shards."""
     init_from: Path | None = None
-    """Weights to start from: another run, or safetensors of ours or of a published Mamba-1. A dense model's weights
-    fill every modality of a mixture (upcycling). What the source holds or says and this model is not, is an error."""
+    """Weights to start from: another run, or safetensors that were exported from a run or that belong to a published
+    Mamba-1. The weights of a dense model are copied to every modality of a mixture (upcycling). Weights or settings of
+    the source that do not fit this model are an error."""
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
@@ -211,13 +232,13 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     sampling: SamplingConfig = SamplingConfig()
     wandb: WandbConfig | None = None
-    """Weights & Biases besides; null: not used."""
+    """Logging to Weights & Biases. null does without it."""
     log_every: PositiveInt = 1
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between lines of metrics.jsonl."""
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        _ = self.layout  # raises where it cannot be
+        _ = self.layout  # raises an error if the vocabulary cannot be laid out
         training = self.training
         if self.optimizer.warmup >= training.steps:
             raise UserError(
@@ -242,7 +263,7 @@ class RunConfig(Section):
 
     @property
     def figures(self) -> list[str]:
-        """Names of what a validation can find; a modality that a set has no targets of is missing there."""
+        """Names of the figures that validation can report. A set that has no targets of a modality lacks its loss."""
         names = [f"loss/{m}" for m in ("total", *self.layout.modalities)]
         names += ["bits_per_byte/text"] if self.tokenizers is not None else []
         names += [f"mse/t{q}" for q in range(QUARTERS)] if self.objective.diffusion is not None else []
@@ -305,7 +326,8 @@ class RunConfig(Section):
             )
 
     def check_guidance(self, guidance: float) -> None:
-        """Raises UserError for guidance of a model that has learned no unconditional side, here or where it started."""
+        """Raises UserError if guidance is asked of a model that has not learned to denoise without its condition,
+        neither in this run nor, as far as can be known here, in the one that it started from."""
         diffusion = self.objective.diffusion
         if guidance != 1 and (diffusion is None or not (diffusion.condition_dropout or self.init_from)):
             raise UserError(
@@ -315,15 +337,15 @@ class RunConfig(Section):
 
     @cached_property
     def layout(self) -> VocabLayout:
-        """Where each modality's ids lie. Raises ValueError where the vocabulary cannot be laid out."""
+        """Where the ids of each modality lie. Raises ValueError if the vocabulary cannot be laid out."""
         return VocabLayout.of(self.vocabulary)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per rank and step. Raises ValueError when the batch cannot be dealt evenly."""
+        """Number of micro-batches per rank and step. Raises UserError if the batch cannot be divided evenly."""
         context = self.parallel.context_ranks
         if world_size % context:
             raise UserError(f"parallel.context_ranks={context} does not divide the {world_size} ranks")
-        rows = world_size // context  # as many ranks hold different rows
+        rows = world_size // context  # this many groups of ranks hold different rows
         per_pass = self.training.micro_batch * rows
         if self.training.batch % per_pass:
             shared = f" / parallel.context_ranks ({world_size} / {context})" if context > 1 else ""
@@ -334,8 +356,9 @@ class RunConfig(Section):
         return self.training.batch // per_pass
 
     def to_dict(self) -> dict[str, Any]:
-        """Its values as JSON has them, behind the number of their schema: what runs and checkpoints keep of it."""
+        """The config as JSON values, preceded by the number of their schema. Runs and checkpoints keep this."""
         return {"schema": SCHEMA, **self.model_dump(mode="json")}
 
     def to_yaml(self) -> str:
+        """The same as `to_dict`, as the text of a YAML file."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

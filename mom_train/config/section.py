@@ -1,4 +1,4 @@
-"""The base of every section of a config: which values no key takes, and how paths are read."""
+"""The base class of all sections of a config: which values no key accepts, and how paths are read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pydantic import (
 from mom_tokenizers.errors import UserError
 
 PATH_KEYS = ("path", "raw")
-"""Keys whose text names a place: a path, a URL, and in `raw` a glob as well. So does every value of type Path."""
+"""Keys whose text names a place: a path or a URL, and in `raw` also a glob. Values of type Path name places too."""
 
 
 Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """Numbers are finite everywhere, and each has the bounds outside of which nothing could come of it."""
+    """A section of a config. Unknown keys and numbers that are not finite are errors, and values cannot be changed."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -38,19 +38,18 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic reads true as 1, and an empty path as the working directory; nobody means that."""
+        """Refuses booleans as numbers and an empty path, which Pydantic would read as 1, 0 and the working folder."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         kinds = {annotation, *get_args(annotation)}
         within = value if isinstance(value, list | tuple) else [value]
-        if isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds):  # not a section's
+        if isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds):  # a mapping, not a section
             within = list(value.values())
         if bool not in kinds and any(isinstance(v, bool) for v in within):
-            raise UserError("true and false are no value of this key")
+            raise UserError("true and false are no values of this key")
         if Path in kinds and value == "":
             raise UserError("the path is empty")
-        if (
-            Path in kinds or str(info.field_name) in PATH_KEYS
-        ):  # a shell expands ~ at the start of a word only, and YAML never
+        # The user's folder ~ is expanded here, because a shell does so only at the start of a word, and YAML never.
+        if Path in kinds or str(info.field_name) in PATH_KEYS:
             if isinstance(value, list | tuple):
                 return [os.path.expanduser(v) if isinstance(v, str) else v for v in value]
             return os.path.expanduser(value) if isinstance(value, str) else value

@@ -204,7 +204,7 @@ def test_every_figure_that_a_validation_can_find_may_be_the_best(minimal):
     [
         ("steps: 1\nsteps: 2\n", "found the key 'steps' twice"),
         ("a: {b: 1, b: 2}\n", "found the key 'b' twice"),
-        ("base: 5\n", "base: 5 is no path"),
+        ("base: 5\n", "base: 5 is not the path of a file"),
         ("- a\n", "expected a mapping"),
         ("a: [\n", "not valid YAML"),
         ("schema: 99\n", "has schema 99; this version .* reads schemas up to"),

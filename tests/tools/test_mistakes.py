@@ -10,7 +10,7 @@ MISTAKES = [
     ("mom_train.__main__", "c.yaml", "nowhere: no manifest.json"),
     ("mom_train.__main__", "c.yaml tokenizers=t.yaml", "t.yaml: no such file"),
     ("mom_train.__main__", "c.yaml init_from=weights", "weights: nothing there (init_from)"),
-    ("mom_train.__main__", "c.yaml run_dir=file/run", "run_dir: file/run cannot be a folder, for"),
+    ("mom_train.__main__", "c.yaml run_dir=file/run", "run_dir: file/run cannot be a folder, because"),
     ("mom_train.__main__", "c.yaml data.train=[{raw:[docs]}] tokenizers=t.yaml", "docs: no raw documents there"),
     ("torchrun_launch.__main__", "local c.yaml", "nowhere: no manifest.json"),
     ("torchrun_launch.__main__", "local --nproc-per-node 3 c.yaml", "training.batch (4) must be a multiple"),

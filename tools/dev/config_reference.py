@@ -1,7 +1,7 @@
-"""docs/reference/configuration.md, made from the schema that every config is checked against.
+"""Writes docs/reference/configuration.md from the schema that every config is checked against.
 
-python tools/dev/config_reference.py            # writes it
-python tools/dev/config_reference.py --check    # exit code 2 where it is not up to date
+python tools/dev/config_reference.py            # writes the page
+python tools/dev/config_reference.py --check    # exits with code 2 if the page is not up to date
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ OUT = Path(__file__).parents[2] / "docs/reference/configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-Every key of a run's config, as `configs/*.yaml` and the command line (`key.subkey=value`) take it. Made from
-`mom_train/config` by `python tools/dev/config_reference.py`; change it there. An unknown key, a wrong type or an
-impossible value is an error that says where and what would be right.
+This page lists every key of the config of a run. The files `configs/*.yaml` set these keys, and so does the command
+line (`key.subkey=value`). An unknown key, a wrong type or an impossible value is an error that says where it is and
+what would be right.
 
-A file may begin with `base: other.yaml`, relative to itself: mappings merge, everything else replaces what the base
-says. What a run was started with, resolved, is in `RUN/config.yaml`.
+A file may begin with `base: other.yaml`, a path relative to that file. Its mappings are then merged with those of the
+base, and every other value replaces the one in the base. `RUN/config.yaml` holds the complete config that a run was
+started with. `RUN` on this page stands for the `run_dir`.
+
+`python tools/dev/config_reference.py` makes this page from `mom_train/config`; change the descriptions there.
 """
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _WORDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 
 
 def section_of(kind: Mapping[str, Any]) -> str | None:
-    """Name of the section that a key holds: itself, or in a list or mapping."""
+    """Name of the section that a key holds, either directly or in a list or mapping. None if it holds none."""
     for inner in (kind, *kind.get("anyOf", ())):
         if "$ref" in inner:
             return str(inner["$ref"]).rsplit("/", 1)[-1]
@@ -43,7 +46,7 @@ def section_of(kind: Mapping[str, Any]) -> str | None:
 
 
 def words(kind: Mapping[str, Any]) -> str:
-    """A JSON schema's type for people."""
+    """The type of a JSON schema in words for people."""
     if "anyOf" in kind:
         return ", or ".join(dict.fromkeys(words(inner) for inner in kind["anyOf"]))
     if "$ref" in kind:
@@ -66,6 +69,7 @@ def words(kind: Mapping[str, Any]) -> str:
 
 
 def default(key: Mapping[str, Any], required: bool) -> str:
+    """The cell that says what value a key has if a config does not set it."""
     if required:
         return "**required**"
     value = key.get("default")
@@ -75,7 +79,10 @@ def default(key: Mapping[str, Any], required: bool) -> str:
 
 
 def table(path: str, schema: Mapping[str, Any], sections: Mapping[str, Any], shown: dict[str, str]) -> Iterator[str]:
-    """Lines for one section: its keys, then the sections inside it. `shown`: section -> where it stands."""
+    """Lines of the page for one section: its keys, then the sections inside it.
+
+    `shown` has the path of each section that is already on the page, so that none is described twice.
+    """
     yield f"\n## `{path}`\n" if path else "\n## At the top\n"
     if path and (description := schema.get("description")):
         yield prose(description) + "\n"
@@ -99,11 +106,12 @@ def table(path: str, schema: Mapping[str, Any], sections: Mapping[str, Any], sho
 
 
 def prose(description: str) -> str:
-    """One line of Markdown; <name> is not a tag."""
+    """A description as one line of Markdown, in which <name> is not taken for a tag."""
     return " ".join(description.split()).replace("<", "\\<")
 
 
 def reference() -> str:
+    """The whole page."""
     schema = RunConfig.model_json_schema()
     return INTRODUCTION + "\n".join(table("", schema, schema["$defs"], {})) + "\n"
 
