@@ -1,4 +1,7 @@
-"""Steps that go bad: judged on the device from values that all ranks share, so all judge alike, without waiting."""
+"""Detects bad steps, skips their updates, and goes back to a checkpoint after too many of them.
+
+A step is judged on the device, without waiting for it, from values that are equal on all ranks, so all ranks agree.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +28,27 @@ from mom_train.config.run import AnomalyConfig, RunConfig
 from mom_train.distributed.ranks import Ranks, agreed
 
 log = logging.getLogger(__name__)
-_ENOUGH = 16  # good steps before a spike can be told
+_ENOUGH = 16  # number of good steps that are needed before a spike can be recognised
 
 
 class Judge:
-    """Which steps' updates are skipped: those whose loss or gradient norm is not finite, or exceeds `loss_spike` or
+    """Decides which steps are bad: those whose loss or gradient norm is not finite, or exceeds `loss_spike` or
     `grad_norm_spike` times its median over the last `window` good steps."""
 
     def __init__(self, config: AnomalyConfig, device: torch.device):
         limits = (config.loss_spike or math.inf, config.grad_norm_spike or math.inf)
         self._limits = torch.tensor(limits, dtype=torch.float64, device=device)
         self._recent = torch.full((config.window, 2), math.nan, dtype=torch.float64, device=device)
-        self._good = torch.zeros((), dtype=torch.int64, device=device)  # of `recent`, the rows that are known
+        self._good = torch.zeros((), dtype=torch.int64, device=device)  # number of rows of `_recent` that are filled
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        """Bad steps so far."""
+        """Number of bad steps so far."""
 
     def bad(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """bool scalar on the device, remembered where it is False. `loss` and `grad_norm`: scalars, equal on all
-        ranks."""
+        """Whether a step is bad, as a bool scalar on the device. A good step is added to those that medians are taken
+        over. `loss` and `grad_norm` are scalars that are equal on all ranks."""
         now = torch.stack([loss.double(), grad_norm.double()])
         known = self._good
-        middle = ((known - 1).clamp(min=0) // 2).view(1)  # selected, not indexed by: that would wait for its value
+        middle = ((known - 1).clamp(min=0) // 2).view(1)  # for index_select: plain indexing would wait for its value
         median = self._recent.sort(0).values.index_select(0, middle).squeeze(0)  # nan sorts last
         spike = (now > self._limits * median) & (known >= _ENOUGH)
         bad = (~now.isfinite() | spike).any()
@@ -69,8 +72,11 @@ class Judge:
 
 @torch.no_grad()
 def gradient_squares(model: nn.Module, modalities: Sequence[str]) -> dict[str, Tensor]:
-    """This rank's sums of squared gradients, float64 scalars: of embedding, head and each kind of projection, and of
-    each modality's rows in the decoupled ones. Summed over the ranks that shard the model, their roots are norms."""
+    """Sums of squared gradients on this rank, as float64 scalars by name.
+
+    There is one for the embedding, the head and each kind of projection, and one for each modality, over its rows of
+    the decoupled projections. If they are summed over the ranks that shard the model, their square roots are norms.
+    """
     sums: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         part = name.rsplit(".", 1)[-1]
@@ -94,33 +100,33 @@ def gradient_squares(model: nn.Module, modalities: Sequence[str]) -> dict[str, T
 
 
 class BadSteps:
-    """What becomes of bad steps on one rank: told apart, named, and after too many in a row gone back from.
+    """Handles bad steps: logs what was bad about them and, after too many in a row, takes the run back to a checkpoint.
 
-    RUN/rollbacks.jsonl keeps where the run went back to and which data it left out, so that it does so again when it is
-    started again from there. Every method is to be called on all ranks alike.
+    RUN/rollbacks.jsonl records which step the run went back to and which data it left out, so that it leaves out the
+    same data if it is started again from there. All ranks must call every method alike.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, ranks: Ranks):
         self._config, self._plan, self._ranks = config, plan, ranks
         self._in_a_row: list[dict[str, Any]] = []
         self._noted: tuple[int, Tensor, Tensor, Sequence[PackedBatch]] | None = None
-        self._known: torch.cuda.Event | None = None  # of the verdict noted last
+        self._known: torch.cuda.Event | None = None  # reached once the noted verdict is on the host
         self._path = config.run_dir / "rollbacks.jsonl"
 
     def note(self, step: int, bad: Tensor, sums: Tensor, step_batches: Sequence[PackedBatch]) -> None:
-        """Remember a step until its verdict is known. `sums` (M+1,) are this rank's."""
+        """Remembers a step until it is known whether it is `bad`. `sums` (M+1,) are the loss sums of this rank."""
         self._noted = step, bad.to("cpu", non_blocking=True), sums, step_batches
         if sums.is_cuda:
             self._known = torch.cuda.Event()
             self._known.record()
 
     def stay_bad(self) -> bool:
-        """Look at the verdict on the step before. True where there were too many bad ones in a row."""
+        """Looks at the verdict on the noted step. Returns whether too many steps in a row have been bad."""
         if self._noted is None:
             return False
         (step, bad, sums, step_batches), self._noted = self._noted, None
         if self._known is not None:
-            self._known.synchronize()  # not with the stream: it has the next step's passes already
+            self._known.synchronize()  # the stream itself already has the passes of the next step
         if not bad:
             self._in_a_row.clear()
             return False
@@ -145,14 +151,14 @@ class BadSteps:
         return {"step": step, "ranks": ranks}
 
     def _documents(self, step_batches: Sequence[PackedBatch]) -> list[str]:
-        """Which documents the rows hold, planned again."""
+        """Names of the documents in the rows of the batches, found by planning these rows again."""
         found: dict[str, None] = {}
         for batch in step_batches:
             for sequence in batch.sequences.tolist():
                 number, given = sequence % self._plan.lanes, sequence // self._plan.lanes
                 cursor = batch.cursors.get(number)
                 lane = Lane(self._plan, number, cursor)
-                if lane.given > given:  # an earlier row of the batch than the one that the cursor is of
+                if lane.given > given:  # the row comes before the one that the cursor belongs to
                     lane = Lane(self._plan, number)
                 lane.skip_to(given)
                 for piece in next(lane):
@@ -161,8 +167,8 @@ class BadSteps:
         return list(found)
 
     def behind(self, step: int, sequence: int) -> int:
-        """The sequence that a run goes on with from the checkpoint of `step`, which stands at `sequence`: behind what
-        was left out when it went back to there."""
+        """The sequence with which a run continues from the checkpoint of `step`, which was made at `sequence`: after
+        the data that was left out when the run went back to that checkpoint."""
         return max([sequence, *(r["sequence"] for r in self._rollbacks() if r["step"] == step)])
 
     def _rollbacks(self) -> list[dict[str, Any]]:
@@ -171,8 +177,8 @@ class BadSteps:
         return [json.loads(line) for line in self._path.read_text().split("\n")[:-1]]
 
     def roll_back(self, checkpointer: Checkpointer, sequence: int) -> Checkpoint | None:
-        """The checkpoint to go on from, with the data from `sequence` on; None where going back is of no use any more:
-        then RUN/incident.json says what happened."""
+        """The checkpoint from which the run continues with the data from `sequence` on. None if going back does not
+        help any more; RUN/incident.json then says what happened."""
         bad, self._in_a_row = self._in_a_row, []
         checkpointer.wait()
         target = checkpointer.newest(below=bad[0]["step"])

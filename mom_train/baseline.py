@@ -1,4 +1,4 @@
-"""What a model must beat: the losses of counting, on the validation sets of a run."""
+"""The losses that a model must beat: those of counting ids, on the validation sets of a run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pathlib import Path
 from mom_train.config.run import RunConfig
 
 NAME = "unigram.json"
-_ROWS = 1024  # of training, that are counted
+_ROWS = 1024  # training rows in which ids are counted
 _AT_ONCE = 8
 
 Baseline = dict[str, dict[str, float]]
-"""Validation set -> modality of the target, or "total" -> nats per token (continuous pictures: squared error)."""
+"""For each validation set, the loss by modality of the target and in "total", in nats per token. For continuous
+pictures it is the squared error."""
 
 
 def unigram(config: RunConfig) -> Baseline:
-    """The losses of a model that knows which modality comes next and how often each of its ids comes, and no more.
+    """The losses of a model that knows only the modality of the next token and how often each id of it occurs.
 
-    It counts in the run's first 1,024 training rows. Where pictures are latents, their error is that of predicting
-    zero for noise of unit variance, and for a flow's velocity of twice that. Raises UserError where the data that the
-    config names cannot be had.
+    The ids are counted in the first 1,024 training rows of the run. For continuous pictures the model predicts zero:
+    its squared error is 1, the variance of the noise, and 2 for the velocity of a flow. Raises UserError if the data
+    that the config names cannot be read.
     """
-    from mom_data.batches.batch import first_sequences  # here: they import torch, and reports of a baseline need none
+    # Imported here because they import torch, and reading a baseline needs none.
+    from mom_data.batches.batch import first_sequences
     from mom_data.batches.loader import Share, batches
     from mom_data.batches.statistics import unigram_losses
     from mom_train.data import build_plans
@@ -49,11 +51,11 @@ def unigram(config: RunConfig) -> Baseline:
 
 
 def write_baseline(run_dir: Path, baseline: Baseline) -> None:
-    """Keep it beside the run, where reports and plots look for it."""
+    """Writes the baseline to the folder of the run, where reports and plots look for it."""
     (run_dir / NAME).write_text(json.dumps(baseline, indent=1) + "\n")
 
 
 def read_baseline(run_dir: Path) -> Baseline:
-    """What was kept there; nothing where nothing was."""
+    """The baseline that `write_baseline` wrote, or {} if there is none."""
     path = run_dir / NAME
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""A run's data: plans from the config's sources, and the phases where a run changed them."""
+"""Turns the data sources of a config into plans, which fix the order of the data, and handles changes during a run."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from mom_train.model.objective import with_latents_of
 log = logging.getLogger(__name__)
 
 VALIDATION_WINDOW = 2048
-"""Pieces of a validation set that are packed together. Not the run's `data.pack_window`: figures of runs that train in
-another order can be compared."""
+"""Number of pieces of a validation set that are packed together. It is not the `data.pack_window` of the run, so that
+figures of runs with different training orders can be compared."""
 Phase = dict[str, Any]
-"""What a checkpoint keeps of a phase: `since`, its first sequence, the version of the order, and the settings of the
-order that may change."""
+"""What a checkpoint keeps about a phase, a part of the run with unchanged data settings: its first sequence (`since`),
+the version of the order (`plan_version`), and the settings of the order that a new phase may change."""
 
 
 class Datasets:
-    """Token datasets by where they are, each opened once."""
+    """The token datasets of a run. Each is opened only once, even if several sources use it."""
 
     def __init__(self, config: RunConfig):
         self._config, self._tokenizers = config.data, config.tokenizers
         self._opened: dict[str, TokenDataset] = {}
 
     def sources(self, entries: Iterable[SourceConfig]) -> tuple[Source, ...]:
+        """The datasets of these sources with their weights."""
         return tuple(Source(self._open(entry), entry.weight) for entry in entries)
 
     def _open(self, entry: SourceConfig) -> TokenDataset:
@@ -46,7 +47,7 @@ class Datasets:
             if entry.path is not None:
                 dataset = TokenDataset(entry.path, entry.shards, cache, int(self._config.cache_gib * 2**30))
             else:
-                from mom_data.shards.online import OnlineDataset  # late: it brings the tokenizers' packages along
+                from mom_data.shards.online import OnlineDataset  # here: it imports packages of tokenizers
 
                 assert self._tokenizers is not None
                 where = cache or default_cache()
@@ -61,11 +62,12 @@ class Datasets:
 
 
 _ORDER = {"train", "pack_window", "shuffle_units", "packing", "cut_spans"}
-"""Keys of the section `data` that decide the order and that a new phase may change."""
+"""Keys of the section `data` that determine the order and that a new phase may change."""
 
 
 def planned_as_now(phases: Sequence[Phase]) -> bool:
-    """Whether this program plans the order that a checkpoint's phases are of; its cursors mean nothing otherwise."""
+    """Whether this version plans the same order as the one that made these phases. If not, their cursors are
+    invalid."""
     return all(phase.get("plan_version") == PLAN_VERSION for phase in phases)
 
 
@@ -77,13 +79,16 @@ def training_plan(
     sequence: int = 0,
     was: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, list[Phase]]:
-    """(the plan, its phases) of a run whose checkpoint, where there is one, stands at `sequence` in the plan of that
-    `fingerprint` with the `saved` phases; `was` is that run's saved config.
+    """Makes the training plan of a run. Returns (the plan, its phases).
 
-    Raises UserError where the config asks for another order than the checkpoint's and does not say `new_phase`; where
-    the checkpoint's order is one that this program does not plan any more (then `new_phase` begins a new order at
-    `sequence`, with every document once per epoch from there on); or for diffusion of pictures that no source of a run
-    that begins holds.
+    If the run has a checkpoint, `saved` are its phases, `fingerprint` is that of its plan, `sequence` is the position
+    in this plan at which it was made, and `was` is its saved config.
+
+    Raises UserError if
+    - the config asks for another order than that of the checkpoint without `new_phase`;
+    - this version does not plan the order of the checkpoint any more and `new_phase` is not set. With `new_phase`, a
+      new order begins at `sequence`, with every document once per epoch from there on;
+    - the run begins, its objective is diffusion, and no source holds latents of pictures.
     """
     data = config.data
 
@@ -144,7 +149,7 @@ def training_plan(
 
 
 def _what_changed(was: Mapping[str, Any] | None, config: RunConfig) -> str:
-    """The keys of the order that differ from a checkpoint's config, in lines."""
+    """The keys of the order whose values differ from those in the config of the checkpoint, one per line."""
     before, now = with_defaults(was or {}), config.model_dump(mode="json")
     order = ("seed", "data.sequence_length", "data.lanes", *(f"data.{key}" for key in sorted(_ORDER)))
 
@@ -156,7 +161,7 @@ def _what_changed(was: Mapping[str, Any] | None, config: RunConfig) -> str:
 
 
 def _check_latents(sources: Iterable[Source]) -> None:
-    """Raises UserError where none of the sources can hold a picture's latents."""
+    """Raises UserError if none of the sources can hold latents of pictures."""
     if not any(source.dataset.manifest["latent_width"] for source in sources):
         raise UserError(
             "objective.diffusion denoises latents of pictures, and no source of data.train holds any: "
@@ -166,7 +171,7 @@ def _check_latents(sources: Iterable[Source]) -> None:
 
 
 def validation_plans(config: RunConfig, datasets: Datasets) -> dict[str, Plan]:
-    """One pass over each validation set, every document once: the same in every run, whatever the training order is."""
+    """Plans of one pass over each validation set, every document once. They do not depend on the training order."""
     return {
         name: Plan(
             datasets.sources(entries), config.data.sequence_length, lanes=1, window=VALIDATION_WINDOW, seed=0, once=True
@@ -176,7 +181,7 @@ def validation_plans(config: RunConfig, datasets: Datasets) -> dict[str, Plan]:
 
 
 def log_forecast(config: RunConfig, plan: Plan, validation: Mapping[str, Plan]) -> None:
-    """Say what the run will see of its data, and warn of what a person would want to change before it trains."""
+    """Logs how much of its data the run will see, and warns of settings that one would want to change beforehand."""
     sequences = config.training.steps * config.training.batch
     line, warnings = remarks(plan, sequences, validation, config.validation.sequences)
     if line:
@@ -194,8 +199,8 @@ def log_forecast(config: RunConfig, plan: Plan, validation: Mapping[str, Plan]) 
 
 
 def check(config: RunConfig, datasets: Datasets) -> RunConfig:
-    """The config with the scale and shift of its latents. Raises ValueError where datasets do not fit each other, the
-    vocabulary or the run's tokenizers."""
+    """Checks the datasets, and returns the config with the scale and shift of their latents filled in. Raises UserError
+    if they do not fit each other, the vocabulary or the tokenizers of the run."""
     made_by = None
     if config.tokenizers is not None:
         made_by = {m: {"fingerprint": f} for m, f in Tokenizers.load(config.tokenizers).fingerprints().items()}
@@ -205,9 +210,9 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
 
 
 def text_bytes(config: RunConfig) -> np.ndarray | None:
-    """(V,) int64: UTF-8 bytes of the text that each id of the vocabulary stands for, 0 for those that stand for none;
-    None where the run names no tokenizers, or ones that need a package which is not installed. Raises UserError where
-    they cannot be read."""
+    """Number of UTF-8 bytes of the text that each id of the vocabulary stands for, as (V,) int64; 0 for ids that stand
+    for no text. None if the run names no tokenizers, or if they need a package that is not installed. Raises UserError
+    if the tokenizers cannot be read."""
     if config.tokenizers is None:
         return None
     from mom_tokenizers.text import TextTokenizer
@@ -224,13 +229,13 @@ def text_bytes(config: RunConfig) -> np.ndarray | None:
         return None
     by_id = np.zeros(layout.size, np.int64)
     by_id[layout.ids("text", np.arange(len(by_code)))] = by_code
-    by_id[layout.modality_of_id != 0] = 0  # codes may lie among the text's ids
+    by_id[layout.modality_of_id != 0] = 0  # codes of other modalities may lie among the ids of text
     by_id[list(layout.specials.values())] = 0
     return by_id
 
 
 def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
-    """The orders of training and validation of a run that begins, checked."""
+    """The training plan and the validation plans of a run that begins, whose datasets have been checked."""
     datasets = Datasets(config)
     plans = training_plan(config, datasets)[0], validation_plans(config, datasets)
     check(config, datasets)
@@ -238,7 +243,7 @@ def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:
 
 
 def newest(*known: Mapping[str, Cursor]) -> dict[str, Cursor]:
-    """The furthest cursor of each lane."""
+    """For each lane, the cursor among `known` that has advanced furthest."""
     merged: dict[str, Cursor] = {}
     for cursors in known:
         for lane, cursor in cursors.items():

@@ -1,1 +1,1 @@
-"""Ranks: the process group, decisions that all ranks make alike, and how a run tells others how it stands."""
+"""What several ranks need: the process group, decisions that all ranks share, and reports on the state of a run."""

@@ -1,7 +1,7 @@
 """Which ranks share the positions of a row, and the exchange between them.
 
-Where parallel.context_ranks is above 1, consecutive ranks form a context group: each of them holds one slice of every
-row's positions. mom_train/model/context_scan.py has the mathematics.
+If parallel.context_ranks is above 1, consecutive ranks form a context group, and each of them holds one slice of the
+positions of every row. mom_train/model/context_scan.py explains how the scan runs across slices.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ from mom_train.distributed.ranks import Ranks
 
 @dataclass(frozen=True)
 class Context:
-    """Which slice of which rows a rank holds. Consecutive ranks share rows, so that they are near each other."""
+    """Says which slice of which rows a rank holds. The ranks that share rows are consecutive, so they are near each
+    other."""
 
     rank: int = 0
     """Number of this rank's slice."""
     size: int = 1
-    """Slices of a row; 1: rows are whole, and nothing is exchanged."""
+    """Number of slices of a row. With 1, rows are whole, and nothing is exchanged."""
     data_rank: int = 0
-    """Which rows: the number of this rank's context group."""
+    """Number of this rank's context group, which decides which rows it has."""
     data_ranks: int = 1
     """Number of context groups."""
     group: Any = None
-    """The ranks that share rows."""
+    """Process group of the ranks that share rows, or None if `size` is 1."""
 
     @classmethod
     def of(cls, ranks: Ranks, size: int) -> Context:
-        """Collective: every rank is to call it alike, with a `size` that divides their number."""
+        """The context of this rank, with `size` slices of a row. `size` must divide the number of ranks.
+
+        Collective: every rank must call it, with the same `size`.
+        """
         assert ranks.world_size % size == 0
         group = None
         if size > 1:
@@ -45,11 +49,11 @@ class Context:
         return cls(ranks.rank % size, size, ranks.rank // size, ranks.world_size // size, group)
 
     def share(self, batch: int, micro_batch: int) -> Share:
-        """The sequences of this rank's context group."""
+        """The share of each batch that this rank's context group processes."""
         return Share(self.data_rank, self.data_ranks, batch, micro_batch)
 
 
-# their names from PyTorch 2.13 on, and before
+# PyTorch 2.13 renamed these functions; the second name is the one before
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -72,5 +76,6 @@ class _Gather(torch.autograd.Function):
 
 @torch.compiler.disable
 def gather(mine: Tensor, group: Any) -> Tensor:
-    """What every rank of `group` holds, stacked (ranks, ...). The gradient goes back to the rank that it belongs to."""
+    """Stacks the tensors `mine` of all ranks of `group`: (...) -> (ranks, ...). Each rank gets the gradient of its
+    own."""
     return _Gather.apply(mine, group)

@@ -1,4 +1,4 @@
-"""Ranks: the process group, sharding, and decisions that all ranks make alike."""
+"""The process group, the device mesh for sharding, and decisions that all ranks share."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ T = TypeVar("T")
 CHECKPOINT_GROUP = "checkpoint"
 
 
-_FIRST_FAILURE = "mom_first_failure"  # key in the ranks' store
+_FIRST_FAILURE = "mom_first_failure"  # key in the store that all ranks can read
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """The place of this process among all processes of the run."""
 
     rank: int
     world_size: int
@@ -36,16 +36,18 @@ class Ranks:
 
     @property
     def main(self) -> bool:
+        """Whether this is rank 0, which writes the files of the run."""
         return self.rank == 0
 
 
 @contextmanager
 def process_group(timeout: float = 1800) -> Iterator[Ranks]:
-    """Join the group that torchrun describes, or be a group of one. NCCL for CUDA tensors, gloo for the rest. A
-    collective may take `timeout` seconds.
+    """A context in which this process belongs to the group that torchrun describes, or else to a group of one.
 
-    A block that fails on one rank of several leaves the group as it is: to take it down can wait for the other ranks.
-    The process is then to end (`exit_clearly` does that), which is how the others learn of it.
+    NCCL carries CUDA tensors and gloo all others. A collective operation may take `timeout` seconds.
+
+    If the context is left by an error on one of several ranks, the group is not destroyed, because that could wait for
+    the other ranks. The process must then end (`exit_clearly` does that), which is how the others learn of it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -71,20 +73,26 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
 
 
 def first_failure(error: BaseException) -> str:
-    """`error`, or what failed on another rank before: then this rank's `error` is most likely no more than a connection
-    that closed. The store that the ranks met at keeps the first one."""
+    """The message of the first error on any rank, which the store shared by the ranks keeps.
+
+    If another rank failed earlier, `error` is most likely only the consequence: a connection that closed.
+    """
     said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     if isinstance(error, AgreedError):
         return said
     try:
         rank, store = dist.get_rank(), c10d._get_default_store()
         return store.compare_set(_FIRST_FAILURE, "", f"[rank {rank}] {said}" if rank else said).decode()
-    except Exception:  # the store may be gone with its rank
+    except Exception:  # the store is gone if the rank that holds it has ended
         return said
 
 
 def model_mesh(ranks: Ranks, shard_ranks: int | None) -> DeviceMesh:
-    """All ranks share one copy of the model; or every `shard_ranks` of them do, and the copies are replicas (HSDP)."""
+    """The device mesh over which the model is sharded.
+
+    All ranks share one copy of the model, or each group of `shard_ranks` ranks does, and the copies are replicas
+    (HSDP).
+    """
     if shard_ranks is None or shard_ranks == ranks.world_size:
         return ranks.mesh
     if ranks.world_size % shard_ranks:
@@ -94,18 +102,21 @@ def model_mesh(ranks: Ranks, shard_ranks: int | None) -> DeviceMesh:
 
 
 def set_timeout(seconds: float) -> None:
-    """How long a collective may take from now on before its rank fails; those that write a checkpoint take longer."""
+    """Sets how long a collective operation may take from now on before its rank fails.
+
+    The group that writes checkpoints keeps its own, longer timeout.
+    """
     for group in list(c10d._world.pg_map):
         if group.group_desc != CHECKPOINT_GROUP:
             c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Do `work`, which must hold no collective, on every rank; where it fails on any, fail on all.
+    """Does `work` on every rank and returns its result. If it fails on any rank, it fails on all.
 
-    A UserError of any rank is raised on all as an AgreedError with the first such rank's message. Where anything else
-    went wrong, the ranks on which it did raise that, and the others a RuntimeError that names the first of them. No
-    rank is left waiting in a collective.
+    `work` must contain no collective operation. If it raises a UserError on any rank, all ranks raise an AgreedError
+    with the message of the first such rank. If it raises another error, the ranks concerned raise that error, and the
+    others raise a RuntimeError that names the first of them. So no rank is left waiting in a collective operation.
     """
     result: T | None = None
     error: Exception | None = None

@@ -1,4 +1,4 @@
-"""RUN/lock: only one process trains in a run_dir, or two would overwrite each other's checkpoints and figures."""
+"""RUN/lock lets only one run train in a run_dir, as two would overwrite each other's checkpoints and figures."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mom_tokenizers.errors import UserError, user_path
 
 log = logging.getLogger(__name__)
 _BEAT_SECONDS = 5.0
-_SILENT_SECONDS = 20.0  # a holder on another machine that does not touch the file for so long is gone
-_REMAINS_SECONDS = 45.0  # torchrun gives its ranks 30 s to end, also after it was killed itself
+_SILENT_SECONDS = 20.0  # a holder on another machine that has not touched the file for this long has ended
+_REMAINS_SECONDS = 45.0  # torchrun gives its ranks 30 s to end, even after torchrun itself was killed
 
 
 class RunLock:
-    """Holds RUN/lock. A context manager, for rank 0 alone.
+    """Holds RUN/lock. A context manager, used by rank 0 alone.
 
-    It is a POSIX record lock: the kernel gives it up when the process ends, however that happens, forked loader workers
-    do not inherit it, and network file systems keep it across machines. The file names the holder (host, pid, since).
+    It is a POSIX record lock: the kernel releases it when the process ends, however that happens; forked loader workers
+    do not inherit it; and network file systems keep it across machines. The file names the holder (host, pid, since).
     Its time stamp is renewed every few seconds, for file systems whose locks do not reach other machines.
     """
 
     def __init__(self, run_dir: Path):
-        """Take the lock. Raises UserError where another process holds it; one that torchrun started is waited for a
-        while, because it may be what is left of a launch that was killed."""
+        """Takes the lock. Raises UserError if another process holds it. If torchrun started that process, waits for it
+        for a while first, because it may be left over from a launch that was killed."""
         self._run_dir = run_dir
         with user_path(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class RunLock:
         self._ended.set()
         self._beat.join()
         with suppress(OSError):
-            os.ftruncate(self._file, 0)  # who comes next on another machine need not wait
+            os.ftruncate(self._file, 0)  # so that the next process need not wait, even on another machine
         os.close(self._file)
 
     def _take(self) -> None:
@@ -82,7 +82,7 @@ class RunLock:
                 raise UserError(self._refusal(holder))
 
     def _try(self) -> bool | None:
-        """Whether the lock is ours now; None where the file system has none."""
+        """Whether this process holds the lock now. None if the file system does not support locks."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -94,7 +94,7 @@ class RunLock:
         return True
 
     def _holder(self) -> dict[str, Any]:
-        """What the file says, {} where it is empty or half written."""
+        """The holder that the file names, or {} if the file is empty or half written."""
         try:
             holder = json.loads(os.pread(self._file, 1 << 12, 0))
         except ValueError:

@@ -1,4 +1,4 @@
-"""How a run stands, for whoever started it: RUN/status.json, written by rank 0, and the requests to end it."""
+"""Tells whoever started a run how it stands (RUN/status.json, written by rank 0), and receives requests to end it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, Literal
 from mom_tokenizers.errors import read_json
 
 State = Literal["running", "preempted", "stopped", "finished", "failed"]
-_STATUS_BYTES = 2048  # of status.json
+_STATUS_BYTES = 2048  # size of status.json
 AGENT_PID = "MOM_AGENT_PID"
-"""Environment variable in which torchrun_launch's torchrun tells its ranks who it is."""
+"""Environment variable in which the torchrun that torchrun_launch starts gives its ranks its process id."""
 
 
 def write_status(run_dir: Path, state: State, step: int, steps: int, reason: str = "") -> None:
-    """Replace the file whole. torchrun turns every exit code into 1, so this is what a launcher goes by:
+    """Replaces RUN/status.json. A launcher relies on it, because torchrun turns every exit code into 1. The states are
 
-    running     or it was killed and could say nothing
-    preempted   asked to end; the checkpoint is committed, start it again
-    stopped     at training.stop_at
-    finished    at training.steps
-    failed      `reason` says why, and the exit code whether starting it again may help (mom_tokenizers/errors.py)
+    running     the run trains, or it was killed and could not say so
+    preempted   the run was asked to end and its checkpoint is committed: start it again
+    stopped     the run reached training.stop_at
+    finished    the run reached training.steps
+    failed      `reason` says why; the exit code says whether starting it again may help (mom_tokenizers/errors.py)
 
-    On a disk without space, where no second file can be written, the one that is there is written over in place; all
-    have the same size, so that this needs no space. A longer `reason` is cut.
+    On a full disk, where no second file can be written, the existing file is overwritten in place. This needs no space
+    because all versions of it have the same size; a `reason` that is too long is cut.
     """
     values = {"state": state, "step": step, "steps": steps, "reason": reason, "time": time.time()}
     while len(text := json.dumps(values)) >= _STATUS_BYTES:
@@ -55,14 +55,16 @@ def _write_through(path: Path, mode: str, content: str) -> None:
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """The values that `write_status` wrote, or None if there is no such file."""
     path = run_dir / "status.json"
     return read_json(path) if path.exists() else None
 
 
 class Stop:
-    """A request to end: by signal, or because the time is up. What every rank does about it is agreed before each step.
+    """Notes whether this rank was asked to end: by a signal, or because `seconds` have passed since the object was
+    made.
 
-    Ctrl-C twice ends at once. The clock starts with the object.
+    The ranks agree before each step on what to do about it. Pressing Ctrl-C twice ends the process at once.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -78,11 +80,12 @@ class Stop:
 
     @property
     def code(self) -> int:
-        """0, the signal's number, or 128 when the time is up: ranks agree on the largest."""
+        """0 for no request, the number of the signal, or 128 if the time is up. The ranks agree on the largest."""
         if self._signal:
             return self._signal
         return 128 if self._deadline is not None and time.monotonic() > self._deadline else 0
 
     @staticmethod
     def reason(code: int) -> str:
+        """The request of this `code` in words."""
         return "training.time_limit is reached" if code == 128 else f"signal {signal.Signals(code).name}"

@@ -1,4 +1,4 @@
-"""Ranks that hang or lag: a dump of every thread's stack, and who keeps the others waiting."""
+"""Finds ranks that hang, by dumping the stacks of their threads, and ranks that keep the others waiting."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from mom_tokenizers.errors import user_path
 
 
 class Watch:
-    """One rank's watch over its steps. A context manager.
+    """Watches the steps of one rank. A context manager.
 
-    Where none begins for as long as `begin` said, the stacks of the rank's threads go to RUN/stacks/rank-N.txt, from a
-    thread that needs no interpreter; the collective's own time-out, a little later, then ends the rank.
+    If no step begins for 0.8 times the seconds that `begin` was given, the stacks of the rank's threads are written to
+    RUN/stacks/rank-N.txt, from a thread that does not need the interpreter. The timeout of the collective operation
+    then ends the rank a little later.
     """
 
     def __init__(self, run_dir: Path, rank: int):
         path = run_dir / "stacks" / f"rank-{rank}.txt"
         with user_path(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # appended to, because torchrun may start the rank again at once; open as long as the run, for faulthandler
+            # appended to, because torchrun may restart the rank at once; kept open during the run for faulthandler
             self._file = open(path, "a")  # noqa: SIM115
         self._waited = 0.0
 
@@ -37,18 +38,21 @@ class Watch:
         self._file.close()
 
     def begin(self, timeout: float) -> None:
-        """A step, or something else that may take this many seconds, begins."""
+        """Says that a step, or other work that may take `timeout` seconds, begins now."""
         faulthandler.dump_traceback_later(0.8 * timeout, file=self._file)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For the other ranks."""
+        """A context for code that waits for the other ranks."""
         begun = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begun
 
     def report(self, seconds: float) -> dict[str, float]:
-        """What share of the last `seconds` ranks spent waiting for the slowest one, and which that is. Collective."""
+        """The share of the last `seconds` that ranks lost waiting for the slowest one, and the number of that rank.
+
+        Collective: all ranks must call it.
+        """
         mine = torch.tensor([self._waited], dtype=torch.float64)
         all_R = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(all_R, mine)

@@ -1,1 +1,1 @@
-"""What a run writes down about itself: figures, charts, and the machine that it ran on."""
+"""What a run records about itself: figures, charts, and the machines that it ran on."""

@@ -1,4 +1,4 @@
-"""What a run ran on: RUN/environment.json, written anew at each start."""
+"""Records the machines and versions that a run uses in RUN/environment.json, which is rewritten at each start."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from mom_train.distributed.ranks import Ranks
 
 
 def environment(ranks: Ranks) -> list[Any]:
-    """What each rank runs on: (machine, name of its GPU or None). Collective."""
+    """Gathers what each rank runs on: (machine, name of its GPU or None). Collective: all ranks must call it."""
     everyone: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(everyone, _this_machine(ranks))
     return everyone
 
 
 def write_environment(run_dir: Path, everyone: Sequence[Any], ranks: Ranks, step: int) -> None:
-    """Write RUN/environment.json from `everyone`, what all ranks run on. For rank 0.
+    """Writes RUN/environment.json. Only rank 0 calls it. `everyone` is what `environment` returned.
 
-    `hosts` has one entry a machine: name, ranks, cpu, cores (that the process may use), memory_gib, gpus. `starts` has
-    one line for each time that the run was started: time (UTC), step, world_size, hosts.
+    In the file, `hosts` has one entry for each machine: name, ranks, cpu, cores (those that the process may use),
+    memory_gib, gpus. `starts` has one entry for each time that the run was started: time (UTC), step, world_size,
+    hosts.
     """
     hosts: dict[str, dict[str, Any]] = {}
     for rank, (machine, gpu) in enumerate(everyone):
@@ -87,7 +88,7 @@ def _memory_gib() -> float | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit that this code is of, and whether tracked files differ from it."""
+    """The commit that this code was checked out from, and whether tracked files differ from it. None outside git."""
 
     def git(*words: str) -> str:
         line = ["git", "-C", str(Path(__file__).parent), *words]

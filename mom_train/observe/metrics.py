@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard and the like, and a line on the terminal. Written by rank 0."""
+"""Writes the figures of a run to metrics.jsonl, TensorBoard and the like, and to the terminal. Used by rank 0."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Lines:
-    """A file that lines are appended to. What cannot be written is kept and tried again with the next line."""
+    """A file that lines are appended to. Lines that cannot be written are kept and tried again with the next line."""
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -39,7 +39,7 @@ class Lines:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting. Raises OSError where the disk does not take all of it; the rest goes on waiting."""
+        """Writes the waiting lines. Raises OSError if the disk does not take all of them; the rest stays in memory."""
         while self._waiting:
             del self._waiting[: os.write(self._file, self._waiting)]
 
@@ -48,8 +48,10 @@ class Lines:
 
 
 class FailedWrites:
-    """Writes of figures that fail, as on a full disk: training goes on, each kind of them is warned about once, and all
-    are counted."""
+    """Counts writes of figures that fail, for example on a full disk, and lets training go on.
+
+    It logs one warning when writes to a file begin to fail and another when they succeed again.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -57,7 +59,7 @@ class FailedWrites:
 
     @contextmanager
     def tolerated(self, what: Path) -> Iterator[None]:
-        """A block that writes `what`, and tries again next time where it raises an OSError."""
+        """A context for code that writes to `what`. An OSError in it is counted and does not leave the context."""
         try:
             yield
         except OSError as error:
@@ -71,16 +73,19 @@ class FailedWrites:
             self._failing.discard(str(what))
 
     def at_the_end(self) -> None:
+        """Logs an error for each file that could not be written again."""
         for what in sorted(self._failing):
             log.error("%s lacks what was logged since it could not be written any more", what)
 
 
 class Record:
-    """One JSON object per logged step in metrics.jsonl, the same names and values in TensorBoard and where else the
-    config says, and a progress line (steps, losses, tokens/s, time left). A context manager.
+    """The log of a run's figures. A context manager, used by rank 0.
 
-    A run that resumes after step n drops whatever was logged beyond it, so that no step stands there twice. What cannot
-    be written while it trains does not end it (`FailedWrites`); to begin with, the files must be writable: UserError.
+    Each logged step is one JSON object in metrics.jsonl. TensorBoard, and Weights & Biases if the config names it, get
+    the same names and values. A progress line shows steps, losses, tokens per second and the time left.
+
+    A run that resumes after step n drops what was logged after it, so that no step is there twice. Failed writes do not
+    end the run while it trains (`FailedWrites`), but UserError is raised if the files cannot be written at the start.
     """
 
     def __init__(self, config: RunConfig, resumed_at: int, last: int):
@@ -93,14 +98,15 @@ class Record:
         self._last: dict[str, float] = kept[-1] if kept else {}
         self._failed = FailedWrites()
         with user_path(self._path):
-            if not self._path.exists() or self._path.read_text() != _as_text(kept):  # a full disk is left alone
+            # The file is not rewritten without need, because the disk may be full.
+            if not self._path.exists() or self._path.read_text() != _as_text(kept):
                 self._replace(kept)
             self._lines = Lines(self._path)
         with user_path(config.run_dir / "tensorboard"):
             self._writers: list[TensorBoard | Wandb] = [TensorBoard(config, resumed_at, kept)]
         if config.wandb is not None:
             self._writers.append(Wandb(config))
-        # one line that changes on a terminal, a line now and then in a log file
+        # on a terminal one line is updated often; a log file gets a new line only now and then
         interval = 0.5 if sys.stderr.isatty() else 10
         self.bar = tqdm(total=last, initial=resumed_at, unit="step", dynamic_ncols=True, mininterval=interval)
 
@@ -123,8 +129,8 @@ class Record:
         self._failed.at_the_end()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a step. What is not finite is left out: JSON has no such numbers. Values of a step that was logged
-        already, before a resume, are added to its line."""
+        """Logs the values of a step. Values that are not finite are left out, because JSON has no such numbers. If the
+        last logged step is the same, as it can be after a resume, the values are added to its line."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._failed.count:
             values["record/failed_writes"] = self._failed.count
@@ -144,33 +150,39 @@ class Record:
             self.bar.set_postfix_str(f"{losses} | {values['perf/tokens_per_s']:,.0f} tok/s", refresh=False)
 
     def samples(self, step: int, documents: Sequence[Sequence[Span]]) -> None:
+        """Logs the documents that the model wrote at `step`, each a sequence of spans."""
         for writer in self._writers:
             with self._failed.tolerated(writer.place):
                 writer.samples(step, documents)
 
 
 class Clock:
-    """Seconds of training since the last look: without those spent in `paused`, and how many in `waiting`."""
+    """Measures the speed of training between two laps. Time spent in `paused` does not count."""
 
     def __init__(self, tokens: int):
         self._since, self._tokens, self._waited = time.perf_counter(), tokens, 0.0
         self.seconds = 0.0
-        """Of the last lap."""
+        """Length of the last lap in seconds."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """A context for code that waits for data."""
         begun = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begun
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """A context for code that is not training, such as validation."""
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun
 
     def lap(self, tokens: int) -> dict[str, float]:
-        """Tokens per second, and the share of the time spent waiting for data, since the last lap."""
+        """Ends a lap. Returns its tokens per second and the share of its time that was spent waiting for data.
+
+        `tokens` counts all tokens since the run began.
+        """
         now = time.perf_counter()
         self.seconds = seconds = now - self._since
         values = {"perf/tokens_per_s": (tokens - self._tokens) / seconds, "perf/data_wait": self._waited / seconds}
@@ -179,8 +191,8 @@ class Clock:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The logged steps of a run, oldest first. A line that a crash cut short is left out. Raises UserError where the
-    file is missing or another line is not what was logged."""
+    """The logged steps of a run, oldest first. A last line that a crash cut short is left out. Raises UserError if the
+    file is missing or a line does not hold the figures of a step."""
     path = run_dir / "metrics.jsonl"
     values = []
     for number, line in enumerate(_whole_lines(path), 1):

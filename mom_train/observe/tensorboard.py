@@ -1,4 +1,4 @@
-"""A run's figures for people: TensorBoard, laid out by what one asks, and Weights & Biases. Used by rank 0."""
+"""Writes the figures and samples of a run to TensorBoard, with charts grouped by question. Used by rank 0."""
 
 from __future__ import annotations
 
@@ -13,48 +13,51 @@ from mom_train.config.model import QUARTERS
 from mom_train.config.run import RunConfig
 from mom_train.generate.samples import Span
 
-if TYPE_CHECKING:  # it takes a second to import
+if TYPE_CHECKING:  # importing it takes a second
     from torch.utils.tensorboard import SummaryWriter
 
 
 FLOPS_AXIS = "flops_axis/"
-"""Before the name of a loss: the same values, but their "step" is training GFLOPs."""
+"""Prefix of the names of curves that show a loss over training GFLOPs instead of over steps."""
 
 
-_PROBE_BYTES = 1 << 16  # that a disk must take before events are written to it again
+_PROBE_BYTES = 1 << 16  # bytes that a disk must accept before events are written to it again
 
 
-_POINTS = 1000  # of a curve over FLOPs that are written again on a resume: TensorBoard shows no more of any curve
+_POINTS = 1000  # points of a curve over FLOPs that are rewritten on a resume; TensorBoard shows no more of any curve
 
 
 class TensorBoard:
-    """RUN/tensorboard: scalars, charts by question (tab "Custom scalars"), config and samples (text, images, audio),
-    and hyperparameters beside the last figures (tab "HParams").
+    """Writes RUN/tensorboard: scalars, charts grouped by question (tab "Custom scalars"), the config, samples (text,
+    images, audio), and hyperparameters beside the last figures (tab "HParams").
 
-    Figures that earlier attempts logged after step `resumed_at` are taken back. `lines` are those that stay. Where
-    writing raises an OSError, as on a full disk, the scalars are kept and written again with the next ones.
+    Figures that earlier starts of the run logged after step `resumed_at` are removed; `lines` are those that stay. If
+    writing raises an OSError, for example on a full disk, the scalars are kept and written with the next ones.
     """
 
     def __init__(self, config: RunConfig, resumed_at: int, lines: Sequence[Mapping[str, float]]):
-        from torch.utils.tensorboard import SummaryWriter  # here: a second of imports that the other ranks are spared
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # here, because it takes a second and only rank 0 needs it
         from torch.utils.tensorboard.summary import hparams
 
         self.place = config.run_dir / "tensorboard"
         self._waiting: list[tuple[int, Mapping[str, float]]] = []
-        # 0 at first: TensorBoard purges from its second "session start" on, and without a step none is written
+        # At the first start purge_step is 0: TensorBoard purges only from its second "session start" on, and
+        # SummaryWriter writes a session start only if purge_step is given.
         purge = resumed_at + 1 if resumed_at else 0
         self._writer: SummaryWriter | None = SummaryWriter(str(self.place), purge_step=purge)
         self._writer.add_custom_scalars(layout(config))
         self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
         for summary in hparams(hyperparameters(config), dict.fromkeys(_judged_by(config))):
-            self._writer._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
+            self._writer._get_file_writer().add_summary(summary)  # add_hparams would create a separate run
         if purge:
             self._write_flops_axis_again(purge, lines)
 
     @contextmanager
     def _writing(self) -> Iterator[SummaryWriter]:
-        """The writer, flushed at the end. A writer that has failed once always fails: it is replaced by one with a file
-        of its own as soon as the disk takes something again."""
+        """A context that gives the writer and flushes it at the end. A writer that has failed once fails always, so it
+        is replaced by one with a new file as soon as the disk accepts data again."""
         from torch.utils.tensorboard import SummaryWriter
 
         try:
@@ -73,7 +76,8 @@ class TensorBoard:
             raise
 
     def _write_flops_axis_again(self, purge: int, lines: Sequence[Mapping[str, float]]) -> None:
-        """Purging goes by the step, whatever it counts: curves over FLOPs vanish from FLOPs = `purge` on."""
+        """Writes the curves over FLOPs again. Purging looks at the step number of a point, which counts GFLOPs in these
+        curves, so it has removed their points from `purge` GFLOPs on."""
         stride = -(-len(lines) // _POINTS) if lines else 1
         for i, line in enumerate(lines):
             if i % stride == 0 or any(name.startswith("val/") for name in line):
@@ -89,6 +93,7 @@ class TensorBoard:
                 writer.add_scalar(FLOPS_AXIS + name, value, gflops)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the values of a step."""
         self._waiting.append((step, values))
         self._write_waiting()
 
@@ -101,6 +106,7 @@ class TensorBoard:
         self._waiting.clear()
 
     def samples(self, step: int, documents: Sequence[Sequence[Span]]) -> None:
+        """Logs the documents that the model wrote at `step`, with their pictures and recordings."""
         with self._writing() as writer:
             for n, spans in enumerate(documents):
                 writer.add_text(f"samples/{n}", "\n\n".join(_readable(span) for span in spans), step)
@@ -119,7 +125,7 @@ class TensorBoard:
 
 
 def _readable(span: Span) -> str:
-    """As Markdown; what the model wrote is no markup."""
+    """The span as Markdown. Text that the model wrote is quoted, so that it is not read as markup."""
     if span.modality != "text":
         return f"*{span.markdown}*"
     quoted = "\n".join(f"    {line}" for line in span.markdown.splitlines())
@@ -127,7 +133,7 @@ def _readable(span: Span) -> str:
 
 
 def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
-    """Charts by question, for `add_custom_scalars`; TensorBoard takes names as regular expressions."""
+    """The charts of each question, for `add_custom_scalars`. TensorBoard reads the names as regular expressions."""
     modalities, sets = config.layout.modalities, list(config.data.validation)
     attention = config.model.architecture == "transformer"
     projections = ["qkv_proj", "out_proj", "gate_up_proj", "down_proj"] if attention else []
@@ -182,8 +188,8 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
-    """What distinguishes runs, by dotted key: architecture, seed, and what is not as by default in the vocabulary,
-    model, objective, optimiser and training."""
+    """Settings that distinguish runs, by dotted key: the architecture, the seed, the sequence length, and the keys of
+    vocabulary, model, objective, optimizer and training that differ from their defaults."""
     found: dict[str, int | float | str | bool] = {"model.architecture": config.model.architecture, "seed": config.seed}
 
     def collect(prefix: str, value: Any) -> None:

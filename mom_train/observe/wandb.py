@@ -1,4 +1,4 @@
-"""A run's figures and samples at Weights & Biases. Used by rank 0."""
+"""Writes the figures and samples of a run to Weights & Biases. Used by rank 0."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import html
 import importlib.util
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mom_tokenizers.errors import UserError
 from mom_train.config.run import RunConfig
 from mom_train.generate.samples import Span
 
-if TYPE_CHECKING:  # it takes a second to import
-    pass
-
 
 class Wandb:
-    """The same figures and samples at Weights & Biases. A run that resumes goes on as the same one there."""
+    """Sends figures and samples to Weights & Biases. A run that resumes continues the same run there."""
 
     def __init__(self, config: RunConfig):
         import wandb
@@ -44,12 +41,15 @@ class Wandb:
             )
         except wandb.Error as error:
             raise UserError(f"wandb: {error} Or set wandb.mode=offline.") from None
-        self._run.define_metric("*", step_metric="step")  # its own counter must grow, ours goes back on a resume
+        # The step counter of wandb itself may only grow, but ours goes back on a resume.
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the values of a step."""
         self._run.log({"step": step, **values})
 
     def samples(self, step: int, documents: Sequence[Sequence[Span]]) -> None:
+        """Logs the documents that the model wrote at `step`, with their pictures and recordings."""
         shown: dict[str, Any] = {}
         for n, spans in enumerate(documents):
             text = "\n\n".join(span.markdown for span in spans)
@@ -67,6 +67,6 @@ class Wandb:
 
 
 def check_wandb(config: RunConfig) -> None:
-    """Raises ValueError where the config wants Weights & Biases and it is not installed."""
+    """Raises UserError if the config asks for Weights & Biases and it is not installed."""
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is in the config but not installed: pip install wandb, or leave the section out")
