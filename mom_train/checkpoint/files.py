@@ -1,4 +1,4 @@
-"""Files of checkpoints in a folder or at a URL, each summed up while it is written."""
+"""Reads and writes the files of checkpoints, in a folder or at a URL, and computes checksums while writing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from torch.distributed.checkpoint import filesystem
 from mom_tokenizers.errors import UserError, user_path
 
 METADATA = ".metadata"
-"""DCP's index of the tensors; where it stands, the checkpoint is committed."""
+"""Name of the index of the tensors that DCP (torch.distributed.checkpoint) writes. A checkpoint that has it is
+committed."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Of a file's bytes."""
+    """Size and checksum of a file."""
 
     size: int
     crc32: int
 
 
 class _Summed(io.RawIOBase):
-    """A file being written from front to back, and the sum of what was written."""
+    """A file that is written from front to back, with the size and checksum of what was written."""
 
     def __init__(self, stream: Any):
         self._stream, self.size, self.crc32 = stream, 0, 0
@@ -58,11 +59,14 @@ class _Summed(io.RawIOBase):
 
 
 class Files(filesystem.FileSystemBase):
-    """A folder or URL for DCP and for us; paths are strings. Remembers the sum of each file it wrote, by name."""
+    """A folder or URL that DCP and this package read and write. Paths are strings.
+
+    `written` has the size and checksum of each file that was written, by name.
+    """
 
     def __init__(self, root: str):
         try:
-            self.fs, self.root = url_to_fs(root, use_listings_cache=False)  # other ranks write here too
+            self.fs, self.root = url_to_fs(root, use_listings_cache=False)  # other ranks write too
         except (ImportError, ValueError) as error:
             raise UserError(f"{root}: {error}") from None
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -78,14 +82,14 @@ class Files(filesystem.FileSystemBase):
             try:
                 yield summed
             except Exception:
-                if summed.error is not None:  # torch.save covers a full disk with "unexpected pos"
+                if summed.error is not None:  # torch.save hides it behind "unexpected pos"
                     raise summed.error from None
                 raise
             stream.flush()
             self.written[file_name(path)] = Sum(summed.size, summed.crc32)
 
     def read(self, path: str) -> bytes:
-        """Raises FileNotFoundError, or UserError where it is there and may not be read."""
+        """The content of a file. Raises FileNotFoundError, or UserError if the file is there but cannot be read."""
         try:
             return bytes(self.fs.cat_file(path))
         except FileNotFoundError:
@@ -95,10 +99,10 @@ class Files(filesystem.FileSystemBase):
                 raise
 
     def write(self, path: str, data: bytes) -> None:
-        """All of it or nothing, and on the disk before this returns."""
+        """Writes a file completely or not at all. The data is on the disk when this returns."""
         self.written[file_name(path)] = Sum(len(data), zlib.crc32(data))
         if not self.local:
-            self.fs.pipe_file(path, data)  # an object appears whole
+            self.fs.pipe_file(path, data)  # an object store shows an object only when it is complete
             return
         partial = f"{path}.partial"
         with open(partial, "wb") as file:
@@ -108,6 +112,7 @@ class Files(filesystem.FileSystemBase):
         self.rename(partial, path)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Renames a file. On a local disk the change is on the disk when this returns."""
         if not self.local:
             self.fs.mv(str(path), str(new_path))
             return
@@ -119,7 +124,8 @@ class Files(filesystem.FileSystemBase):
             os.close(folder)
 
     def remove(self, folder: str) -> None:
-        """The folder and what is in it, its mark of a commit first: half a removal must not look whole."""
+        """Removes a folder with its content, the index first, so that a half-removed checkpoint does not look
+        committed."""
         if self.fs.exists(f"{folder}/{METADATA}"):
             self.fs.rm_file(f"{folder}/{METADATA}")
         if self.local:
@@ -129,13 +135,14 @@ class Files(filesystem.FileSystemBase):
             self.fs.rm(folder, recursive=True)
 
     def names(self, folder: str) -> list[str]:
+        """Names of the files and folders in `folder`."""
         try:
             return sorted(file_name(path) for path in self.fs.ls(folder, detail=False))
         except FileNotFoundError:
             return []
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders in it."""
+        """Names of the folders in `folder`."""
         try:
             found = self.fs.ls(folder, detail=True)
         except FileNotFoundError:
@@ -166,4 +173,5 @@ class Files(filesystem.FileSystemBase):
 
 
 def file_name(path: str | os.PathLike[str]) -> str:
+    """The last part of a path or URL."""
     return str(path).rstrip("/").rsplit("/", 1)[-1]

@@ -1,8 +1,8 @@
-"""Saving while training goes on, and loading what verifies.
+"""Saves checkpoints while training goes on, and loads checkpoints whose checksums verify.
 
-A save copies the tensors to host memory in a background thread, which must be done before the next optimiser step
-changes them (`staged`), and writes them from there while training goes on. The thread's collectives have a gloo group
-of their own. Layout and safety of what is written: mom_train/checkpoint/store.py.
+A background thread copies the tensors to host memory. This must be finished before the next optimiser step changes them
+(`staged`). The thread then writes the copies while training goes on. Its collective operations use a gloo group of
+their own. mom_train/checkpoint/store.py explains the layout of a checkpoint and why loading one is safe.
 """
 
 from __future__ import annotations
@@ -34,68 +34,75 @@ from mom_train.model.language_model import LanguageModel
 from mom_train.optim.ema import Ema
 
 log = logging.getLogger(__name__)
-_LONGEST_WRITE = timedelta(hours=2)  # ranks wait for the slowest one's files
+_LONGEST_WRITE = timedelta(hours=2)  # ranks wait for the slowest one to write its files
 
 
 @dataclass
 class TrainState:
-    """Everything of a run that is not a tensor. The order of the data follows from `sequence` alone; every random
-    draw follows from the seed and a name, so no generator's state is kept."""
+    """All state of a run that is not a tensor.
+
+    The position in the data follows from `sequence` alone. Every random draw follows from the seed and a name, so no
+    state of a generator is kept.
+    """
 
     step: int = 0
-    """Optimiser steps done."""
+    """Number of optimiser steps done."""
     sequence: int = 0
-    """Packed sequences consumed, over all ranks."""
+    """Number of packed sequences consumed, over all ranks."""
     tokens: dict[str, int] | None = None
-    """Real input tokens trained on, by modality."""
+    """Number of input tokens trained on by modality, without padding."""
     flops: int = 0
-    """Training FLOPs spent."""
+    """Number of training FLOPs spent."""
     data_fingerprint: str = ""
-    """Of the plan that `sequence` counts in."""
+    """Fingerprint of the plan that `sequence` is a position in."""
     phases: list[dict[str, Any]] = field(default_factory=list)
-    """Of that plan: since which sequence, and its sources and packing."""
+    """Phases of that plan: for each, its first sequence, its sources and its packing."""
     lanes: dict[str, Cursor] = field(default_factory=dict)
-    """Lane -> cursor at or before `sequence`, so that nothing before has to be planned again."""
+    """For each lane, a cursor at or before `sequence`, so that nothing before it has to be planned again."""
     judge: dict[str, Any] = field(default_factory=dict)
-    """What steps are judged by (mom_train/anomaly.py)."""
+    """State of the judge of bad steps (mom_train/anomaly.py)."""
     validated: int = -1
-    """The last step whose validation was not interrupted."""
+    """Last step after which validation was completed; -1 if there was none."""
     best: dict[str, Any] = field(default_factory=dict)
-    """`figure`, `step` and `value` of the best checkpoint so far, where checkpoint.best names a figure."""
+    """`figure`, `step` and `value` of the best checkpoint so far, if checkpoint.best names a figure."""
     config: dict[str, Any] | None = None
     """The resolved config."""
     version: str = ""
-    """Of this package."""
+    """Version of this package."""
 
     def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values, preceded by the number of their schema."""
         return {"schema": SCHEMA, **vars(self)}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take what `Checkpoint.train_state` gives; what is new since it was saved keeps its default."""
+        """Takes over what `Checkpoint.train_state` returns. Fields that are newer than the checkpoint keep their
+        defaults."""
         vars(self).update(values)
         self.lanes = {lane: Cursor(*cursor) for lane, cursor in self.lanes.items()}
 
 
 def read_train_state(checkpoint: Checkpoint) -> TrainState:
+    """The train state in `checkpoint`. Raises UserError if it cannot be read."""
     state = TrainState()
     state.load_state_dict(checkpoint.train_state())
     return state
 
 
 def tensors(model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Any]:
-    """What a checkpoint holds, by name: aliases, not copies. The optimiser's hyperparameters are the config's and stay
-    out, so that every value is a tensor."""
+    """The tensors that a checkpoint holds, in nested dicts. They are aliases, not copies.
+
+    The optimiser's hyperparameters are left out because they are in the config, so that every value is a tensor.
+    """
     weights, of_optimizer = get_state_dict(model, optimizer)
     values = {"model": weights, "optimizer": {"state": of_optimizer["state"]}}
     return values if ema is None else values | {"ema": ema.average}
 
 
 class HostCopies:
-    """Copies tensors to host memory in a background thread, into memory that is kept from save to save and, with CUDA,
-    pinned.
+    """Copies tensors to host memory in a background thread. The memory is reused for every save and, with CUDA, pinned.
 
-    This is what torch's DefaultStager does, too, but that of torch 2.11 closes its StateDictStager after every copy, so
-    that it serves only once.
+    torch's DefaultStager does the same, but in torch 2.11 it closes its StateDictStager after every copy, so that it
+    can be used only once.
     """
 
     def __init__(self) -> None:
@@ -108,8 +115,8 @@ class HostCopies:
         return StateDictStager(pin_memory=self._cuda)
 
     def begin(self, values: dict[str, Any]) -> Future[dict[str, Any]]:
-        """The copy of a nested dict of tensors as they are once what has been launched on the device is done. The
-        tensors must not change before the future is done."""
+        """Begins to copy a nested dict of tensors, with the values they have after all work launched on the device so
+        far. The tensors must not be changed before the returned future is done."""
         launched = torch.cuda.current_stream().record_event() if self._stream is not None else None
         return self._thread.submit(self._copy, values, launched)
 
@@ -124,7 +131,7 @@ class HostCopies:
             self._stream.synchronize()
             return copied
         except Exception:
-            self._stager = self._new_stager()  # so that one failure is not the next one's cause
+            self._stager = self._new_stager()  # so that this failure does not cause the next one
             raise
 
     def close(self) -> None:
@@ -133,23 +140,23 @@ class HostCopies:
 
 
 class Checkpointer:
-    """A run's checkpoints while it trains: one save at a time, in the background. A context manager.
+    """Saves and loads the checkpoints of a run while it trains, one save at a time, in the background. A context
+    manager.
 
-    Every method is to be called on all ranks alike. `finished` and `time_is_up` are one rank's view; the ranks agree on
-    them together with what else they agree on before a step, and `settle` then tells all of them at the same step how
-    the save went.
+    All ranks must call every method alike. `finished` and `time_is_up` say how things stand on one rank. The ranks
+    agree on them before each step, and `settle` then tells all of them at the same step how the save ended.
     """
 
     def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig):
         self.checkpoints, self.config = checkpoints, config
         self.committed_step = 0
-        """Of the newest that this run committed or began from."""
+        """Step of the newest checkpoint that this run committed or started from."""
         self.stall = 0.0
-        """Seconds that the last save kept training waiting."""
+        """Seconds that training had to wait for the last save."""
         self.best: dict[str, Any] = {}
-        """Of `TrainState.best`: the best checkpoint that is committed, or being written."""
-        self._saving: dict[str, Any] = {}  # the best one as the save that is being written knows it
-        self._saved: dict[str, Any] = {}  # and as the last one that was committed does
+        """The best checkpoint that is committed or being written, as in `TrainState.best`."""
+        self._saving: dict[str, Any] = {}  # `best` as of the save that is being written
+        self._saved: dict[str, Any] = {}  # `best` as of the last save that was committed
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE, group_desc=CHECKPOINT_GROUP)
         self._copies = HostCopies()
         self._copied: Future[dict[str, Any]] | None = None  # a copy that the optimiser must wait for
@@ -161,18 +168,18 @@ class Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread is not None:  # also where the run fails: what can be committed is
+        if self._thread is not None:  # also if the run fails, so that a save that can be committed is
             self._thread.join()
         self._copies.close()
 
     # ---- at the start -------------------------------------------------------------------------------------
 
     def newest(self, below: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint, of those before step `below` if given, whose checksums verify, or None where there is
-        no checkpoint; the ranks share the reading. Damaged ones are marked, so that they do not count as one, and
-        LATEST is set back.
+        """The newest checkpoint whose checksums verify, or None if there is no checkpoint.
 
-        Raises ValueError where there are checkpoints and none verifies.
+        If `below` is given, only checkpoints before that step count. The ranks share the reading. If newer checkpoints
+        are damaged, they are marked so that they no longer count, and LATEST is set back. Raises UserError if there are
+        checkpoints but none verifies.
         """
         steps = [agreed(partial(self._candidates, below))]
         dist.broadcast_object_list(steps)
@@ -210,7 +217,7 @@ class Checkpointer:
         ]
 
     def fall_back(self, to: Checkpoint) -> None:
-        """Set LATEST back to `to`, and mark those after it so that they are never carried on from."""
+        """Sets LATEST back to `to`, and marks later checkpoints so that no run ever continues from them."""
         agreed(partial(self._mark_after, to))
 
     def _mark_after(self, to: Checkpoint) -> None:
@@ -221,8 +228,8 @@ class Checkpointer:
                     checkpoint.mark_damaged()
 
     def restore_best(self, best: dict[str, Any]) -> None:
-        """Take up the best checkpoint that a train state knows of, where it is still there and of the figure that
-        `checkpoint.best` names; else none is the best so far."""
+        """Takes over the best checkpoint from a train state if it still exists and belongs to the figure that
+        `checkpoint.best` names. Otherwise there is no best checkpoint so far."""
         found = [agreed(partial(self._point_at_best, best))]
         dist.broadcast_object_list(found)
         self.best = self._saving = self._saved = found[0]
@@ -236,20 +243,20 @@ class Checkpointer:
         return best if there else {}
 
     def mark_best(self) -> None:
-        """BEST names the checkpoint that the run stands at, which is committed."""
+        """Makes BEST name the committed checkpoint that the run is at."""
         agreed(partial(self._point_at_best, self.best))
         self._saving = self._saved = self.best
 
     def improves(self, step: int, values: Mapping[str, float]) -> bool:
-        """Whether a validation's `values`, equal on all ranks, are the best so far: then the state after `step` is to
-        be saved. Raises ValueError where they lack the figure of `checkpoint.best`."""
+        """Whether the `values` of a validation are the best so far, so that the state after `step` should be saved.
+        They must be equal on all ranks. Raises UserError if they lack the figure that `checkpoint.best` names."""
         figure = self.config.best
         if figure is None or not values:
             return False
         if figure not in values:
             raise AgreedError(f"checkpoint.best={figure}: the validation has no such figure, only {', '.join(values)}")
         value = values[figure]
-        if not value < self.best.get("value", math.inf):  # also where it is not a number
+        if not value < self.best.get("value", math.inf):  # so that NaN is not the best
             return False
         self.best = {"figure": figure, "step": step, "value": value}
         return True
@@ -257,7 +264,7 @@ class Checkpointer:
     def load(
         self, checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | None
     ) -> None:
-        """Fill model, optimiser and average in place, resharding as needed."""
+        """Fills the model, the optimiser and the average of the weights in place, resharding as needed."""
         metadata = agreed(checkpoint.metadata)
         averaged = any(name.startswith("ema.") for name in metadata.state_dict_metadata)
         values = tensors(model, optimizer, ema if averaged else None)
@@ -274,25 +281,26 @@ class Checkpointer:
     # ---- while training -----------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
+        """Whether a checkpoint should be made after this step."""
         return any(every and step % every == 0 for every in (self.config.every, self.config.keep_every))
 
     @property
     def time_is_up(self) -> bool:
-        """Whether `seconds` have passed since the last save began, and none is being written."""
+        """Whether `checkpoint.seconds` have passed since the last save began, and no save is being written."""
         seconds = self.config.seconds
         return seconds is not None and self._thread is None and time.monotonic() - self._last >= seconds
 
     @property
     def finished(self) -> bool:
-        """Whether this rank has done its part of the save, or has none."""
+        """Whether this rank has finished its part of the save. True also if no save is being written."""
         return self._thread is None or not self._thread.is_alive()
 
     def save(
         self, model: LanguageModel, optimizer: torch.optim.Optimizer, ema: Ema | None, train_state: TrainState
     ) -> None:
-        """Begin. The weights must not change before `staged`. Waits for a save that is still being written.
+        """Begins a save. The weights must not change before `staged` has returned.
 
-        Raises ValueError as `settle` where that one failed once too often.
+        Waits first for a save that is still being written, and raises as `settle` does if that one fails.
         """
         begun = time.perf_counter()
         self.wait()
@@ -305,7 +313,7 @@ class Checkpointer:
         self.stall = time.perf_counter() - begun
 
     def staged(self) -> None:
-        """Wait until the optimiser may change the weights. A copy that failed is a save that failed: see `settle`."""
+        """Waits until the optimiser may change the weights. If the copy failed, `settle` reports it."""
         if self._copied is not None:
             begun = time.perf_counter()
             self._copied.exception()
@@ -313,10 +321,10 @@ class Checkpointer:
             self.stall += time.perf_counter() - begun
 
     def settle(self) -> None:
-        """Take note of how the save ended that all ranks have finished.
+        """Takes note of how a save ended that all ranks have finished.
 
-        Where it failed and `max_failures` were reached in a row, raises AgreedError if the last one failed for what the
-        user can mend, such as a full disk, else RuntimeError: starting again may then help.
+        If it is the last of `max_failures` failures in a row, raises an error: AgreedError if the user can mend its
+        cause, such as a full disk, or RuntimeError if starting again may help.
         """
         if self._thread is None:
             return
@@ -338,13 +346,13 @@ class Checkpointer:
             )
 
     def wait(self) -> None:
-        """Until the save is committed or has failed; then as `settle`."""
+        """Waits until the save is committed or has failed, and then does the same as `settle`."""
         self.staged()
         self.settle()
 
     def _write(self, copied: Future[dict[str, Any]], train_state: str) -> None:
         try:
-            # agreed before the write's first collective, in which the others would wait for a rank without a copy
+            # The ranks agree before the first collective operation of the write, in which they would wait for a failed rank.
             failures: list[str | None] = [None] * dist.get_world_size(self._group)
             dist.all_gather_object(failures, _described(copied.exception()), group=self._group)
             for rank, failure in enumerate(failures):
@@ -360,12 +368,12 @@ class Checkpointer:
                 if self._saving.get("step") == self._step:
                     self.checkpoints.point_at_best(self.checkpoints[self._step])
                 self.checkpoints.prune(self._step, self.config.keep, self.config.keep_every)
-            except Exception as error:  # of an object store's client, too: the save itself is committed
+            except Exception as error:  # any error, also of the client of an object store: the save itself is committed
                 log.warning("BEST could not be written, or older checkpoints removed: %s", error)
 
 
 def _described(error: BaseException | None) -> str | None:
-    """An exception in words; one that is not meant for users with its type, which may be all that it says."""
+    """An exception in words. Its type is named unless it is a UserError, because the type may be all that it says."""
     if error is None or isinstance(error, UserError):
         return None if error is None else str(error)
     return f"{type(error).__name__}: {error}"

@@ -1,16 +1,17 @@
-"""Where checkpoints lie: a folder, or any URL that fsspec opens (s3://bucket/run).
+"""The place where checkpoints are stored: a folder, or any URL that fsspec can open (s3://bucket/run).
 
     ROOT/checkpoints/step-N/     __R_0.distcp (rank R's tensors), train_state.json, checksums.json, .metadata
-    ROOT/LATEST                  the name of the newest one
-    ROOT/BEST                    the name of the best one by checkpoint.best, where the run has that
+    ROOT/LATEST                  the name of the newest checkpoint
+    ROOT/BEST                    the name of the best checkpoint, if the config has checkpoint.best
 
-A save writes the tensors, then checksums.json (size and crc32 of every file), then `.metadata`, which is DCP's index of
-the tensors and marks the commit, then LATEST. A folder without `.metadata` is a save that did not finish.
+DCP stands for torch.distributed.checkpoint. A save writes the tensors, then checksums.json (size and crc32 of every
+file), then `.metadata`, which is DCP's index of the tensors and commits the checkpoint, then LATEST. A folder without
+`.metadata` is a save that did not finish.
 
-Nothing in a checkpoint can run code. DCP pickles `.metadata`, and stock DCP unpickles it without any limit; here only
-the few classes of such an index are let through. DCP also keeps every value that is not a tensor as a pickle, which its
-load planner opens with `weights_only=False`; ours hold none, and one that does is refused. Tensors themselves DCP reads
-with `weights_only=True`.
+Loading a checkpoint cannot run code that is in it. DCP pickles `.metadata`, and DCP itself unpickles it without any
+limit; this module lets through only the few classes that such an index consists of. DCP also stores every value that is
+not a tensor as a pickle, which its load planner opens with `weights_only=False`. Our checkpoints hold no such values,
+and one that does is refused. DCP reads the tensors themselves with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from mom_train.config.files import read_saved, validated
 from mom_train.config.migrations import migrated_state
 from mom_train.config.run import RunConfig
 
-_CHUNK = 1 << 22  # bytes read at a time
+_CHUNK = 1 << 22  # number of bytes read at a time
 _SUMS, _STATE = "checksums.json", "train_state.json"
-_DAMAGED = ".metadata.damaged"  # what `.metadata` is called once the checkpoint is known not to verify
+_DAMAGED = ".metadata.damaged"  # new name of `.metadata` once the checkpoint is known to be damaged
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One step's folder."""
+    """The checkpoint of one step: a folder."""
 
     files: Files
     path: str
@@ -69,18 +70,20 @@ class Checkpoint:
 
     @property
     def committed(self) -> bool:
+        """Whether the save was finished, and no damage has been found since."""
         return self.files.exists(f"{self.path}/{METADATA}")
 
     @property
     def damaged(self) -> bool:
-        """Whether a run found it so and fell back to an older one."""
+        """Whether the checkpoint was marked as damaged, or as one that a run went back from."""
         return self.files.exists(f"{self.path}/{_DAMAGED}")
 
     def mark_damaged(self) -> None:
+        """Marks the checkpoint so that it no longer counts as committed."""
         self.files.rename(f"{self.path}/{METADATA}", f"{self.path}/{_DAMAGED}")
 
     def train_state(self) -> dict[str, Any]:
-        """What the run kept beside the tensors, in today's form. Raises UserError where it cannot be read."""
+        """The state of the run that is not a tensor, in the current schema. Raises UserError if it cannot be read."""
         try:
             values = json.loads(self.files.read(f"{self.path}/{_STATE}"))
         except (FileNotFoundError, ValueError) as error:
@@ -90,19 +93,20 @@ class Checkpoint:
         return migrated_state(values, self)
 
     def config(self) -> RunConfig:
-        """The resolved config of the run that saved it. Raises UserError where it cannot be read."""
+        """The complete config of the run that saved the checkpoint. Raises UserError if it cannot be read."""
         return validated(self.train_state().get("config") or {}, self)
 
     def keep_every(self) -> int | None:
-        """The config's `checkpoint.keep_every` when it was saved."""
+        """The value of `checkpoint.keep_every` in the config of the run that saved the checkpoint."""
         config = self.train_state().get("config") or {}
         return config.get("checkpoint", {}).get("keep_every")
 
     def permanent(self, keep_every: int | None) -> bool:
+        """Whether `keep_every` divides the step, so that the checkpoint is never deleted."""
         return keep_every is not None and self.step % keep_every == 0
 
     def sums(self) -> dict[str, Sum]:
-        """What each of its files should hold. Raises ValueError where that is not known."""
+        """Size and checksum that each file of the checkpoint should have. Raises UserError if they cannot be read."""
         path = f"{self.path}/{_SUMS}"
         try:
             return {str(name): Sum(**values) for name, values in json.loads(self.files.read(path)).items()}
@@ -112,8 +116,11 @@ class Checkpoint:
             raise UserError(f"{path} cannot be read: {error}") from None
 
     def damage(self, part: int = 0, parts: int = 1, progress: Callable[[int], object] = bool) -> list[str]:
-        """What is wrong with each `parts`-th of its files, one line a file; all bytes of them are read. `progress` is
-        called with the length of each piece read."""
+        """Reads every `parts`-th file from number `part` on, and says in one line per damaged file what is wrong with
+        it.
+
+        `progress` is called with the length of each piece that was read.
+        """
         try:
             sums = self.sums()
         except UserError as error:
@@ -134,7 +141,7 @@ class Checkpoint:
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-                found.append(f"{path} cannot be read: {error.strerror}")  # a disk's bad block: as lost as a wrong byte
+                found.append(f"{path} cannot be read: {error.strerror}")  # a bad block of the disk counts as damage
                 continue
             if size != want.size:
                 found.append(f"{path} has {size:,} bytes instead of {want.size:,}")
@@ -143,12 +150,13 @@ class Checkpoint:
         return found
 
     def check(self) -> None:
-        """Raises ValueError where it is damaged."""
+        """Raises UserError if the checkpoint is damaged."""
         if damage := self.damage():
             raise UserError(f"{self} is damaged: {'; '.join(damage)}")
 
     def metadata(self) -> index.Metadata:
-        """Shapes, types and places of the tensors by name. Raises ValueError where it holds anything else."""
+        """DCP's index: shapes, types and places of the tensors by name. Raises UserError if it cannot be read or holds
+        anything else."""
         path = f"{self.path}/{METADATA}"
         try:
             content = self.files.read(path)
@@ -161,7 +169,7 @@ class Checkpoint:
         except Exception as error:  # a damaged pickle can fail in any way
             raise UserError(f"{path} cannot be read: {error}") from None
         if not isinstance(metadata, index.Metadata):
-            raise UserError(f"{path} is no index of a checkpoint")
+            raise UserError(f"{path} is not the index of a checkpoint")
         sums = self.sums()
         for key, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, index.TensorStorageMetadata):
@@ -172,18 +180,18 @@ class Checkpoint:
         return metadata
 
     def load(self, values: dict[str, Any], no_dist: bool = False) -> None:
-        """Fill the tensors of the nested dict `values` in place, resharding as needed; collective unless `no_dist`.
+        """Fills the tensors of the nested dict `values` in place, resharding as needed. Collective unless `no_dist`.
 
-        Raises UserError, on all ranks, where one is missing or of another shape, and RuntimeError where the machine or
+        Raises UserError on all ranks if a tensor is missing or has another shape, and RuntimeError if the machine or
         the network failed.
         """
         if no_dist:
-            self.metadata()  # what is wrong with it in one line; DCP would log tracebacks first
+            self.metadata()  # says in one line what is wrong; DCP would log tracebacks first
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # DCP wonders whether one process is meant; it is
+                warnings.simplefilter("ignore")  # DCP warns that only one process takes part, which is intended
                 dcp.load(values, storage_reader=_Reader(self), no_dist=no_dist)
-        except CheckpointException as error:  # a BaseException: `except Exception` would let it pass
+        except CheckpointException as error:  # not an Exception, but a BaseException
             _, (reason, _) = min(error.failures.items())
             said = f"{self.path}: {first_failure(error)}"
             if isinstance(reason, (OSError, MemoryError, torch.OutOfMemoryError)) and not isinstance(
@@ -194,7 +202,7 @@ class Checkpoint:
 
 
 def with_absolute_place(config: RunConfig) -> RunConfig:
-    """The config as a run keeps it: whoever reads it from another folder finds the checkpoints."""
+    """The config with an absolute checkpoint.path, so that the checkpoints are found from any working directory."""
     path = config.checkpoint.path
     if path is None or "://" in path:
         return config
@@ -203,7 +211,7 @@ def with_absolute_place(config: RunConfig) -> RunConfig:
 
 
 class Checkpoints:
-    """All of a run's."""
+    """All checkpoints of a run."""
 
     def __init__(self, root: str | Path):
         self.files = Files(str(root))
@@ -211,7 +219,8 @@ class Checkpoints:
 
     @classmethod
     def of(cls, run: str | Path) -> Checkpoints:
-        """Of a run's folder, which says in config.yaml where they are, or of the URL that they are under."""
+        """The checkpoints of a run. `run` is its folder, whose config.yaml says where they are, or the URL that holds
+        them."""
         elsewhere = read_saved(run).get("checkpoint", {}).get("path")
         return cls(elsewhere or run)
 
@@ -219,18 +228,22 @@ class Checkpoints:
         return Checkpoint(self.files, f"{self.root}/checkpoints/step-{step}")
 
     def all(self) -> list[Checkpoint]:
-        """Committed or not, by step."""
+        """All checkpoints in the order of their steps, committed or not."""
         names = (
             name.removeprefix("step-") for name in self.files.folders(f"{self.root}/checkpoints") if "step-" in name
         )
         return [self[step] for step in sorted(int(n) for n in names if n.isdigit())]
 
     def committed(self) -> list[Checkpoint]:
+        """The committed checkpoints in the order of their steps."""
         return [c for c in self.all() if c.committed]
 
     def latest(self) -> Checkpoint | None:
-        """The one that LATEST names; where there is no LATEST, as after a kill between the first commit and it, the
-        newest committed one, or None. Raises ValueError where LATEST names one that is not there."""
+        """The checkpoint that LATEST names.
+
+        Without LATEST, which is missing if the run was killed right after its first commit, it is the newest committed
+        checkpoint, or None. Raises UserError if LATEST names a checkpoint that is not there.
+        """
         pointer = f"{self.root}/LATEST"
         try:
             name = self.files.read(pointer).decode(errors="replace").strip()
@@ -247,7 +260,7 @@ class Checkpoints:
         return found
 
     def best(self) -> Checkpoint | None:
-        """The one that BEST names, where it is there."""
+        """The checkpoint that BEST names, or None if there is none."""
         try:
             name = self.files.read(f"{self.root}/BEST").decode(errors="replace").strip()
         except FileNotFoundError:
@@ -256,7 +269,7 @@ class Checkpoints:
         return found if name and found.committed else None
 
     def find(self, step: int | Literal["best"] | None = None) -> Checkpoint:
-        """The newest, the best, or that of one step. Raises ValueError where there is none."""
+        """The newest checkpoint (None), the best, or that of one step. Raises UserError if there is none."""
         found = self.latest() if step is None else self.best() if step == "best" else self[step]
         if found is None or not found.committed:
             what = "best checkpoint (checkpoint.best)" if step == "best" else "committed checkpoint"
@@ -264,7 +277,10 @@ class Checkpoints:
         return found
 
     def check_begins_anew(self, config: RunConfig) -> None:
-        """Raises UserError where these are none, and the run has some in the place that its config named before."""
+        """Raises UserError if the run has checkpoints in the place that its config named before.
+
+        It is called when there are none here, so that the run would start from the beginning by mistake.
+        """
         before = Checkpoints.of(config.run_dir)
         if before.root != self.root and (latest := before.latest()) is not None:
             raise UserError(
@@ -274,10 +290,11 @@ class Checkpoints:
             )
 
     def point(self, to: Checkpoint) -> None:
+        """Writes LATEST."""
         self.files.write(f"{self.root}/LATEST", f"{to.name}\n".encode())
 
     def point_at_best(self, to: Checkpoint | None) -> None:
-        """Write BEST, or remove it."""
+        """Writes BEST, or removes it if `to` is None."""
         path = f"{self.root}/BEST"
         if to is not None:
             self.files.write(path, f"{to.name}\n".encode())
@@ -285,8 +302,12 @@ class Checkpoints:
             self.files.rm_file(path)
 
     def prune(self, newest: int, keep: int, keep_every: int | None) -> list[Checkpoint]:
-        """Remove all up to step `newest` but the last `keep`, the multiples of `keep_every` and the best. Later ones
-        stay: a run that was taken back to an older step has not come to them yet."""
+        """Removes the checkpoints up to step `newest` except the last `keep`, the multiples of `keep_every` and the
+        best.
+
+        Later checkpoints stay: a run that was taken back to an older step has not reached them again yet. Returns the
+        removed checkpoints.
+        """
         older = [c for c in self.committed() if c.step <= newest]
         best = self.best()
         removed = [c for c in older[:-keep] if not c.permanent(keep_every) and (best is None or c.step != best.step)]
@@ -295,35 +316,38 @@ class Checkpoints:
         return removed
 
     def clean(self) -> list[Checkpoint]:
-        """Remove saves that did not finish."""
+        """Removes and returns saves that did not finish."""
         removed = [c for c in self.all() if not c.committed and not c.damaged]
         for checkpoint in removed:
             self.files.remove(checkpoint.path)
         return removed
 
     def write(self, step: int, values: dict[str, Any], train_state: str, group: dist.ProcessGroup) -> None:
-        """Save and commit the nested dict of tensors `values`; collective over `group`. Raises on all ranks where any
-        rank could not write: UserError where the user can mend that, such as a full disk, else RuntimeError. What it
-        left there is then removed."""
+        """Saves and commits the nested dict of tensors `values`. Collective over `group`.
+
+        If any rank cannot write, all ranks raise UserError if the user can mend the cause, such as a full disk, or else
+        RuntimeError. What was written is then removed.
+        """
         checkpoint = self[step]
         writer = _Writer(self, checkpoint, train_state)
         try:
             dcp.save(values, storage_writer=writer, process_group=group)
         except CheckpointException as error:
             if dist.get_rank(group) == 0 and not checkpoint.committed:
-                with suppress(OSError):  # a full disk needs its space back; a read-only one has nothing to remove
+                with suppress(OSError):  # a full disk needs the space; a read-only one has no files to remove
                     self.files.remove(checkpoint.path)
             _, (reason, _) = min(error.failures.items())
             raise (UserError if mendable(reason) else RuntimeError)(f"{checkpoint}: {first_failure(error)}") from None
 
 
 def first_failure(error: CheckpointException) -> str:
+    """Message of the failed rank with the lowest number."""
     rank, (reason, _) = min(error.failures.items())
     return f"[rank {rank}] {reason}"
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads the pickled index that DCP writes, and no other pickle."""
+    """Unpickles the index that DCP writes, and refuses every other pickle."""
 
     _ALLOWED = {  # noqa: RUF012
         (c.__module__, c.__qualname__): c
@@ -358,6 +382,8 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
+    """Reads a checkpoint with the index from `Checkpoint.metadata`, which is safe to unpickle."""
+
     def __init__(self, checkpoint: Checkpoint):
         super().__init__(checkpoint.path)
         self.fs, self.path = checkpoint.files, checkpoint.path  # type: ignore[assignment]
@@ -371,11 +397,13 @@ class _Reader(dcp.FileSystemReader):
 
 @dataclass(frozen=True)
 class _Written(WriteResult):
+    """DCP's record of a tensor that was written, with the size and checksum of its file."""
+
     file: Sum
 
 
 class _Writer(dcp.FileSystemWriter):
-    """One save: its steps run on every rank, and fail on all where one fails."""
+    """Writes one checkpoint. DCP calls its methods on every rank, and all ranks fail if one fails."""
 
     def __init__(self, checkpoints: Checkpoints, checkpoint: Checkpoint, train_state: str):
         files = copy.copy(checkpoints.files)
@@ -389,7 +417,7 @@ class _Writer(dcp.FileSystemWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0, when all ranks have planned and none writes yet."""
+        """Makes an empty folder. DCP calls this on rank 0 when all ranks have planned and none has begun to write."""
         folder = self._checkpoint.path
         self._files.remove(folder)
         self._files.mkdir(folder)
@@ -408,7 +436,7 @@ class _Writer(dcp.FileSystemWriter):
         return written
 
     def finish(self, metadata: index.Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, when all ranks have written: commit."""
+        """Commits the checkpoint. DCP calls this on rank 0 when all ranks have written."""
         written = [result for of_rank in results for result in of_rank]
         metadata.storage_data = {r.index: r.storage_data for r in written}
         metadata.storage_meta = index.StorageMeta(save_id=self.save_id)

@@ -36,9 +36,8 @@ class TensorBoard:
     """
 
     def __init__(self, config: RunConfig, resumed_at: int, lines: Sequence[Mapping[str, float]]):
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # here, because it takes a second and only rank 0 needs it
+        # Imported here because it takes a second, and only rank 0 needs it.
+        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.place = config.run_dir / "tensorboard"
