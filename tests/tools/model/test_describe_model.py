@@ -250,9 +250,8 @@ def test_how_the_ranks_share_the_model_shows_in_its_memory():
 
 
 def test_the_tables_of_the_docs_are_what_the_tool_prints_today():
-    shown = {
-        line for line in (CHECKOUT / "docs/reference/models.md").read_text().splitlines() if line.startswith("| configs/")
-    }
+    page = (CHECKOUT / "docs/reference/models.md").read_text()
+    shown = {line for line in page.splitlines() if line.startswith("| configs/")}
     presets = (p for p in sorted(CONFIGS.glob("*/[!_]*.yaml")) if p.parent.name != "mini")
     paths = [p.relative_to(CHECKOUT) for p in presets]
     printed = set()
