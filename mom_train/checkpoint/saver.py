@@ -352,7 +352,7 @@ class Checkpointer:
 
     def _write(self, copied: Future[dict[str, Any]], train_state: str) -> None:
         try:
-            # The ranks agree before the first collective operation of the write, in which they would wait for a failed rank.
+            # The ranks agree before the first collective of the write, in which they would wait for a failed rank.
             failures: list[str | None] = [None] * dist.get_world_size(self._group)
             dist.all_gather_object(failures, _described(copied.exception()), group=self._group)
             for rank, failure in enumerate(failures):

@@ -1,8 +1,8 @@
-"""Which backend runs an operator where, and one log line that says why.
+"""Chooses the backend that runs an operator, and says why in one log line.
 
-A backend is a module mom_train/ops/{scan,conv}/NAME.py. It has `forward` and `backward`, a scan also `new_states`, and
-`why_not(x, size)`, which says what keeps it from running rows like x: a text, or None. A new backend is such a module
-and its name in BACKENDS.
+A backend is a module mom_train/ops/{scan,conv}/NAME.py with the functions `forward` and `backward`, in a scan also
+`new_states`, and `why_not(x, size)`, which returns the reason why it cannot run rows like x, or None if it can. To add
+a backend, add such a module and put its name into BACKENDS.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from mom_train.ops import mamba_ssm
 
 BACKENDS = ("torch", "c", "triton", "mamba_ssm")
 forced: str | None = os.environ.get("MOM_KERNELS") or None
-"""MOM_KERNELS: one backend for every operator, and an error where it cannot run."""
+"""The backend that MOM_KERNELS names for every operator. It is an error if that one cannot run."""
 _chosen: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
 log = logging.getLogger(__name__)
 
 
 def module(kernel: str, backend: str, x: Tensor, size: int) -> ModuleType:
-    """The module that runs this operator.
+    """The module that runs an operator.
 
-    kernel "scan" or "conv"; backend one of BACKENDS or "auto"; x the rows (T, D); size the SSM state or the taps.
+    `kernel` is "scan" or "conv", `backend` is one of BACKENDS or "auto", `x` are the rows (T, D), and `size` is the
+    size of the SSM state or the number of taps.
     """
     if backend == "auto":
         backend = choose(kernel, x, size)
@@ -38,9 +39,9 @@ def module(kernel: str, backend: str, x: Tensor, size: int) -> ModuleType:
 
 
 def choose(kernel: str, x: Tensor, size: int) -> str:
-    """MOM_KERNELS, else Triton on an NVIDIA GPU and C on a CPU where they apply, else PyTorch.
+    """The name of the backend: MOM_KERNELS, or else Triton on an NVIDIA GPU and C on a CPU if they can run, or PyTorch.
 
-    Raises ValueError where MOM_KERNELS names a backend that cannot run this.
+    Raises UserError if MOM_KERNELS names a backend that cannot run this operator.
     """
     key = (kernel, x.device, x.dtype, x.shape[1], size)
     if key not in _chosen:
@@ -55,7 +56,7 @@ def choose(kernel: str, x: Tensor, size: int) -> str:
 
 
 def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
-    """What keeps a backend from running this operator, or None."""
+    """The reason why a backend cannot run an operator, or None if it can."""
     if backend not in BACKENDS:
         raise UserError(f"no kernels named {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "mamba_ssm":
@@ -67,5 +68,5 @@ def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
 
 
 def _imported(kernel: str, backend: str) -> ModuleType:
-    # late and by name, because triton may be absent, and because the operators' modules import this one
+    # Imported late because triton may be absent, and because the modules of the operators import this one.
     return import_module(f"mom_train.ops.{kernel}.{backend}")

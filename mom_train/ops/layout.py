@@ -1,4 +1,4 @@
-"""Where each token lies: the rows of a batch, sorted by modality, and how to read them in time order."""
+"""The place of each token: the rows of a batch sorted by modality, and how to read them in time order."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mom_train.distributed.context import Context
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The geometry of one batch of B rows x L positions, T = B*L, made once and read by every layer.
+    """The layout of one batch of B rows x L positions (T = B*L tokens). It is made once and read by every layer.
 
     Every row-wise tensor of the network (residual, norms, projections, losses) is stored in *row order*:
     stably sorted by modality, so that each modality is one contiguous segment. Only the convolution and the
     scan need *time order* (b*L + t); they read through `order`.
 
-    order     (T,) int32   time -> row
-    rows      (T,) int64   row -> time, the inverse
-    offsets   (M+1,) int64 on the CPU: modality m holds rows offsets[m]:offsets[m+1], possibly none
+    order     (T,) int32   for each token in time order, its index in row order
+    rows      (T,) int64   for each token in row order, its index in time order
+    offsets   (M+1,) int64 on the CPU: modality m has the rows offsets[m]:offsets[m+1], possibly none
     modality  (T,) uint8   in time order
-    position  (T,) uint8   in time order: tokens since the document began, saturated at 255; 0 resets the state
+    position  (T,) uint8   in time order: number of tokens since the document began, at most 255; 0 resets the state
     document  (T,) int32   in time order
-    picture   (T,) int32   in time order: number of the picture whose latent patch stands here, -1 elsewhere; None
-                           where there are no latents
-    context                with whom the rows are shared, where their positions are dealt to several ranks; all of the
-                           above is then of this rank's slice, and `position` knows of the tokens before it
+    picture   (T,) int32   in time order: number of the picture that the latent patch here belongs to, or -1; None if
+                           there are no latents
+    context                the ranks that share the rows, if each of them has a slice of the positions. All fields above
+                           are then those of this rank's slice, but `position` also counts tokens before the slice.
     """
 
     batch: int
@@ -55,10 +55,10 @@ class RowLayout:
         picture_BL: Tensor | None = None,
         context: Context | None = None,
     ) -> RowLayout:
-        """From the fields of a PackedBatch.
+        """Makes the layout from fields of a PackedBatch.
 
-        `past_B` (B,) int: how many tokens of the row's first document came in earlier chunks, whose state is carried
-        in; by default every row starts a document.
+        `past_B` (B,) int says how many tokens of the first document of each row came in earlier chunks, whose state is
+        carried in. By default, every row starts a document.
         """
         B, L = modality_BL.shape
         time = torch.arange(L, device=document_BL.device).expand(B, L)
@@ -75,7 +75,7 @@ class RowLayout:
 
     @classmethod
     def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Any) -> RowLayout:
-        """The same from modality (B, L) and document (B, L) alone; the loader has `order` and `rows` already."""
+        """Makes the layout from modality (B, L) and document (B, L) alone. `kwargs` are those of `build`."""
         flat = modality_BL.reshape(-1).long()
         rows = torch.argsort(flat, stable=True)
         order = torch.empty_like(rows)

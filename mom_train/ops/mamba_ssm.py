@@ -1,14 +1,16 @@
-"""The stock CUDA kernels, mamba_ssm's `selective_scan_fn` and `causal_conv1d_fn`, behind our interfaces.
+"""Calls the CUDA kernels of the package mamba_ssm (`selective_scan_fn`, `causal_conv1d_fn`) through our interfaces.
 
-They are optional: a peer to measure against, and a way out where Triton fails. They know neither documents nor a
-carried state; both are expressed in what they take:
+They are optional: to compare speeds with, and to use if Triton fails. They support neither document boundaries nor a
+state that is carried in, so both are expressed through the inputs:
 
-- At a document's first token the time step is Delta' = Delta + 1e6, so that exp(Delta' A) = 0 forgets, and the input
-  u' = u Delta / Delta', so that the token enters as before. The D term keeps u, therefore it and the gate stay outside.
-- A carried state h0 enters through N tokens in front: token n has B = e_n, Delta = 2^-60 and u = 2^60 h0[:, n].
-- The last state leaves, with its gradient, through N tokens behind: token n has C = e_n and u = 0.
+- At the first token of a document, the time step is Delta' = Delta + 1e6, so that exp(Delta' A) = 0 clears the state,
+  and the input is u' = u Delta / Delta', so that the token enters the state as before. The D term needs u itself, so it
+  and the gate are computed outside the kernel.
+- A carried state h0 enters through N tokens before the row: token n has B = e_n, Delta = 2^-60 and u = 2^60 h0[:, n].
+- The last state is read, with its gradient, through N tokens after the row: token n has C = e_n and u = 0.
 
-Gradients of B, C, A and D come from atomic additions there: not the same on every run. Not for torch.compile.
+These kernels sum gradients of B, C, A and D with atomic additions, so results differ between runs. They do not work
+with torch.compile.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ _EPSILON = 2.0**-60  # a power of two: scaling by it is exact, and exp(2^-60 A) 
 
 @functools.cache
 def _stock() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(selective_scan_fn, causal_conv1d_fn). Raises ValueError where they cannot run."""
+    """Returns (selective_scan_fn, causal_conv1d_fn). Raises UserError if they cannot run here."""
     if not torch.cuda.is_available():
         raise UserError("they need an NVIDIA GPU")
     for extension in ("selective_scan_cuda", "causal_conv1d_cuda"):
         if importlib.util.find_spec(extension) is None:
-            raise UserError(f"the extension {extension} is not built here: the `cuda` extra")
+            raise UserError(f"the extension {extension} is not built here; it comes with the extra `cuda`")
     try:
         from causal_conv1d import causal_conv1d_fn
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -45,7 +47,7 @@ def _stock() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
 
 
 def why_not(kernel: str, x: Tensor, size: int) -> str | None:
-    """What keeps the stock kernels from running on rows like x (T, D), with `size` states or taps; or None."""
+    """The reason why these kernels cannot run on rows like x (T, D) with `size` states or taps, or None if they can."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"rows of {str(x.dtype)[6:]}: a document's reset needs the range of float32 or bfloat16"
     if kernel == "conv" and not 2 <= size <= 4:
@@ -70,7 +72,8 @@ def selective_scan(
     x_TD: Tensor, dt_TD: Tensor, A_DN: Tensor, B_TN: Tensor, C_TN: Tensor, D_D: Tensor, z_TD: Tensor,
     dt_bias_MD: Tensor, layout: RowLayout, h0_BDN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `kernels.selective_scan`; Delta is rounded to the rows' dtype, as the stock kernel takes it."""
+    """The same as `scan.selective_scan.selective_scan`, but Delta is rounded to the dtype of the rows for the
+    kernel."""
     D, N = A_DN.shape
     _require("scan", x_TD, N)
     batch, length, dtype = layout.batch, layout.length, x_TD.dtype
@@ -84,7 +87,8 @@ def selective_scan(
     taken_BLD = torch.where(first_BL1, delta_BLD + _FORGET, delta_BLD).to(dtype)
     u_BLD = torch.where(first_BL1, x_BLD * delta_BLD / taken_BLD.float(), x_BLD).to(dtype)
 
-    # around the row: tokens that bring h0 in, as a sum of what the rows' dtype holds, and tokens that read the state
+    # Tokens before the row bring h0 in, as a sum of values that the dtype of the rows can hold; tokens after it read
+    # the state.
     pieces: list[Tensor] = []
     if h0_BDN is not None:
         rest = h0_BDN
@@ -111,20 +115,23 @@ def selective_scan(
     y_BLD = y_BDS[:, :, brought : brought + length].transpose(1, 2).float()
     y_BLD = (y_BLD + D_D * x_BLD) * F.silu(z_BLD)
     read_BDN = y_BDS[:, :, brought + length :].float()
-    hT_BDN = last_BDN.detach() + (read_BDN - read_BDN.detach())  # the kernel's fp32 value, our gradient
+    hT_BDN = last_BDN.detach() + (read_BDN - read_BDN.detach())  # fp32 value of the one, gradient of the other
     return y_BLD.reshape(-1, D).index_select(0, layout.rows).to(dtype), hT_BDN
 
 
 def causal_conv(
     x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor, layout: RowLayout, initial_BKD: Tensor | None = None
 ) -> Tensor:
-    """y (T, D) of `kernels.causal_conv`. Documents go in as `seq_idx`, what was carried in as K-1 tokens in front
-    (`initial_states` is ignored beside `seq_idx`)."""
+    """The output y (T, D) of `conv.causal_conv.causal_conv`.
+
+    The kernel gets document boundaries as `seq_idx`. Inputs that are carried in become K-1 tokens before the row,
+    because the kernel ignores `initial_states` if there is a `seq_idx`.
+    """
     D, K = weight_DK.shape
     _require("conv", x_TD, K)
     x_BLD = x_TD.index_select(0, layout.order).view(layout.batch, layout.length, D)
     position_BL = layout.position.view(layout.batch, layout.length)
-    document_BL = (position_BL == 0).cumsum(1, dtype=torch.int32)  # 0: the document that continues
+    document_BL = (position_BL == 0).cumsum(1, dtype=torch.int32)  # 0 is a document that continues from the row before
     brought = 0
     if initial_BKD is not None:
         brought = K - 1
@@ -133,6 +140,6 @@ def causal_conv(
         before_BK = torch.where(position_BL[:, :1] >= back, 0, -1).to(torch.int32)
         document_BL = torch.cat([before_BK, document_BL], 1)
     _, conv = _stock()
-    # channels innermost in memory: what `seq_idx` asks for
+    # with `seq_idx`, the kernel needs channels innermost in memory
     y_BDL = conv(x_BLD.contiguous().transpose(1, 2), weight_DK, bias_D, seq_idx=document_BL, activation="silu")
     return y_BDL[:, :, brought:].transpose(1, 2).reshape(-1, D).index_select(0, layout.rows)

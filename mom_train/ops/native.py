@@ -1,4 +1,4 @@
-"""The C kernels: compiled once per machine into a cache, called through ctypes."""
+"""Compiles the C kernels once per machine into a cache, and calls them through ctypes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from filelock import FileLock
 from torch import Tensor
 
 LANES = 16
-"""Channels come in multiples of this: the widest vector, of AVX-512."""
+"""The number of channels must be a multiple of this: the number of floats in an AVX-512 vector."""
 SOURCE = Path(__file__).with_name("scan.c")
 FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC"]
 log = logging.getLogger(__name__)
 
 
 def compiler() -> str | None:
+    """Path of a C compiler, or None."""
     return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
 @functools.cache
 def library(state: int) -> ctypes.CDLL | None:
-    """The compiled kernels for an SSM state of `state`, or None (one log line says why) without a compiler.
+    """The compiled kernels for an SSM state of size `state`. If they cannot be had, logs why and returns None.
 
     MOM_KERNELS=torch turns them off.
     """
@@ -59,7 +60,7 @@ def available(state: int) -> bool:
 
 
 def why_not(x: Tensor, state: int) -> str | None:
-    """What keeps the C kernels from running on rows like x (T, D), or None."""
+    """The reason why the C kernels cannot run on rows like x (T, D), or None if they can."""
     if x.device.type != "cpu":
         return "they run on the CPU"
     if x.dtype == torch.float64:
@@ -70,7 +71,7 @@ def why_not(x: Tensor, state: int) -> str | None:
 
 
 def build(compiler: str, state: int, architecture: str = "native") -> Path:
-    """The shared library for one state size and -march, from the cache or compiled into it."""
+    """Path of the shared library for one state size and -march. It is compiled if the cache does not hold it."""
     flags = [*FLAGS, f"-march={architecture}", f"-DSTATE={state}"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mom_train"
     cache.mkdir(parents=True, exist_ok=True)
@@ -84,14 +85,14 @@ def build(compiler: str, state: int, architecture: str = "native") -> Path:
             command = [compiler, *flags, str(SOURCE), "-o", str(partial)]
             try:
                 subprocess.run([*command, "-fopenmp"], check=True, capture_output=True)
-            except subprocess.CalledProcessError:  # a clang without libomp: one thread is still far ahead
+            except subprocess.CalledProcessError:  # clang without libomp; one thread is still much faster than PyTorch
                 subprocess.run(command, check=True, capture_output=True)
             partial.rename(target)
     return target
 
 
 def _cpu() -> str:
-    """What -march=native depends on: a cache on a shared home must not serve another node's instructions."""
+    """What -march=native depends on. It names the library, because nodes with other processors may share the cache."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):
@@ -102,6 +103,7 @@ def _cpu() -> str:
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """The address of the data of `tensor`, or a null pointer."""
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
@@ -110,13 +112,15 @@ def integer(value: int) -> ctypes.c_int64:
 
 
 def threads() -> ctypes.c_int:
+    """The number of threads that PyTorch uses."""
     return ctypes.c_int(torch.get_num_threads())
 
 
 def row_tensors(*tensors: Tensor) -> tuple[list[Tensor], bool]:
-    """All of them as bf16 where all are, otherwise as fp32, with unit stride along channels; True for bf16.
+    """The tensors as the kernels take them, and whether they are bf16.
 
-    A view with a longer row stride is taken as it is.
+    They stay bf16 if all of them are, and otherwise become fp32. Channels get unit stride; a view with a longer row
+    stride is not copied.
     """
     half = all(t.dtype == torch.bfloat16 for t in tensors)
     cast = [t if half else t.float() for t in tensors]

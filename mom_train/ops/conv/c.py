@@ -1,4 +1,4 @@
-"""The causal convolution by the C kernels of scan.c."""
+"""The causal convolution in the C kernels of scan.c."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 from mom_train.ops import native
 from mom_train.ops.native import integer, pointer, threads
 
-_RANGE = 256  # channels per work item: fixed, so that sums do not depend on threads
+_RANGE = 256  # channels per work item; fixed, so that sums do not depend on the number of threads
 LONGEST = 8
-"""Taps that the kernels have room for."""
+"""Largest number of taps that the kernels have room for."""
 
 
 def why_not(x: Tensor, taps: int) -> str | None:
-    """What keeps these kernels from running on rows like x (T, D), or None."""
-    # the library is built per state size; the convolution is the same in all of them
+    """The reason why these kernels cannot run on rows like x (T, D), or None if they can."""
+    # A library is built for each state size, and the convolution is the same in all of them.
     return native.why_not(x, 16) or (None if taps <= LONGEST else f"{taps} taps are more than {LONGEST}")
 
 

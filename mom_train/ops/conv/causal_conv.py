@@ -1,4 +1,4 @@
-"""Depthwise causal convolution with SiLU, stopped at document boundaries."""
+"""Depthwise causal convolution with SiLU that does not reach across document boundaries."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def causal_conv(
     initial_BKD: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y[t] = silu(bias + sum_k weight[:, K-1-k] x[t-k]) over the k that stay within t's document.
+    """y[t] = silu(bias + sum_k weight[:, K-1-k] x[t-k]), summed over those k for which t-k is in the document of t.
 
-    x_TD (T, D) in row order, possibly a strided view; weight (D, K), bias (D,) fp32. `initial_BKD`
-    (B, K-1, D): the inputs just before each batch row, for documents that continue. Computed in fp32 (float64 for
-    float64 inputs). Returns y (T, D) in x's dtype, and the last K-1 inputs (B, K-1, D) to carry on from.
+    x_TD is (T, D) in row order and may be a strided view; weight (D, K) and bias (D,) are fp32. `initial_BKD`
+    (B, K-1, D) are the inputs just before each batch row, for documents that continue. The computation is in fp32
+    (float64 for float64 inputs). Returns y (T, D) in the dtype of x, and the last K-1 inputs (B, K-1, D), which the
+    next chunk of the row needs.
 
-    backend: "torch", "c", "triton", "mamba_ssm" (its `causal_conv1d_fn`); None picks (see backends.py).
+    backend: "torch", "c", "triton" or "mamba_ssm" (its `causal_conv1d_fn`). None chooses one (see backends.py).
     """
     if (backend or backends.forced) == "mamba_ssm":
         y_TD = mamba_ssm.causal_conv(x_TD, weight_DK, bias_D, layout, initial_BKD)
@@ -44,7 +45,7 @@ def causal_conv(
             backend or "auto",
         )
     K = weight_DK.shape[1]
-    last = layout.order.view(layout.batch, -1)[:, max(0, layout.length - (K - 1)) :]  # none where K is 1
+    last = layout.order.view(layout.batch, -1)[:, max(0, layout.length - (K - 1)) :]  # empty if K is 1
     final_BKD = x_TD.detach()[last.long()]
     if layout.length < K - 1:
         before = x_TD.new_zeros(layout.batch, K - 1, x_TD.shape[1]) if initial_BKD is None else initial_BKD
@@ -53,7 +54,7 @@ def causal_conv(
 
 
 def _module(backend: str, x: Tensor, weight: Tensor) -> ModuleType:
-    """The backend's `forward` and `backward`."""
+    """The module of the backend, with `forward` and `backward`."""
     return backends.module("conv", backend, x, weight.shape[1])
 
 
@@ -127,7 +128,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    saved = ctx.saved_tensors  # read only once: a second time is an error under activation checkpointing
     gx, gweight, gbias, ginitial = _conv_backward(grad_y, *saved, ctx.batch, ctx.backend)
     return gx, gweight, gbias, None if saved[3] is None else ginitial, *[None] * 5
 

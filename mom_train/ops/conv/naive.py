@@ -1,6 +1,6 @@
-"""The definition of the causal convolution: one token at a time, in float64 where the arguments are.
+"""The definition of the causal convolution: one token at a time, in the dtype of the arguments, such as float64.
 
-Backends are tested against it, and benchmarks check with it that what they time is right.
+Backends are tested against it, and benchmarks use it to check that what they time is right.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from torch import Tensor
 def causal_conv(
     x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor, document_BL: Tensor, initial_BKD: Tensor | None = None
 ) -> Tensor:
-    """y (B, L, D) = silu(bias + sum over k of weight[K-1-k] * x[t-k]); everything in time order, differentiable.
+    """y[t] = silu(bias + sum over k of weight[K-1-k] * x[t-k]), as (B, L, D). Everything is in time order, and
+    differentiable.
 
-    Taps that reach into another document are left out. `initial` (B, K-1, D) holds the inputs before the row, which
-    belong to the row's first document; without it they are zero.
+    Taps that reach into another document are left out. `initial` (B, K-1, D) has the inputs before the row, which
+    belong to the first document of the row; without it they are zero.
     """
     (rows, length), K = document_BL.shape, weight_DK.shape[1]
     outputs = []

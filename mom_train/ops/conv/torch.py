@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 128  # positions per pass: a few passes over a piece that stays in cache
+_CHUNK = 128  # positions at a time, so that the several passes over them find them in the cache
 
 
 def why_not(x: Tensor, taps: int) -> str | None:
-    """Nothing keeps this backend from running."""
+    """Returns None: this backend can always run."""
     return None
 
 
@@ -54,8 +54,8 @@ def backward(
 def _inputs(
     x: Tensor, weight: Tensor, initial: Tensor | None, order: Tensor, position: Tensor, batch: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The rows in time order behind K-1 earlier ones (B, K-1+L, D), the taps (K, D), and for each lag k the mask
-    (B, L, 1) of positions whose document reaches back that far."""
+    """The rows in time order after the K-1 inputs before them (B, K-1+L, D), the taps (K, D), and for each lag k the
+    mask (B, L, 1) of positions whose document reaches back that far."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     K, D = weight.shape[1], x.shape[1]
     L = order.shape[0] // batch

@@ -1,10 +1,10 @@
-"""The causal convolution on NVIDIA GPUs, in Triton. `triton` is imported here: `backends` asks whether it is there.
+"""The causal convolution in Triton, for NVIDIA GPUs. `backends` imports this module only if triton is installed.
 
-One program walks a span of one batch row with the last K inputs of a block of channels in registers, so that every
-row is read once. The weight's gradient goes through one partial sum per span: nothing is atomic.
+One program goes through a span of one batch row with the last K inputs of a block of channels in registers, so that
+every row is read once. Gradients of the weight are added up from one partial sum per span, without atomic additions.
 """
 
-# Triton's own Python inside the kernels: untyped, and tuples grow by `+`.
+# The kernels are in Triton's own Python, which is untyped and in which tuples grow by `+`.
 # mypy: allow-untyped-defs, disable-error-code="assignment,var-annotated,operator"
 # ruff: noqa: RUF005
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from mom_train.ops.scan.triton import OPTIONS, _alive, _is_wide, _on, _row, _rows, _sigmoid, why_no_device
 
-SPAN = 64  # steps per program: short enough to fill the device, long against the K-1 steps read twice
-_STEPS = 4  # steps loaded ahead
+SPAN = 64  # steps per program: few enough to fill the device, many compared with the K-1 that are read twice
+_STEPS = 4  # number of steps loaded ahead
 
 
 def why_not(x: Tensor, taps: int) -> str | None:
-    """What keeps these kernels from running on rows like x (T, D), or None."""
+    """The reason why these kernels cannot run on rows like x (T, D), or None if they can."""
     if obstacle := why_no_device(x):
         return obstacle
     if x.dtype == torch.float64:
@@ -35,12 +35,13 @@ def why_not(x: Tensor, taps: int) -> str | None:
 
 
 def channel_block(channels: int) -> int:
+    """Number of channels per program."""
     return math.gcd(channels, 128)
 
 
 @triton.jit
 def _input(X, INITIAL, ORDER, b, t, L, d, D, sx, K: tl.constexpr, HAS_INITIAL: tl.constexpr, WIDE: tl.constexpr):
-    """The input at time t >= -(K-1) of row b; before the row, what was carried in, or 0."""
+    """The input at time t >= -(K-1) of row b. Before the row, it is the input that was carried in, or 0."""
     row = _row(ORDER, b * L + tl.minimum(tl.maximum(t, 0), L - 1), WIDE)
     now = t + 0 * d >= 0
     x = tl.load(X + row * sx + d, mask=now, other=0.0).to(tl.float32)
@@ -60,7 +61,7 @@ def _taps(W, d, D, K: tl.constexpr):
 
 @triton.jit
 def _reach(window, position, K: tl.constexpr):
-    """The inputs 0 to K-1 steps back, 0 where that is before the document."""
+    """The inputs 0 to K-1 steps back, with 0 for those before the document."""
     reached = (window[0],)
     for k in tl.static_range(1, K):
         reached = reached + (tl.where(position >= k, window[k], 0.0),)
@@ -109,13 +110,16 @@ def _backward(
     K: tl.constexpr, BD: tl.constexpr, SPAN: tl.constexpr, S: tl.constexpr, HAS_INITIAL: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Steps of the span and K-1 more, whose gradients reach its inputs. GW (B x spans, K, D), GBIAS (.., D)."""
+    """Processes the steps of the span and K-1 more, whose gradients reach the inputs of the span.
+
+    GW is (B x spans, K, D) and GBIAS (B x spans, D).
+    """
     b, span = tl.program_id(2), tl.program_id(1)
     first, last = span * SPAN, tl.minimum((span + 1) * SPAN, L)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     taps, bias = _taps(W, d, D, K), tl.load(BIAS + d)
     gbias = tl.full([BD], 0.0, tl.float32)
-    past, pending, gtaps = (), (), (gbias,)  # pending[k]: the gradient so far of the input k+1 steps back
+    past, pending, gtaps = (), (), (gbias,)  # pending[k] is the gradient so far of the input k+1 steps back
     for k in tl.static_range(1, K):
         t = first - k
         past = past + (_input(X, INITIAL, ORDER, b, t, L, d, D, sx, K, HAS_INITIAL, WIDE),)
@@ -134,7 +138,7 @@ def _backward(
             pre = _preactivation(reached, taps, bias, K)
             sigmoid = _sigmoid(pre)
             g = tl.where(t0 + s + 0 * d < L, gy.to(tl.float32) * sigmoid * (1.0 + pre * (1.0 - sigmoid)), 0.0)
-            own = tl.where(t0 + s + 0 * d < last, g, 0.0)  # the steps after belong to the next span's sums
+            own = tl.where(t0 + s + 0 * d < last, g, 0.0)  # later steps belong to the sums of the next span
             gbias += own
             sums, owed = (), (g * taps[0],)
             for k in tl.static_range(K):

@@ -1,4 +1,4 @@
-"""Linear maps whose weights are chosen by each row's modality."""
+"""Linear maps whose weights are chosen by the modality of each row."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def modality_linear(x_TK: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[t] = W_m x[t] + b_m, m the modality of row t (Algorithm 1 of the paper).
+    """y[t] = W_m x[t] + b_m, where m is the modality of row t (Algorithm 1 of the paper).
 
-    x_TK (T, K), rows sorted by modality; weight (M*O, K); bias (M*O,) or None; offsets (M+1,) int64 on the CPU.
-    Returns (T, O). Under autocast x and the weights are cast first, as for F.linear.
+    x_TK is (T, K) with rows sorted by modality; weight (M*O, K); bias (M*O,) or None; offsets (M+1,) int64 on the CPU.
+    Returns (T, O). Under autocast, x and the weights are cast first, as for F.linear.
 
-    One matmul per modality on a contiguous segment (two on a CPU in bf16): no gather, no mask, no host sync. An empty
-    modality keeps its (zero) gradient, so that every rank makes the same collectives whatever its data.
+    There is one matrix product per modality on a contiguous segment (two on a CPU in bf16), without gathering, masking
+    or waiting for the device. An empty modality gets a zero gradient, so that every rank does the same collective
+    operations whatever its data.
     """
     device = x_TK.device.type
     if torch.is_autocast_enabled(device):
@@ -30,11 +31,12 @@ def modality_linear(x_TK: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
 
 
 def _unit(x_TK: Tensor) -> int:
-    """Rows of which a product takes a multiple.
+    """The number whose multiples are the numbers of rows that a product is computed for.
 
-    On a CPU in bf16, oneDNN compiles a program for every number of rows it has not met: 4 to 6 ms where the product
-    itself takes one, for each modality and product, in every step, for no two batches have segments of the same
-    lengths. With at most 128 lengths they are soon all known, and stay within its cache. MKL (fp32) does not mind.
+    On a CPU in bf16, oneDNN compiles a program for every number of rows that it has not met yet. This takes 4 to 6 ms,
+    while the product itself takes one, and it would happen for each modality and product in every step, because the
+    lengths of segments differ from batch to batch. With at most 128 different lengths, all of them are soon known and
+    stay in its cache. MKL (fp32) does not have this problem.
     """
     if x_TK.device.type != "cpu" or x_TK.dtype != torch.bfloat16:
         return 1
@@ -42,13 +44,14 @@ def _unit(x_TK: Tensor) -> int:
 
 
 def _segments(offsets: Tensor, unit: int) -> Iterator[tuple[int, int, int, int]]:
-    """(modality, start, middle, end): up to the middle is a multiple of `unit`, what follows is to be padded."""
+    """Yields (modality, start, middle, end). The rows up to the middle are a multiple of `unit`; the rest must be
+    padded."""
     for m, (start, end) in enumerate(pairwise(offsets.tolist())):
         yield m, start, end - (end - start) % unit, end
 
 
 def _padded(rest_TC: Tensor, rows: int) -> Tensor:
-    """(rows, C), zeros below."""
+    """`rest_TC` with zeros appended, as (rows, C)."""
     padded = rest_TC.new_zeros(rows, rest_TC.shape[1])
     padded[: len(rest_TC)] = rest_TC
     return padded

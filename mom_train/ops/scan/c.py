@@ -1,4 +1,4 @@
-"""The selective scan by the C kernels of scan.c."""
+"""The selective scan in the C kernels of scan.c."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from mom_train.ops import native
 from mom_train.ops.native import integer, pointer, threads
 
 _CHUNK = 32
-_RANGE = 256  # channels per work item: fixed, so that sums do not depend on threads
+_RANGE = 256  # channels per work item; fixed, so that sums do not depend on the number of threads
 
 
 def why_not(x: Tensor, state: int) -> str | None:
-    """What keeps these kernels from running on rows like x (T, D), or None."""
+    """The reason why these kernels cannot run on rows like x (T, D), or None if they can."""
     return native.why_not(x, state)
 
 
 def chunk_length(batch: int, length: int, channels: int, state: int) -> int:
+    """Number of steps between kept states."""
     return min(length, _CHUNK)
 
 
 def new_states(x: Tensor, A: Tensor, batch: int, keep: bool) -> Tensor:
-    """The states before each chunk; the kernels lay them out their own way, [batch][chunks][D * N]."""
+    """An empty tensor for the states before each chunk. The kernels use its memory as [batch][chunks][D * N]."""
     if not keep:
         return A.new_empty(0)
     length = x.shape[0] // batch

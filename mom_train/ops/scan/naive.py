@@ -1,6 +1,6 @@
-"""The definition of the selective scan: one token at a time, in float64 where the arguments are.
+"""The definition of the selective scan: one token at a time, in the dtype of the arguments, such as float64.
 
-Backends are tested against it, and benchmarks check with it that what they time is right.
+Backends are tested against it, and benchmarks use it to check that what they time is right.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def selective_scan(
     document_BL: Tensor,
     h0_BDN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, L, D) and the state after the last token (B, D, N); everything in time order, differentiable.
+    """Returns y (B, L, D) and the state after the last token (B, D, N). Everything is in time order, and
+    differentiable.
 
         delta = softplus(dt + dt_bias[modality])
-        h     = exp(delta * A) * h + (delta * x) outer B        h is zero where a document begins
+        h     = exp(delta * A) * h + (delta * x) outer B        where h is zero before the first token of a document
         y     = (h . C + D * x) * silu(z)
 
-    With `h0` the first document of each row goes on from that state (Mamba, arXiv 2312.00752, Algorithm 2).
+    With `h0`, the first document of each row continues from that state (Mamba, arXiv 2312.00752, Algorithm 2).
     """
     outputs, finals = [], []
     for b in range(len(x_BLD)):

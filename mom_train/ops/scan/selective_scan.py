@@ -1,4 +1,4 @@
-"""The selective scan of Mamba-1 with document resets, modality-chosen dt bias, gate and carried state."""
+"""The selective scan of Mamba-1 with resets at documents, a dt bias per modality, a gate and a carried state."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """y = (C.h + D x) silu(z), with h = exp(Delta A) h + Delta B x and Delta = softplus(dt + dt_bias[modality]).
 
-    All row tensors are in row order and may be strided views along rows; A_DN <= 0, A, D, dt_bias and h0 are
-    fp32. The recurrence runs in fp32 (float64 for float64 inputs) whatever the rows' dtype. The state is zeroed
-    before the first token of a document. Returns y (T, D) in x's dtype and the last states (B, D, N) fp32;
-    both carry gradients.
+    All row tensors are in row order and may be strided views along rows. A_DN <= 0; A, D, dt_bias and h0 are fp32.
+    The recurrence runs in fp32 (float64 for float64 inputs) whatever the dtype of the rows. The state is set to zero
+    before the first token of a document. `h0_BDN` (B, D, N) is the state before each row, or zero if it is None.
+    Returns y (T, D) in the dtype of x and the last states (B, D, N) in fp32; both carry gradients.
 
-    backend: "torch" (any device), "c" (CPU with a compiler), "triton" (NVIDIA GPU), "mamba_ssm" (the stock CUDA
-    kernels, where installed); None picks (see backends.py).
+    backend: "torch" (any device), "c" (CPU with a compiler), "triton" (NVIDIA GPU) or "mamba_ssm" (the CUDA kernels of
+    that package, if installed). None chooses one (see backends.py).
     """
     inputs = (x_TD, dt_TD, A_DN, B_TN, C_TN, D_D, z_TD, dt_bias_MD)
     if (backend or backends.forced) == "mamba_ssm":
@@ -55,8 +55,10 @@ def selective_scan(
 
 
 def _module(backend: str, x: Tensor, A: Tensor) -> ModuleType:
-    """The backend's `forward`, `backward` and `new_states` (what the backward keeps). Resolved inside the operator:
-    torch.compile does not look in there."""
+    """The module of the backend, with `forward`, `backward` and `new_states` (what is kept for the backward pass).
+
+    It is chosen inside the operator because torch.compile does not trace what happens there.
+    """
     return backends.module("scan", backend, x, A.shape[1])
 
 
@@ -171,7 +173,8 @@ def _backward(ctx: Any, grad_y: Tensor, grad_hT: Tensor, _: Tensor) -> tuple[Ten
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-# The authors' convention (state-spaces/mamba issue 110): 9 operations per channel and state, and 2 for D and gate.
+# The convention of Mamba's authors (state-spaces/mamba issue 110): 9 operations per channel and state, and 2 per
+# channel for D and the gate.
 @register_flop_formula(torch.ops.mom.selective_scan)
 def _flops(x_shape: Any, dt_shape: Any, A_shape: Any, *args: Any, **kwargs: Any) -> int:
     return x_shape[0] * A_shape[0] * (9 * A_shape[1] + 2)

@@ -1,8 +1,9 @@
-"""The selective scan in PyTorch, on any device: sequential in time, all channels and states of some rows at once.
+"""The selective scan in PyTorch, on any device. It is sequential in time and takes all channels and states at once.
 
-Work goes by chunks of steps, whose tensors of a token and channel are short-lived and small; what is computed from all
-states of a chunk goes by tiles that nearly fit the second-level cache, as every operation passes over its operands. The
-state before each chunk is stored, the others are computed again in the backward pass.
+The steps are processed in chunks, so that tensors with an element for each token and channel are small and short-lived.
+Tensors with an element for each token, channel and state are made in smaller tiles, which nearly fit the second-level
+cache, because every operation passes over its whole operands. The state before each chunk is stored; the backward pass
+computes the other states again.
 """
 
 from __future__ import annotations
@@ -12,31 +13,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _STEP, _TILE, _CHUNK = 1 << 16, 1 << 18, 1 << 22
-"""Elements (row, channel, state) of one step, of a tile and of a chunk. Smaller tiles would fit the cache better, but
-then a call costs as much as its work. Not by the number of threads, so that sums keep their order."""
+"""Number of elements (rows x channels x states) of one step, of a tile and of a chunk. Smaller tiles would fit the
+cache better, but then a call would cost as much as its work. The sizes do not depend on the number of threads, so that
+sums keep their order."""
 
 
 def why_not(x: Tensor, state: int) -> str | None:
-    """Nothing keeps this backend from running."""
+    """Returns None: this backend can always run."""
     return None
 
 
 def _sizes(x: Tensor, A: Tensor, batch: int) -> tuple[int, int, int]:
-    """(rows, steps of a chunk, steps of a tile). Elsewhere than on a CPU calls are dear and a tile is a chunk."""
+    """Returns (rows, steps of a chunk, steps of a tile). On a GPU, where calls are expensive, a tile is a whole
+    chunk."""
     rows = batch if x.device.type != "cpu" else min(batch, max(1, _STEP // A.numel()))
     chunk = min(max(8, _CHUNK // (rows * A.numel())), x.shape[0] // batch)
     return rows, chunk, chunk if x.device.type != "cpu" else min(chunk, max(1, _TILE // (rows * A.numel())))
 
 
 def new_states(x: Tensor, A: Tensor, batch: int, keep: bool) -> Tensor:
-    """The states before each chunk (chunks, B, N, D), all that the backward needs beside its inputs."""
+    """An empty tensor for the states before each chunk (chunks, B, N, D), which the backward pass needs."""
     if not keep:
         return A.new_empty(0)
     return A.new_empty(-(-x.shape[0] // batch // _sizes(x, A, batch)[1]), batch, A.shape[1], A.shape[0])
 
 
 def _time_major(t: Tensor, batch: int) -> Tensor:
-    """(batch * L,) row after row, to (L, batch)."""
+    """Turns (batch * L,), row after row, into (L, batch)."""
     return t.view(batch, -1).t()
 
 
@@ -53,15 +56,15 @@ def _slices(start: int, stop: int, step: int) -> list[slice]:
 
 
 def _decay(delta_KD: Tensor, A_ND: Tensor, first_K: Tensor, out: Tensor) -> Tensor:
-    """exp(Delta A), zero at the first token of a document (K, N, D), at the beginning of `out`."""
+    """exp(Delta A), with zero at the first token of a document, as (K, N, D) at the beginning of `out`."""
     out = torch.mul(delta_KD.unsqueeze(1), A_ND, out=out[: len(delta_KD)]).exp_()
-    if out.device.type == "cpu":  # masked_fill_ passes over all of it and costs three times what exp_ does
+    if out.device.type == "cpu":  # masked_fill_ passes over all elements and takes three times as long as exp_
         return out.index_fill_(0, first_K.nonzero().flatten(), 0)
     return out.masked_fill_(first_K[:, None, None], 0)
 
 
 def _states(decay: Tensor, du_KD: Tensor, B_KN: Tensor, h_RND: Tensor, out: Tensor) -> Tensor:
-    """The states after each step of a tile that starts from h, into `out` (K, N, D); returns the last."""
+    """Writes the states after each step of a tile that starts from h into `out` (K, N, D). Returns the last state."""
     torch.mul(du_KD.unsqueeze(1), B_KN.unsqueeze(2), out=out)
     steps = (-1, *h_RND.shape)
     for a, s in zip(decay.view(steps).unbind(), out.view(steps).unbind(), strict=True):
@@ -71,12 +74,12 @@ def _states(decay: Tensor, du_KD: Tensor, B_KN: Tensor, h_RND: Tensor, out: Tens
 
 
 def _over_states(weights_KN: Tensor, states: Tensor) -> Tensor:
-    """Sum over n of weights times states (K, N, D)."""
+    """Sums weights times states (K, N, D) over n."""
     return torch.bmm(weights_KN.unsqueeze(1), states).squeeze(1)
 
 
 def _over_channels(states: Tensor, channels_KD: Tensor, out_KN: Tensor) -> None:
-    """Sum over d of states (K, N, D) times channels."""
+    """Sums states (K, N, D) times channels over d into `out_KN`."""
     torch.bmm(states, channels_KD.unsqueeze(2), out=out_KN.unsqueeze(2))
 
 
@@ -89,11 +92,12 @@ def forward(
     order_LB, modality_LB, position_LB = (_time_major(t, batch) for t in (order, modality, position))
     states = new_states(x, A, batch, keep).to(dtype)
     y = x.new_empty(x.shape)
-    hT = A_ND.new_zeros(batch, *A_ND.shape)  # written in place: never the caller's h0 itself
+    hT = A_ND.new_zeros(batch, *A_ND.shape)  # written in place, so it must not be the caller's h0 itself
     if h0 is not None:
         hT.copy_(h0.transpose(1, 2))
     at_once, chunk, steps = _sizes(x, A, batch)
-    buffers = [A_ND.new_empty(steps * at_once, *A_ND.shape) for _ in range(2)]  # fresh pages cost more than exp
+    # The buffers are reused, because touching new memory pages takes more time than exp.
+    buffers = [A_ND.new_empty(steps * at_once, *A_ND.shape) for _ in range(2)]
     for r in _slices(0, batch, at_once):
         h = hT[r]
         for i, c in enumerate(_slices(0, len(order_LB), chunk)):
@@ -127,7 +131,7 @@ def backward(
     all_states = A_ND.new_empty(chunk * at_once, *A_ND.shape)
     buffers = [A_ND.new_empty(steps * at_once, *A_ND.shape) for _ in range(2)]
     for r in _slices(0, batch, at_once):
-        carry = gh0[r]  # the gradient that reaches the state before what was worked on last
+        carry = gh0[r]  # gradient of the state before the steps processed last
         R = len(carry)
         for i, c in reversed(list(enumerate(_slices(0, len(order_LB), chunk)))):
             where, first = order_LB[c, r].flatten().long(), (position_LB[c, r] == 0).flatten()
@@ -137,7 +141,7 @@ def backward(
             delta = F.softplus(raw)
             du = delta * x_c
             gate = torch.sigmoid(z_c)
-            g = gy * z_c * gate  # of the output before it is gated, y_c
+            g = gy * z_c * gate  # gradient of y_c, the output before the gate
             y_c = x_c * D.to(dtype)
             gC_c, gB_c, gdelta = torch.empty_like(C_c), torch.empty_like(B_c), torch.empty_like(delta)
             gx_c = g * D.to(dtype)
@@ -156,10 +160,10 @@ def backward(
                 for a, gh_t in reversed(list(zip(*by_step, strict=True))):
                     gh_t.add_(carry)
                     carry = a.mul_(gh_t)
-                carry = gh0[r].copy_(carry)  # out of the buffer
+                carry = gh0[r].copy_(carry)  # copied, because it lies in a buffer
                 _over_channels(gh, du[t], gB_c[t])
                 gdu = _over_states(B_c[t], gh)
-                # decay is gh * decay by now; times the state before, it is the gradient of Delta*A
+                # `decay` now holds gh * decay. Multiplied by the state before, it is the gradient of Delta * A.
                 decay[:R].mul_(h_c[t.start - R : t.start] if t.start else before)
                 decay[R:].mul_(h_c[t.start : t.stop - R])
                 torch.sum(torch.mul(decay, A_ND, out=gh), 1, out=gdelta[t])
@@ -168,7 +172,7 @@ def backward(
                 gx_c[t].addcmul_(gdu, delta[t])
             gdt_c = gdelta.mul_(torch.sigmoid(raw))
             gD.add_((g * x_c).sum(0))
-            # one-hot matmul instead of index_add_: the same result on every run, on any device
+            # A product with one-hot vectors, unlike index_add_, gives the same result on every run, on any device.
             gbias.addmm_(F.one_hot(modality_K, len(bias)).to(dtype).t(), gdt_c)
             gz_c = gy.mul_(y_c).mul_(gate * (1 + z_c * (1 - gate)))
             for part, whole in ((gx_c, gx), (gdt_c, gdt), (gB_c, gB), (gC_c, gC), (gz_c, gz)):

@@ -1,13 +1,13 @@
-"""The selective scan on NVIDIA GPUs, in Triton. `triton` is imported here: `backends` asks whether it is there.
+"""The selective scan in Triton, for NVIDIA GPUs. `backends` imports this module only if triton is installed.
 
-One program owns one batch row and a block of channels. Its fp32 state is a tile (N, channels) that never leaves the
-registers, and B and C are read once per block. The backward recomputes states a chunk at a time. A row too few to
-fill the device is cut into spans that run side by side (`span_count`): first each span's own end state and decay,
-then a sequential combination over spans, then the outputs. Nothing is atomic: sums over channel blocks, rows and
-spans go through partial sums in a fixed order.
+One program processes one batch row and a block of channels. Its fp32 state is a tile (N, channels) that never leaves
+the registers, and B and C are read once per block. The backward pass recomputes states one chunk at a time. If there
+are too few rows to fill the device, each is cut into spans that run side by side (`span_count`): first the end state
+and the decay of each span alone are computed, then these are combined sequentially over spans, then the outputs are
+computed. There are no atomic additions: sums over channel blocks, rows and spans use partial sums in a fixed order.
 """
 
-# Triton's own Python inside the kernels: untyped, and tuples grow by `+`.
+# The kernels are in Triton's own Python, which is untyped and in which tuples grow by `+`.
 # mypy: allow-untyped-defs, disable-error-code="assignment,var-annotated,operator"
 # ruff: noqa: RUF005
 
@@ -23,23 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 32  # steps between kept states; a chunk's scratch of all resident programs then stays in an H200's L2
-_TILE = 512  # states per program: 16 per thread of its one warp, the most whose backward fits 255 registers
-_STEPS = 4  # steps loaded ahead in the forward, and per block of the backward's first pass
-_KEPT = 2  # steps whose states the backward's second pass holds in registers
-LENGTHS = ["T", "L", "SPAN", "CHUNKS"]  # arguments that need no kernel of their own for each length
-OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}  # set here: its default depends on the version and environment
-_NO_RESET, _RESET = tl.constexpr(0.0), tl.constexpr(-1e30)  # added to the exponent: exp2 of it is exactly 0
+CHUNK = 32  # steps between kept states; the scratch memory of all running programs then fits the L2 of an H200
+_TILE = 512  # states per program: 16 per thread of its one warp, the most for which _backward fits 255 registers
+_STEPS = 4  # steps loaded ahead in _forward, and steps per block in the first pass of _backward
+_KEPT = 2  # steps whose states the second pass of _backward holds in registers
+LENGTHS = ["T", "L", "SPAN", "CHUNKS"]  # arguments for whose values no separate kernels are compiled
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}  # the defaults depend on version and environment
+_NO_RESET, _RESET = tl.constexpr(0.0), tl.constexpr(-1e30)  # added to the decay's exponent; exp2(-1e30) is 0
 _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no inline PTX
 
 
 def channel_block(state: int) -> int:
+    """Number of channels per program."""
     return min(32, _TILE // state)
 
 
 def why_no_device(x: Tensor) -> str | None:
-    """What keeps any Triton kernel from running where x is, or None. The interpreter runs them on a CPU."""
+    """The reason why no Triton kernel can run on the device of x, or None. Triton's interpreter runs them on a CPU."""
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if x.device.type != "cuda" or torch.version.hip:
@@ -49,7 +50,7 @@ def why_no_device(x: Tensor) -> str | None:
 
 
 def why_not(x: Tensor, state: int) -> str | None:
-    """What keeps these kernels from running on rows like x (T, D), or None."""
+    """The reason why these kernels cannot run on rows like x (T, D), or None if they can."""
     if obstacle := why_no_device(x):
         return obstacle
     if x.dtype == torch.float64:
@@ -60,16 +61,17 @@ def why_not(x: Tensor, state: int) -> str | None:
 
 
 def new_states(x: Tensor, A: Tensor, batch: int, keep: bool) -> Tensor:
-    """The states before each chunk (B, chunks, N, D), all that the backward needs beside its inputs."""
+    """An empty tensor for the states before each chunk (B, chunks, N, D), which the backward pass needs."""
     if not keep:
         return A.new_empty(0)
     return A.new_empty(batch, -(-x.shape[0] // batch // CHUNK), A.shape[1], A.shape[0])
 
 
 def span_count(batch: int, length: int, blocks: int, device: torch.device) -> int:
-    """Spans per row: one where programs outnumber the warp schedulers (4 per SM), else enough for two each.
+    """Number of spans per row: one if there are at least as many programs as warp schedulers (4 per SM), or else enough
+    for two programs per scheduler.
 
-    Spans cost one more pass without outputs in either direction, about 0.4 of the work.
+    Spans cost one more pass without outputs in either direction, which is about 0.4 of the work.
     """
     if device.type != "cuda":
         return 1
@@ -80,7 +82,7 @@ def span_count(batch: int, length: int, blocks: int, device: torch.device) -> in
 
 @triton.jit
 def _sum(v, axis: tl.constexpr):
-    if _INTERPRETED:  # tl.sum itself is compiled where triton was imported before TRITON_INTERPRET was set
+    if _INTERPRETED:  # tl.sum itself is compiled if triton was imported before TRITON_INTERPRET was set
         return tl.reduce(v, axis, tl.standard._sum_combine)
     return tl.sum(v, axis)
 
@@ -106,7 +108,10 @@ def _sigmoid(v):
 
 @triton.jit
 def _softplus(v):
-    """log(1 + e), by its series where the logarithm's absolute error would show; and its slope, sigmoid(v)."""
+    """Returns softplus(v) and its derivative sigmoid(v).
+
+    With e = exp(v), it is log(1 + e), or the series of this where the absolute error of the logarithm would matter.
+    """
     e = tl.exp2(v * _LOG2E)
     series = e * (1.0 + e * (-0.5 + e * (0.33333333 + e * (-0.25 + e * 0.2))))
     soft = tl.where(e < 0.0625, series, _log2(1.0 + e) * _LN2)
@@ -128,10 +133,10 @@ def _row(ORDER, t, WIDE: tl.constexpr):
 
 @triton.jit
 def _alive(t, like, L, EVEN: tl.constexpr):
-    """t < L, once per element of `like` (the interpreter cannot broadcast a scalar mask).
+    """Whether t < L, for each element of `like` (the interpreter cannot broadcast a scalar mask).
 
-    A chunk that reaches past the end of its row takes steps with Delta = 0 there, which leave state and gradients
-    as they are. EVEN: the length is whole chunks, and the compiler drops all of this.
+    A chunk that reaches past the end of its row makes steps with Delta = 0 there, which leave the state and gradients
+    unchanged. EVEN says that L is a multiple of the chunk, so that the compiler can drop all of this.
     """
     if EVEN:
         return like == like
@@ -146,7 +151,7 @@ def _delta(dt, bias, alive):
 
 @triton.jit
 def _reset(position, t, L, EVEN: tl.constexpr):
-    """What a step adds to the exponent of its decay."""
+    """The number that a step adds to the exponent of its decay, to reset the state or not."""
     if EVEN:
         return tl.where(position == 0, _RESET, _NO_RESET)
     return tl.where((position == 0) & (t < L), _RESET, _NO_RESET)
@@ -155,7 +160,7 @@ def _reset(position, t, L, EVEN: tl.constexpr):
 @triton.jit
 def _load(X, DT, Z, B, C, BIAS, MODALITY, POSITION, r, t, d, n, D, sx, sdt, sz, sb, sc, M: tl.constexpr,
           OUTPUT: tl.constexpr):  # fmt: skip
-    """One step's operands as they lie in memory: a conversion here would wait for the load."""
+    """The operands of one step in the dtype that they have in memory. A conversion here would wait for the load."""
     x, dt, B_n = tl.load(X + r * sx + d), tl.load(DT + r * sdt + d), tl.load(B + r * sb + n)
     bias, position = _bias(BIAS, MODALITY, t, d, D, M), tl.load(POSITION + t)
     if OUTPUT:
@@ -170,9 +175,10 @@ def _forward(
     N: tl.constexpr, BD: tl.constexpr, CH: tl.constexpr, S: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr,
     EVEN: tl.constexpr, HAS_START: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Steps [span*SPAN, +SPAN) of row b. A, START, END, DECAY and STATES are (..., N, D), channels innermost.
+    """Processes the steps [span*SPAN, (span+1)*SPAN) of row b. A, START, END, DECAY and STATES are (..., N, D).
 
-    OUTPUT: y and the kept states; without it END is the span's own end state and DECAY what multiplies its start.
+    With OUTPUT it writes Y, END and, with KEEP, the kept STATES. Without OUTPUT it writes END, the end state of the
+    span if it starts from zero, and DECAY, the factor by which its start state enters its end state.
     """
     span, b = tl.program_id(1), tl.program_id(2)
     d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, N)
@@ -184,7 +190,7 @@ def _forward(
     skip = tl.load(SKIP + d)
     total, any_reset = tl.full([BD], 0.0, tl.float32), 0.0
 
-    # operands one block of S steps ahead, rows two: no load waits behind this block's stores
+    # Operands are loaded one block of S steps ahead and rows two, so that no load waits for the stores of this block.
     now, rows, rows_next = (), (), ()
     for s in tl.static_range(S):
         rows = rows + (_row(ORDER, b * L + tl.minimum(first + s, L - 1), WIDE),)
@@ -227,7 +233,7 @@ def _carry(
     DT, Z, C, A, BIAS, ORDER, MODALITY, POSITION, GY, CARRY, DECAY, L, D, SPAN, sdt, sz, sc, sgy,
     N: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A span's own gradient of the state before it (no gradient enters at its end), and its decay."""
+    """Computes the gradient of the state before a span, if no gradient enters at its end, and the decay of the span."""
     span, b = tl.program_id(1), tl.program_id(2)
     d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, N)
     tile = n[:, None] * D + d[None, :]
@@ -268,12 +274,12 @@ def _backward(
     N: tl.constexpr, BD: tl.constexpr, CH: tl.constexpr, S: tl.constexpr, KEPT: tl.constexpr, M: tl.constexpr,
     WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk, last first: recompute its states (y, and what depends on it), then run the state's gradient G back.
+    """For each chunk, from the last to the first: recomputes its states, with y and what depends on it, and then takes
+    the gradient G of the state back through it.
 
-    SCRATCH of a program: every KEPT-th state of the chunk, then of each step Delta, the gated gradient and softplus'
-    slope.
-    GB and GC (blocks, T, N) are this block's sums over its channels; GA, GSKIP and GBIAS this row's and span's over
-    time. GX, GDT and GZ are contiguous rows.
+    The SCRATCH of a program has every KEPT-th state of the chunk and then, for each step, Delta, the gradient behind
+    the gate and the derivative of softplus. GB and GC (blocks, T, N) are sums over the channels of this block; GA,
+    GSKIP and GBIAS are sums over the steps of this row and span. GX, GDT and GZ are contiguous rows.
     """
     q, span, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     w, n, m = tl.arange(0, BD), tl.arange(0, N), tl.arange(0, M)
@@ -323,7 +329,7 @@ def _backward(
                 tl.store(per_step + (k + s) * 3 * BD, delta)
                 tl.store(per_step + (k + s) * 3 * BD + BD, g)
                 tl.store(per_step + (k + s) * 3 * BD + 2 * BD, tl.where(alive, slope, 0.0))
-        tl.debug_barrier()  # the tile's owner of a scratch word may be another thread
+        tl.debug_barrier()  # the thread that wrote a scratch value may not be the one that reads it
         for k in range(CH - KEPT, -1, -KEPT):
             h = tl.load(kept + k // KEPT * (N * BD))
             rows, now, before, decays = (), (), (), ()
@@ -381,7 +387,10 @@ def _is_wide(*tensors: Tensor) -> bool:
 
 
 def _combine(first: Tensor, decay: Tensor, local: Tensor, reverse: bool = False) -> Tensor:
-    """What enters each span (B, spans, N, D), from what enters the outermost and each span's own share."""
+    """The state (or gradient) that enters each span (B, spans, N, D).
+
+    `first` enters the first span (the last one with `reverse`); `local` is what each span yields if zero enters it.
+    """
     entering = torch.empty_like(local)
     order = range(local.shape[1])[:: -1 if reverse else 1]
     entering[:, order[0]] = first
@@ -395,7 +404,7 @@ def forward(
     h0: Tensor | None, order: Tensor, rows: Tensor, modality: Tensor, position: Tensor, batch: int, keep: bool,
     spans: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `selective_scan`; `spans` is for tests, `span_count` picks it otherwise."""
+    """See `selective_scan`. `spans` is for tests; otherwise `span_count` chooses it."""
     (T, Dn), N = x.shape, A.shape[1]
     L, BD = T // batch, channel_block(N)
     x, dt, z, B, C = _rows(x, dt, z, B, C)
@@ -465,7 +474,7 @@ def backward(
 
 
 def _spans(spans: int | None, batch: int, length: int, blocks: int, device: torch.device) -> tuple[int, int]:
-    """Steps per span, a multiple of the chunk, and how many spans that makes."""
+    """Returns the number of steps per span, a multiple of CHUNK, and the number of spans."""
     chunks = -(-length // CHUNK)
     span = -(-chunks // (spans or span_count(batch, length, blocks, device))) * CHUNK
     return span, -(-length // span)
