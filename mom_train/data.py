@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from mom_data.shards.dataset import TokenDataset, check_agreement
 from mom_data.shards.storage import default_cache
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
+from mom_train.checkpoint.saver import TrainState
 from mom_train.config.data import SourceConfig
 from mom_train.config.files import differences, with_defaults
 from mom_train.config.run import RunConfig
 from mom_train.model.objective import with_latents_of
+from mom_train.validation import rows_of
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +201,16 @@ def log_forecast(config: RunConfig, plan: Plan, validation: Mapping[str, Plan]) 
             )  # fmt: skip
 
 
+def log_validated_rows(config: RunConfig, plans: Mapping[str, Plan]) -> None:
+    """Say which validation sets are not scored whole."""
+    for name, plan in plans.items():
+        rows, more = rows_of(plan, config.validation.sequences)
+        if more:
+            log.info(
+                "val/%s: the first %d rows of one pass over the set, which has more (validation.sequences)", name, rows
+            )
+
+
 def check(config: RunConfig, datasets: Datasets) -> RunConfig:
     """Checks the datasets, and returns the config with the scale and shift of their latents filled in. Raises UserError
     if they do not fit each other, the vocabulary or the tokenizers of the run."""
@@ -232,6 +245,37 @@ def text_bytes(config: RunConfig) -> np.ndarray | None:
     by_id[layout.modality_of_id != 0] = 0  # codes of other modalities may lie among the ids of text
     by_id[list(layout.specials.values())] = 0
     return by_id
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of one run, planned and checked."""
+
+    config: RunConfig
+    """The run's config with what the datasets add to it: the scale and shift of their latents."""
+    plan: Plan
+    """The order that is trained on."""
+    phases: list[Phase]
+    """The phases of that order."""
+    validation_plans: dict[str, Plan]
+    text_bytes: np.ndarray | None
+    """(V,) int64: see `text_bytes`."""
+
+
+def open_data(config: RunConfig, saved: TrainState, *, say: bool) -> RunData:
+    """Open the datasets of a run that stands at `saved`, plan their order, and check that all fits together.
+
+    With `say`, log what the run will see of its data, and what a person would want to change. Holds no collective.
+    Raises UserError for everything that does not fit.
+    """
+    datasets = Datasets(config)
+    validation = validation_plans(config, datasets)
+    bytes_of_id = text_bytes(config)
+    plan, phases = training_plan(config, datasets, saved.phases, saved.data_fingerprint, saved.sequence, saved.config)
+    if say:
+        log_forecast(config, plan, validation)
+        log_validated_rows(config, validation)
+    return RunData(check(config, datasets), plan, phases, validation, bytes_of_id)
 
 
 def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from mom_data.batches.batch import PackedBatch
+from mom_data.batches.batch import PackedBatch, sort_by_modality
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.run import RunConfig
@@ -168,10 +168,7 @@ class Passes:
             latents = torch.zeros(len(position), diffusion.patch_width, dtype=torch.float16)
             picture = (position // L).to(torch.int32)
             labels.reshape(-1)[position] = -100
-        rows = modality.reshape(-1).argsort(stable=True)
-        order = torch.empty(B * L, dtype=torch.int32)
-        order[rows] = torch.arange(B * L, dtype=torch.int32)
-        number = modality.reshape(-1).bincount(minlength=M)
+        order, rows, offsets = sort_by_modality(modality, M)
         return PackedBatch(
             tokens=tokens,
             modality=modality,
@@ -184,6 +181,6 @@ class Passes:
             sequences=torch.arange(B),
             order=order,
             rows=rows,
-            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), number.cumsum(0)]),
-            real_tokens=number,
+            offsets=offsets,
+            real_tokens=offsets.diff(),
         )

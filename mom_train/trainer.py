@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -18,25 +16,23 @@ from torch.distributed.tensor import DTensor
 
 from mom_data.batches.batch import PackedBatch
 from mom_data.batches.loader import batches
-from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, UserError, user_path
-from mom_tokenizers.vocab import VocabLayout
-from mom_train import data
+from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, user_path
+from mom_train.agreement import Agreement, DocumentAccount, StepCount, largest
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint.saver import Checkpointer, TrainState, read_train_state
 from mom_train.checkpoint.store import Checkpoint, Checkpoints, with_absolute_place
-from mom_train.config.files import differences, with_defaults
-from mom_train.config.model import ModelConfig, ObjectiveConfig
 from mom_train.config.run import RunConfig
-from mom_train.cost.flops import training_flops_per_token
+from mom_train.cost.flops import training_flops
+from mom_train.data import newest, open_data, planned_as_now
 from mom_train.distributed.context import Context
 from mom_train.distributed.ranks import Ranks, agreed, first_failure, model_mesh, process_group, set_timeout
 from mom_train.distributed.run_lock import RunLock
-from mom_train.distributed.status import State, Stop, write_status
+from mom_train.distributed.status import RunState, Stop, write_status
 from mom_train.distributed.watch import Watch
 from mom_train.exchange.weights import fill, match, open_weights
-from mom_train.generate.samples import Sampler
+from mom_train.generate.samples import TrainingSampler
 from mom_train.model.init import initialize
-from mom_train.model.language_model import LanguageModel
+from mom_train.model.language_model import LanguageModel, build_model
 from mom_train.model.objective import Counts
 from mom_train.model.sharding import shard
 from mom_train.observe.environment import environment, write_environment
@@ -45,134 +41,55 @@ from mom_train.observe.wandb import check_wandb
 from mom_train.optim.ema import Ema
 from mom_train.optim.optimizer import build_optimizer, learning_rate
 from mom_train.passes import Passes
-from mom_train.validation import rows_of, validate
+from mom_train.resume import check_same_model, log_other_settings
+from mom_train.validation import validate
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What all ranks know before a step."""
-
-    counts: Counts
-    """What the losses are divided by."""
-    tokens_M: Tensor
-    """Input tokens by modality, int64 on the CPU."""
-    stop: int
-    """`Stop.code` of whichever rank was asked to end, or 0."""
-    save: bool
-    """It is time for a checkpoint, by the clock."""
 
 
 class Trainer:
     """One run on one rank: model, optimiser, data, state."""
 
     def __init__(self, config: RunConfig, ranks: Ranks):
-        self.ranks = ranks
-        self.vocab = config.layout
-        self.modalities = self.vocab.modalities
+        """Collective. Raises AgreedError, on all ranks alike, for everything that a user can mend."""
+        self.ranks, self.vocab, self.modalities = ranks, config.layout, config.layout.modalities
         self.accumulation = agreed(lambda: config.accumulation(ranks.world_size))
-        datasets = data.Datasets(config)
-        self.validation_plans = agreed(lambda: data.validation_plans(config, datasets))
-        self.text_bytes = agreed(lambda: data.text_bytes(config))
         agreed(lambda: check_wandb(config))
-        self.sampler = None if config.sampling.every is None else agreed(lambda: Sampler(config, ranks))
-        checkpoints = agreed(lambda: Checkpoints(config.checkpoint.path or config.run_dir))
-        self.checkpointer = Checkpointer(checkpoints, config.checkpoint)
-        if (resume_from := self.checkpointer.newest()) is None:
-            agreed(lambda: checkpoints.check_begins_anew(config))
-        saved = TrainState() if resume_from is None else agreed(lambda: read_train_state(resume_from))
-        self.plan, phases = agreed(
-            lambda: data.training_plan(
-                config, datasets, saved.phases, saved.data_fingerprint, saved.sequence, saved.config
-            )
-        )
-        agreed(lambda: data.log_forecast(config, self.plan, self.validation_plans) if ranks.main else None)
+        self.sampler = None if config.sampling.every is None else agreed(lambda: TrainingSampler(config, ranks))
+        self.checkpointer, start, saved = _open_checkpoints(config)
         # resolved before anything keeps the config: a checkpoint must say what its model was trained on
-        config = self.config = agreed(lambda: data.check(config, datasets))
-        agreed(self._say_what_is_validated)
-        self.state = TrainState(
-            tokens=dict.fromkeys(self.modalities, 0),
-            data_fingerprint=self.plan.fingerprint,
-            phases=phases,
-            config=config.model_dump(mode="json"),
-            version=importlib.metadata.version("mixture-of-mamba"),
-        )
-        if resume_from is not None:
-            agreed(lambda: self._check_same_model(saved, resume_from))
-            self._note_other_settings(saved)
-        with torch.device("meta"):
-            model = LanguageModel(
-                config.model,
-                self.vocab.size,
-                len(self.modalities),
-                diffusion=config.objective.diffusion,
-                z_loss=config.objective.z_loss,
-                recompute=config.training.activation_checkpointing,
-            )
-        mesh = agreed(lambda: model_mesh(ranks, config.parallel.shard_ranks))
-        self.model = shard(model, mesh, config.training.compile, config.parallel.cpu_offload)
-        self.model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.context = Context.of(ranks, config.parallel.context_ranks)
-        self.passes = Passes(config, self.vocab, ranks, self.model, self.context)
-        self.judge = Judge(config.anomaly, ranks.device)
-        self.bad_steps = BadSteps(config, self.plan, ranks)
-        if resume_from is None:
+        data = agreed(lambda: open_data(config, saved, say=ranks.main))
+        self.config, self.plan, self.validation_plans = data.config, data.plan, data.validation_plans
+        self.text_bytes = data.text_bytes
+        if start is not None:
+            agreed(lambda: check_same_model(self.config, saved, start))
+            log_other_settings(self.config, saved)
+        self.state = TrainState.begin(self.config, self.plan.fingerprint, data.phases)
+        self.model = _sharded_model(self.config, ranks)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.context = Context.of(ranks, self.config.parallel.context_ranks)
+        self.passes = Passes(self.config, self.vocab, ranks, self.model, self.context)
+        self.judge = Judge(self.config.anomaly, ranks.device)
+        self.bad_steps = BadSteps(self.config, self.plan, ranks)
+        self.documents = DocumentAccount(self.config.data)
+        self.ema: Ema | None = None
+        self._fill_weights(start)
+        self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
+        self.stepped = False
+
+    def _fill_weights(self, start: Checkpoint | None) -> None:
+        """Give the model its initial values, or those of init_from, or all of a checkpoint; begin their average."""
+        config = self.config
+        if start is None:
             self.checkpointer.restore_best({})
             initialize(self.model, config.seed)
             if (source := config.init_from) is not None:
                 weights = agreed(lambda: open_weights(source))
                 fill(self.model, agreed(lambda: match(self.model, weights, source, self.vocab)))
-        decay = config.training.ema_decay
-        self.ema = None if decay is None else Ema(self.model, decay)
-        if resume_from is not None:
-            self._load(resume_from)
-        diffusion, length = config.objective.diffusion, config.data.sequence_length
-        self.flops_per_token = training_flops_per_token(config.model, self.vocab.size, length)
-        self.flops_per_patch = training_flops_per_token(
-            config.model, self.vocab.size, length, diffusion.patch_width if diffusion else 0
-        )
-        self.read = self.damaged = self.unreadable = self.left_out = 0
-        self._named: set[str] = set()  # damaged documents that this rank has warned of
-        self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
-        self.stepped = False
-
-    def _say_what_is_validated(self) -> None:
-        for name, plan in self.validation_plans.items():
-            rows, more = rows_of(plan, self.config.validation.sequences)
-            if more and self.ranks.main:
-                log.info(
-                    "val/%s: the first %d rows of one pass over the set, which has more (validation.sequences)",
-                    name,
-                    rows,
-                )
-
-    def _check_same_model(self, saved: TrainState, path: Checkpoint) -> None:
-        if saved.config is None:
-            return
-        now, was = self.config.model_dump(mode="json"), dict(saved.config)
-        for section, form in (("model", ModelConfig), ("objective", ObjectiveConfig)):
-            was[section] = form.model_validate(was.get(section, {})).model_dump(mode="json")  # defaults of what is new
-        fixed = ("model", "vocabulary", "objective")
-        if lines := [line for section in fixed for line in differences(was[section], now[section], section)]:
-            raise UserError(
-                f"the config differs from what {path} was trained with (was -> is):\n  "
-                + "\n  ".join(lines)
-                + "\nRestore these keys, or use another run_dir for another model."
-            )
-        layout = self.config.run_dir / "vocab.json"
-        if layout.is_file() and VocabLayout.load(layout) != self.vocab:
-            raise UserError(
-                f"{self.config.vocabulary} is another layout than the one that {path} was trained with, {layout}: "
-                "restore it, or use another run_dir."
-            )
-
-    def _note_other_settings(self, saved: TrainState) -> None:
-        """Say which other settings the run goes on with than its checkpoint was made with."""
-        lines = differences(with_defaults(saved.config or {}), self.config.model_dump(mode="json"))
-        if lines and saved.config:
-            log.info("other settings than the checkpoint's (was -> is): %s", "; ".join(lines))
+        if config.training.ema_decay is not None:
+            self.ema = Ema(self.model, config.training.ema_decay)
+        if start is not None:
+            self._load(start)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Everything as it was there; the data goes on behind what a rollback to there has left out."""
@@ -180,7 +97,7 @@ class Trainer:
         self.checkpointer.load(checkpoint, self.model, self.optimizer, self.ema)
         state = self.state
         state.step, state.tokens, state.flops = saved.step, saved.tokens, saved.flops
-        state.sequence, state.lanes = saved.sequence, saved.lanes if data.planned_as_now(saved.phases) else {}
+        state.sequence, state.lanes = saved.sequence, saved.lanes if planned_as_now(saved.phases) else {}
         state.validated = saved.validated
         self.checkpointer.restore_best(saved.best)
         if saved.judge:
@@ -189,7 +106,7 @@ class Trainer:
 
     # ---- the run ------------------------------------------------------------------------------------------
 
-    def run(self, stop: Stop) -> tuple[State, str]:
+    def run(self, stop: Stop) -> tuple[RunState, str]:
         """Train from where the state is to `training.steps`, or to `training.stop_at`; go back and leave data out where
         steps stay bad. Returns how it ended and why."""
         with self.checkpointer, self.watch:
@@ -203,7 +120,7 @@ class Trainer:
                 self._load(checkpoint)
             return outcome
 
-    def _train(self, stop: Stop) -> tuple[State, str] | None:
+    def _train(self, stop: Stop) -> tuple[RunState, str] | None:
         """The loop. Returns how it ended, or None where steps stay bad."""
         config, state = self.config, self.state
         last = min(config.training.stop_at or config.training.steps, config.training.steps)
@@ -211,7 +128,7 @@ class Trainer:
         with record or nullcontext():
             self._validate_before(record, stop, last)
             stream, clock = self.stream(), Clock(sum(self._tokens.values()))
-            outcome: tuple[State, str] = ("finished" if last == config.training.steps else "stopped", "")
+            outcome: tuple[RunState, str] = ("finished" if last == config.training.steps else "stopped", "")
             while state.step < last:
                 with clock.waiting():
                     step_batches = [self.passes.prepared(b) for b in islice(stream, self.accumulation)]
@@ -288,49 +205,23 @@ class Trainer:
 
         Raises ValueError, on all ranks, when too many documents were damaged or too many checkpoints failed.
         """
-        M = len(self.modalities)
-        local = torch.zeros(2 * M + 8, dtype=torch.int64)
-        for batch in step_batches if self.context.rank == 0 else ():  # a row's first rank counts for all that share it
-            local[:M] += self.passes.targets(batch)
-            local[M : 2 * M] += batch.real_tokens
-            local[-4] += len(batch.latent_position)
-            local[-3] += batch.documents_damaged
-            local[-2] += batch.documents_read
-            for name in (n for n in batch.damaged if n not in self._named):
-                self._named.add(name)
-                log.warning("masked %s: its bytes are not what its checksum says, or cannot be had", name)
-            local[-8] += len(batch.unreadable)
-            local[-7] += len(batch.left_out)
-            for name in batch.unreadable:
-                log.warning("left out %s", name)
-        local[-6] = self.checkpointer.time_is_up
-        local[-5] = self.checkpointer.finished
-        local[-1] = stop.code != 0
+        mine = StepCount.empty(len(self.modalities))
+        if self.context.rank == 0:  # a row's first rank counts for all that share it
+            for batch in step_batches:
+                mine.add(batch, self.passes.targets(batch))
+            self.documents.name_what_is_wrong(step_batches)
+        mine.wants_to_save = int(self.checkpointer.time_is_up)
+        mine.saves_finished = int(self.checkpointer.finished)
+        mine.wants_to_stop = int(stop.code != 0)
         with self.watch.waiting():
-            dist.all_reduce(local)
-        if local[-5] == self.ranks.world_size:
+            count = mine.over_all_ranks()
+        if count.saves_finished == self.ranks.world_size:
             self.checkpointer.settle()
-        self.damaged += int(local[-3])
-        self.read += int(local[-2])
-        self.unreadable += int(local[-8])
-        self.left_out += int(local[-7])
-        share = self.config.data.max_unreadable_fraction
-        if self.unreadable > share * max(self.read, 100):
-            raise AgreedError(
-                f"{self.unreadable} of {self.read} raw documents could not be read, more than "
-                f"data.max_unreadable_fraction={share} allows. The log names them and says why: mend the inputs, or "
-                "set a larger share. The last checkpoint is intact."
-            )
-        allowed = self.config.data.max_bad_fraction * max(self.read, 1000)
-        if self.damaged > allowed:
-            raise AgreedError(
-                f"{self.damaged} of {self.read} documents did not match their checksums, more than "
-                f"data.max_bad_fraction={self.config.data.max_bad_fraction} allows. Copy the shards again; the last "
-                "checkpoint is intact."
-            )
+        self.documents.add(count)
         positions = self.config.training.batch * self.config.data.sequence_length
-        counts = Counts(local[:M], int(local[-4]), positions)
-        return Agreement(counts, local[M : 2 * M], _largest(stop.code) if local[-1] else 0, bool(local[-6]))
+        counts = Counts(count.targets_M, count.patches, positions)
+        reason_to_stop = largest(stop.code) if count.wants_to_stop else 0
+        return Agreement(counts, count.tokens_M, reason_to_stop, bool(count.wants_to_save))
 
     def step(
         self, sums: Tensor, counts: Counts, step_batches: Sequence[PackedBatch], detailed: bool = False
@@ -375,7 +266,7 @@ class Trainer:
             self._tokens[modality] += n
         patches = agreement.counts.patches
         discrete = int(agreement.tokens_M.sum()) - patches
-        state.flops += self.flops_per_token * discrete + self.flops_per_patch * patches
+        state.flops += training_flops(self.config, discrete, patches)
         if not self.stepped:
             self.stepped = True
             set_timeout(self.config.parallel.timeout)
@@ -390,9 +281,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **{f"tokens/{m}": n for m, n in self._tokens.items()},
             "flops/total": self.state.flops,
-            "data/damaged": self.damaged,
-            "data/unreadable": self.unreadable,
-            "data/left_out": self.left_out,
+            **self.documents.figures(),
             "checkpoint/stall_s": self.checkpointer.stall,
             "anomaly/skipped": int(self.judge.skipped),
         }
@@ -404,7 +293,7 @@ class Trainer:
     def validate(self, stop: Stop) -> dict[str, float]:
         """Losses on the validation sets; nothing where a rank is asked to end meanwhile."""
         with self.evaluated():
-            values = validate(self.passes, self.validation_plans, self.text_bytes, lambda: bool(_largest(stop.code)))
+            values = validate(self.passes, self.validation_plans, self.text_bytes, lambda: bool(largest(stop.code)))
         if values:
             self.state.validated = self.state.step
         return values
@@ -421,7 +310,7 @@ class Trainer:
         if record is not None and values:
             record.write(step, {"flops/total": self.state.flops, **values})
 
-    def sample(self, sampler: Sampler, record: Record | None, stop: Stop) -> None:
+    def sample(self, sampler: TrainingSampler, record: Record | None, stop: Stop) -> None:
         with self.evaluated():
             documents = sampler.sample(self.model, self.state.step, lambda: stop.code != 0)
         if record is not None:
@@ -431,15 +320,27 @@ class Trainer:
         """Begin a checkpoint. The seconds that training stood still for it are logged with the next step."""
         known: list[dict[str, Any]] = [{}] * self.ranks.world_size
         dist.all_gather_object(known, self.state.lanes)
-        self.state.lanes = data.newest(*known)
+        self.state.lanes = newest(*known)
         self.state.judge = self.judge.state_dict()
         self.checkpointer.save(self.model, self.optimizer, self.ema, self.state)
 
 
-def _largest(value: int) -> int:
-    agreed_on = torch.tensor(value)
-    dist.all_reduce(agreed_on, dist.ReduceOp.MAX)
-    return int(agreed_on)
+def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | None, TrainState]:
+    """The run's checkpoints, the one that it carries on from, and the state that is saved there. Collective."""
+    checkpoints = agreed(lambda: Checkpoints(config.checkpoint.path or config.run_dir))
+    checkpointer = Checkpointer(checkpoints, config.checkpoint)
+    if (start := checkpointer.newest()) is None:
+        agreed(lambda: checkpoints.check_begins_anew(config))
+        return checkpointer, None, TrainState()
+    return checkpointer, start, agreed(lambda: read_train_state(start))
+
+
+def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:
+    """The model of the config, dealt to the ranks, with memory for its weights but no values. Collective."""
+    mesh = agreed(lambda: model_mesh(ranks, config.parallel.shard_ranks))
+    model = shard(build_model(config), mesh, config.training.compile, config.parallel.cpu_offload)
+    model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
+    return model
 
 
 def _begin(trainer: Trainer, machines: Sequence[Any]) -> None:
@@ -465,7 +366,7 @@ def _begin(trainer: Trainer, machines: Sequence[Any]) -> None:
             break
 
 
-def _end(config: RunConfig, outcome: State, step: int, reason: str) -> None:
+def _end(config: RunConfig, outcome: RunState, step: int, reason: str) -> None:
     """Say how the run ended, in the log in any case."""
     steps = config.training.steps
     log.info("%s: %s at step %d of %d%s", config.run_dir, outcome, step, steps, f": {reason}" if reason else "")
@@ -488,7 +389,7 @@ def train(config: RunConfig) -> int:
         state = trainer.state
         machines = environment(ranks)
         agreed(lambda: _begin(trainer, machines) if ranks.main else None)
-        outcome: State = "failed"
+        outcome: RunState = "failed"
         reason = ""
         try:
             outcome, reason = trainer.run(stop)

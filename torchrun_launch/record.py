@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mom_tokenizers.errors import UserError, read_json, user_path
+from mom_tokenizers.files import write_whole
 
 _CLIENT_SECONDS = 30  # Slurm's commands hang long where its controller is away
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"}
@@ -19,11 +20,9 @@ ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` in one step."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     with user_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=1) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:

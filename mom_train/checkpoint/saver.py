@@ -7,6 +7,7 @@ their own. mom_train/checkpoint/store.py explains the layout of a checkpoint and
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from mom_data.order.plan import Cursor
 from mom_tokenizers.errors import AgreedError, UserError
 from mom_train.checkpoint.store import Checkpoint, Checkpoints
 from mom_train.config.migrations import SCHEMA
-from mom_train.config.run import CheckpointConfig
+from mom_train.config.run import CheckpointConfig, RunConfig
 from mom_train.distributed.ranks import CHECKPOINT_GROUP, agreed
 from mom_train.model.language_model import LanguageModel
 from mom_train.optim.ema import Ema
@@ -69,6 +70,17 @@ class TrainState:
     """The resolved config."""
     version: str = ""
     """Version of this package."""
+
+    @classmethod
+    def begin(cls, config: RunConfig, data_fingerprint: str, phases: list[dict[str, Any]]) -> TrainState:
+        """The state before the first step."""
+        return cls(
+            tokens=dict.fromkeys(config.layout.modalities, 0),
+            data_fingerprint=data_fingerprint,
+            phases=phases,
+            config=config.model_dump(mode="json"),
+            version=importlib.metadata.version("mixture-of-mamba"),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values, preceded by the number of their schema."""

@@ -12,6 +12,7 @@ p = patch width, M = modalities. A multiply-add is two FLOPs.
 from __future__ import annotations
 
 from mom_train.config.model import ModelConfig
+from mom_train.config.run import RunConfig
 
 # A backward pass costs twice a forward one; recomputation is not counted.
 TRAINING_FACTOR = 3
@@ -64,6 +65,14 @@ def training_flops_per_token(
 ) -> int:
     """Forward and backward pass of one token; arguments and errors as `forward_flops_per_token`."""
     return TRAINING_FACTOR * sum(forward_flops_per_token(config, vocabulary, sequence_length, patch_width).values())
+
+
+def training_flops(config: RunConfig, tokens: int, patches: int) -> int:
+    """FLOPs of training on so many discrete tokens and latent patches, in rows of the config's length."""
+    size, length, diffusion = config.layout.size, config.data.sequence_length, config.objective.diffusion
+    each = training_flops_per_token(config.model, size, length)
+    of_a_patch = training_flops_per_token(config.model, size, length, diffusion.patch_width if diffusion else 0)
+    return each * tokens + of_a_patch * patches
 
 
 def parameters(

@@ -64,12 +64,9 @@ def units(config: RunConfig, shard_ranks: int) -> list[Unit]:
     """The units of `shard` in the order of the forward pass; the last is what is left to the root."""
     import torch
 
-    from mom_train.model.language_model import LanguageModel
+    from mom_train.model.language_model import build_model
 
-    with torch.device("meta"):
-        model = LanguageModel(
-            config.model, config.layout.size, len(config.layout.modalities), diffusion=config.objective.diffusion
-        )
+    model = build_model(config)
     parts: dict[str, torch.nn.Module | None]
     parts = {"embedding": model.embedding, "patch_embedding": model.patch_embedding}
     parts |= {f"blocks.{i}": block for i, block in enumerate(model.blocks)}

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from mom_tokenizers.errors import read_json
 
-State = Literal["running", "preempted", "stopped", "finished", "failed"]
+RunState = Literal["running", "preempted", "stopped", "finished", "failed"]
 _STATUS_BYTES = 2048  # size of status.json
 AGENT_PID = "MOM_AGENT_PID"
 """Environment variable in which the torchrun that torchrun_launch starts gives its ranks its process id."""
 
 
-def write_status(run_dir: Path, state: State, step: int, steps: int, reason: str = "") -> None:
+def write_status(run_dir: Path, state: RunState, step: int, steps: int, reason: str = "") -> None:
     """Replaces RUN/status.json. A launcher relies on it, because torchrun turns every exit code into 1. The states are
 
     running     the run trains, or it was killed and could not say so

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
-from mom_train.checkpoint.store import Checkpoints
 from mom_train.config.files import checked
 from mom_train.config.model import DiffusionConfig
-from mom_train.config.run import RunConfig, SamplingConfig
+from mom_train.config.run import SamplingConfig
 from mom_train.model.diffusion import NoisedPatches, cosine_alpha_bar, without_condition
-from mom_train.model.language_model import LanguageModel, State
+from mom_train.model.language_model import LanguageModel, LayerStates
 from mom_train.ops.layout import RowLayout
 
 
@@ -60,29 +58,6 @@ class Sampling:
                 raise UserError(f"{name}: {getattr(self, name)} is not above 0")
 
 
-def load_model(
-    run: Path | str, step: int | None = None, device: str = "cpu", ema: bool = False
-) -> tuple[LanguageModel, RunConfig]:
-    """The model of a run's newest checkpoint, or of one step, in one process; with `ema` the average of its weights.
-
-    Raises ValueError where there is none, or it does not verify.
-    """
-    checkpoint = Checkpoints.of(run).find(step)
-    checkpoint.check()
-    config = checkpoint.config()
-    if ema and not any(name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata):
-        raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
-    vocab = config.layout
-    with torch.device("meta"):
-        diffusion = config.objective.diffusion
-        model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
-    model.to_empty(device=device)
-    weights = model.state_dict()
-    checkpoint.load({"ema" if ema else "model": weights}, no_dist=True)
-    model.load_state_dict(weights)
-    return model.eval(), config
-
-
 class Sampler:
     """One document being written: the ids so far and the model's state after them."""
 
@@ -90,8 +65,8 @@ class Sampler:
         self.model, self.vocab, self.sampling = model, vocab, sampling
         self.device = model.head.weight.device
         self.generator = torch.Generator().manual_seed(seed)
-        self.state: State = model.empty_state(1)
-        self.unconditional: State = model.empty_state(1)
+        self.state: LayerStates = model.empty_state(1)
+        self.unconditional: LayerStates = model.empty_state(1)
         """After the same positions without their condition: the other side of classifier-free guidance."""
         self.position = 0
         self.logits_V = torch.empty(0)
@@ -199,7 +174,7 @@ class Sampler:
         tokens = torch.full((P,), self.vocab.specials["null"], device=self.device)
         zeros = torch.zeros(P, dtype=torch.int64, device=self.device)
 
-        def predict(x_PW: Tensor, t: int, state: State) -> Tensor:
+        def predict(x_PW: Tensor, t: int, state: LayerStates) -> Tensor:
             timestep = torch.tensor([t], device=self.device)
             patches = NoisedPatches(x_PW, x_PW, layout.order.long(), zeros, timestep)
             _, predicted = self.model(tokens, layout, None, patches, [replace(s) for s in state])

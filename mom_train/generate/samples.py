@@ -94,7 +94,7 @@ def write_span(folder: Path, name: str, modality: str, values: list[int] | Tenso
     return Span(name, modality, f"[{len(waveform) / rate:.1f} s of speech]({name}.wav)", decoded)
 
 
-class Sampler:
+class TrainingSampler:
     """Samples of a model that is being trained, and sharded: rank 0 writes them with a copy of the whole model, the
     others wait. Tokenizers are loaded at once, so that what is wrong with them shows at the start."""
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mom_data.batches.batch import PackedBatch
+from mom_data.batches.batch import PackedBatch, sort_by_modality
 from mom_train.distributed.context import Context, gather
 from mom_train.model.diffusion import NoisedPatches
 from mom_train.ops.layout import RowLayout
@@ -33,7 +33,7 @@ def slice_of_rows(
     lie in slices before it (B,) int64), on the CPU. Counts in the batch stay those of the whole rows."""
     if context.size == 1:
         return batch, patches, None
-    B, L = batch.tokens.shape
+    L = batch.tokens.shape[1]
     S = L // context.size
     assert S * context.size == L
     start = context.rank * S
@@ -41,11 +41,7 @@ def slice_of_rows(
     tokens, modality, document, labels = (
         t[:, start : start + S].contiguous() for t in (batch.tokens, batch.modality, batch.document, batch.labels)
     )
-    rows = modality.reshape(-1).argsort(stable=True)
-    order = torch.empty(B * S, dtype=torch.int32)
-    order[rows] = torch.arange(B * S, dtype=torch.int32)
-    offsets = torch.zeros_like(batch.offsets)
-    offsets[1:] = modality.reshape(-1).bincount(minlength=len(offsets) - 1).cumsum(0)
+    order, rows, offsets = sort_by_modality(modality, len(batch.offsets) - 1)
     row, at = batch.latent_position // L, batch.latent_position % L - start
     kept = (at >= 0) & (at < S)
     mine = replace(

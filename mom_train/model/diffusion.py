@@ -108,7 +108,7 @@ def without_condition(tokens: Tensor, vocab: VocabLayout) -> Tensor:
     which does not change. The latents of earlier pictures are no ids and stay as well, so that guidance is towards
     the words and the speech, with the same earlier pictures on both sides.
 
-    Training (`objective.drop_conditions`) and sampling (`generation.Sampler`) both call this function, because a model
+    Training (`objective.drop_conditions`) and sampling (`generate/sampler.py`) both call this function, because a model
     can be asked at sampling only for the unconditional input that it was trained on.
     """
     specials = torch.tensor(sorted(vocab.specials.values()), device=tokens.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mom_train.config.model import DiffusionConfig, ModelConfig
-from mom_train.config.run import Recompute
+from mom_train.config.run import Recompute, RunConfig
 from mom_train.model.attention import AttentionState, TransformerBlock, attention_mask
 from mom_train.model.cross_entropy import linear_cross_entropy
 from mom_train.model.diffusion import NoisedPatches, PatchEmbedding, PatchHead
@@ -25,7 +25,8 @@ from mom_train.model.mamba import MambaBlock, MambaState
 from mom_train.model.routed import Norm, RoutedProjection
 from mom_train.ops.layout import RowLayout
 
-State = list[MambaState | AttentionState]
+LayerStates = list[MambaState | AttentionState]
+"""What each block carries from one chunk of a sequence to the next."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class LanguageModel(nn.Module):
         layout: RowLayout,
         labels_T: Tensor | None = None,
         patches: NoisedPatches | None = None,
-        state: State | None = None,
+        state: LayerStates | None = None,
     ) -> Any:
         """tokens (T,) int64 and labels (T,) int64 (-100 for none) in row order.
 
@@ -169,6 +170,22 @@ class LanguageModel(nn.Module):
             balance = torch.stack([router.balance for router in self._routers]).mean()
         return Losses(tokens, tokens_T, squares, balance, squares_P.detach())
 
-    def empty_state(self, batch: int) -> State:
+    def empty_state(self, batch: int) -> LayerStates:
         """The state before the first token of `batch` rows, for `forward` chunk by chunk or token by token."""
         return [block.block.empty_state(batch) for block in self.blocks]  # type: ignore[union-attr, operator]
+
+
+def build_model(config: RunConfig) -> LanguageModel:
+    """The model that a run's config describes, without memory for its weights (on the device "meta").
+
+    Shard it where several ranks are to hold it, then call `to_empty`, and fill it by `initialize` or from a checkpoint.
+    """
+    with torch.device("meta"):
+        return LanguageModel(
+            config.model,
+            config.layout.size,
+            len(config.layout.modalities),
+            diffusion=config.objective.diffusion,
+            z_loss=config.objective.z_loss,
+            recompute=config.training.activation_checkpointing,
+        )

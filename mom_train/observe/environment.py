@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mom_tokenizers.files import write_whole
 from mom_train.distributed.ranks import Ranks
 
 
@@ -61,9 +62,7 @@ def write_environment(run_dir: Path, everyone: Sequence[Any], ranks: Ranks, step
         "slurm": {k: v for k in ("SLURM_JOB_ID", "SLURM_JOB_PARTITION") if (v := os.environ.get(k))},
         "starts": [*_earlier(path), start],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.rename(path)
+    write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
 def _this_machine(ranks: Ranks) -> tuple[dict[str, Any], str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mom_data.batches.batch import sort_by_modality
 from mom_train.distributed.context import Context
 
 
@@ -76,13 +77,7 @@ class RowLayout:
     @classmethod
     def sort(cls, modality_BL: Tensor, document_BL: Tensor, modalities: int, **kwargs: Any) -> RowLayout:
         """Makes the layout from modality (B, L) and document (B, L) alone. `kwargs` are those of `build`."""
-        flat = modality_BL.reshape(-1).long()
-        rows = torch.argsort(flat, stable=True)
-        order = torch.empty_like(rows)
-        order[rows] = torch.arange(len(rows), device=rows.device)
-        offsets = torch.zeros(modalities + 1, dtype=torch.int64)
-        offsets[1:] = torch.bincount(flat, minlength=modalities).cumsum(0).cpu()
-        return cls.build(modality_BL, document_BL, order.to(torch.int32), rows, offsets, **kwargs)
+        return cls.build(modality_BL, document_BL, *sort_by_modality(modality_BL, modalities), **kwargs)
 
     @property
     def tokens(self) -> int:

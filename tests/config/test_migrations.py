@@ -42,10 +42,10 @@ def test_the_stored_checkpoint_has_no_number_and_is_small(run):
 def nats(folder, ema):
     import torch
 
-    from mom_train.generate.sampler import load_model
+    from mom_train.checkpoint.load import load_run
     from mom_train.ops.layout import RowLayout
 
-    model, config = load_model(folder, ema=ema)
+    model, config = load_run(folder, weights="ema" if ema else "model")
     ids = torch.tensor(json.loads((folder / "expected.json").read_text())["ids"])
     modality = torch.from_numpy(config.layout.modality_of_id)[ids][None]
     layout = RowLayout.sort(modality, torch.zeros_like(modality).int(), len(config.layout.modalities))

@@ -79,11 +79,12 @@ def seen(tmp_path_factory):
 
 def test_samples_are_what_the_checkpoint_writes(seen):
     from mom_tokenizers.bundle import Tokenizers
+    from mom_train.checkpoint.load import load_run
     from mom_train.config.files import load_config
-    from mom_train.generate.sampler import Sampling, load_model, sample_document
+    from mom_train.generate.sampler import Sampling, sample_document
 
     assert sorted(p.name for p in (seen / "samples").iterdir()) == ["step-2", "step-4"]
-    model, _ = load_model(seen)
+    model, _ = load_run(seen)
     config = load_config(seen / "config.yaml")
     tokenizers = Tokenizers.load(config.tokenizers)
     sampling = Sampling(

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from mom_data.shards.format import sha256_of
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.files import write_whole
 
 _known: dict[tuple[str, ...], str] = {}  # of this process
 
@@ -41,9 +42,7 @@ def content_of(source: Path, memory: Path) -> str:
                 if _appearance(path) != seen:
                     raise UserError(f"{source} changes while it is read: start again once it is complete")
             if _remembered(file, seen) is None:
-                partial = file.with_suffix(f".{os.getpid()}.partial")
-                partial.write_text(json.dumps({"seen": seen, "sha256": digest}))
-                partial.replace(file)
+                write_whole(file, json.dumps({"seen": seen, "sha256": digest}))
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error}") from None
     _known[seen] = digest
@@ -82,6 +81,4 @@ def keep_inputs(folder: Path, files: Sequence[Path]) -> None:
                 "this one to make it anew"
             )
         return
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(now, indent=1) + "\n")
-    partial.replace(record)
+    write_whole(record, json.dumps(now, indent=1) + "\n")

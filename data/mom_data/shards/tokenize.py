@@ -28,6 +28,7 @@ from mom_data.shards.content import content_of
 from mom_data.shards.format import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.files import write_whole
 
 _GROUP = 64  # documents encoded together,
 _GROUP_BYTES = 64 << 20  # as long as they have no more than this
@@ -391,9 +392,4 @@ def _loaded(path: Path, device: str) -> Tokenizers:
 
 def _write(file: Path, value: object) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with open(partial, "w") as out:
-        json.dump(value, out)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
+    write_whole(file, json.dumps(value))

@@ -25,6 +25,7 @@ from mom_data.shards.manifest import MANIFEST, Manifest, Problem, ShardRecord, i
 from mom_data.shards.manifest import read_manifest as manifest_of
 from mom_data.shards.storage import LocalFolder
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.files import write_whole
 
 INDEX_BYTES = 40
 """What an index should take per document at most; short shards pay more, for its header is paid once."""
@@ -189,9 +190,7 @@ def rebuild_index(folder: Path, record: ShardRecord) -> None:
             f"{tar} is whole, but the index made from it is not the one of the manifest: another version wrote it, or "
             "manifest.json is damaged. Run tools/tokenize_shards.py again."
         )
-    partial = tar.with_name(f".{tar.stem}.idx.partial")
-    partial.write_bytes(index)
-    partial.rename(tar.with_suffix(".idx"))
+    write_whole(tar.with_suffix(".idx"), index)
 
 
 def verify_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> ShardReport:

@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-from mom_tools.model import plan_run as p
+from mom_tools.model.plan_run import describe
+from mom_train.config.files import load_config
+from mom_train.cost import step_time as p
+from mom_train.cost.flops import forward_flops_per_token
 from tests.helpers import CHECKOUT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.run_config import tiny_config
@@ -95,14 +98,14 @@ def given(network, **changes):
 
 
 def test_communication_hides_behind_computing_and_shows_where_it_takes_longer():
-    config = p.load_config(CONFIG, ["training.batch=8", "training.micro_batch=1"])
+    config = load_config(CONFIG, ["training.batch=8", "training.micro_batch=1"])
     every = p.units(config, 8)
     fast, slow = (p.step_time(config, given(network), every) for network in (1e30, 1.0))
     assert fast["exposed"] == pytest.approx(0, abs=1e-9)
     # half the peak while it computes: twice the seconds at peak
     assert fast["computing"] == pytest.approx(2 * fast["at_peak"])
     tokens = config.data.sequence_length
-    flops = 3 * sum(p.forward_flops_per_token(config.model, config.layout.size, tokens).values())
+    flops = 3 * sum(forward_flops_per_token(config.model, config.layout.size, tokens).values())
     assert fast["at_peak"] == pytest.approx(flops * tokens / 1e12)
     # a byte per second: all of it shows, but for what one unit's computing hides
     assert slow["computing"] == fast["computing"]
@@ -112,7 +115,7 @@ def test_communication_hides_behind_computing_and_shows_where_it_takes_longer():
 
 
 def test_sharding_inside_a_node_leaves_the_network_the_gradients_alone():
-    config = p.load_config(CONFIG, ["training.batch=8", "training.micro_batch=1", "parallel.shard_ranks=2"])
+    config = load_config(CONFIG, ["training.batch=8", "training.micro_batch=1", "parallel.shard_ranks=2"])
     seconds = p.step_time(config, given(1.0), p.units(config, 2))
     sent = p.communication(config, 8, p.units(config, 2))["sent"]
     # both ranks of a node send their half of the sums through its one network
@@ -126,7 +129,7 @@ def test_the_command_prints_what_a_run_takes_and_says_that_it_is_predicted(tmp_p
     subprocess.run([*command, "--interconnect", *networks, "--json", str(out)], cwd=CHECKOUT, check=True)
     plans = json.loads(out.read_text())
     assert [plan["interconnect"] for plan in plans] == networks
-    config = p.load_config(CONFIG, [])
+    config = load_config(CONFIG, [])
     for plan in plans:
         tokens = config.training.steps * config.training.batch * config.data.sequence_length
         assert plan["tokens"] == tokens
@@ -135,7 +138,7 @@ def test_the_command_prints_what_a_run_takes_and_says_that_it_is_predicted(tmp_p
         assert plan["cost"] == pytest.approx(3 * plan["gpu_hours"])
     assert plans[0]["tokens_per_s"] > plans[1]["tokens_per_s"]
     assert plans[0]["mfu"] < 0.35
-    said = p.describe("a run", plans)
+    said = describe("a run", plans)
     assert "PREDICTED" in said
     assert f"{plans[1]['gpu_hours']:,.0f}" in said
     wrong = subprocess.run([*command, "training.batch=7"], cwd=CHECKOUT, capture_output=True, text=True)

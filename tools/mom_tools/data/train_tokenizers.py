@@ -31,6 +31,7 @@ from mom_data.documents.document import BadSample, Document, read_documents
 from mom_data.documents.inputs import files_of_side
 from mom_tokenizers.base import resolved_device
 from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.files import write_whole
 from mom_tokenizers.image.autoencoder import preprocess
 from mom_tokenizers.image.training import ImageConfig, Strict, train_image, usage
 from mom_tokenizers.media.pictures import decode_image
@@ -231,10 +232,10 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int,
         figures[name] = found
 
     declared = {name: {"kind": kind, "path": name} for name, kind in config.kinds.items()}
-    _replace(output / "tokenizers.yaml", yaml.safe_dump(declared, sort_keys=False).encode())
-    _replace(output / "training.json", (json.dumps(figures, indent=1) + "\n").encode())
+    write_whole(output / "tokenizers.yaml", yaml.safe_dump(declared, sort_keys=False).encode())
+    write_whole(output / "training.json", (json.dumps(figures, indent=1) + "\n").encode())
     if "image" in stages:
-        _replace(output / "reconstructions.png", (output / "image" / "reconstructions.png").read_bytes())
+        write_whole(output / "reconstructions.png", (output / "image" / "reconstructions.png").read_bytes())
     return figures
 
 
@@ -273,12 +274,6 @@ def _finished(directory: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return record["figures"] if record["recipe"] == recipe else None
-
-
-def _replace(file: Path, content: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -31,21 +31,10 @@ from mom_train.config.run import RunConfig
 
 if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known to be right
     from mom_train.baseline import Baseline
+    from mom_train.checkpoint.load import Weights
     from mom_train.checkpoint.store import Checkpoint
     from mom_train.distributed.ranks import Ranks
     from mom_train.model.language_model import LanguageModel
-
-
-def find(where: str, step: int | Literal["best"] | None) -> Checkpoint:
-    """A run's checkpoint, or the one whose folder or URL `where` is. Raises ValueError where there is none."""
-    from mom_train.checkpoint.store import Checkpoints
-
-    root, _, name = where.rstrip("/").rpartition("/checkpoints/")
-    if root and name.startswith("step-"):
-        if step is not None:
-            raise UserError(f"--step: {where} is one step's checkpoint already")
-        return Checkpoints(root).find(int(name.removeprefix("step-")))
-    return Checkpoints.of(where).find(step)
 
 
 def named(places: list[str]) -> dict[str, str]:
@@ -58,21 +47,15 @@ def named(places: list[str]) -> dict[str, str]:
     raise UserError(f"--shards: one of {', '.join(places)} is named twice")
 
 
-def load(config: RunConfig, checkpoint: Checkpoint, weights: str, ranks: Ranks) -> LanguageModel:
+def sharded(config: RunConfig, checkpoint: Checkpoint, weights: Weights, ranks: Ranks) -> LanguageModel:
     """The model, its parameters dealt to the ranks. Collective."""
-    import torch
-
-    from mom_train.model.language_model import LanguageModel
+    from mom_train.checkpoint.load import load_weights
+    from mom_train.model.language_model import build_model
     from mom_train.model.sharding import shard
 
-    vocab, diffusion = config.layout, config.objective.diffusion
-    with torch.device("meta"):
-        model = LanguageModel(config.model, vocab.size, len(vocab.modalities), diffusion=diffusion)
-    model = shard(model, ranks.mesh)
+    model = shard(build_model(config), ranks.mesh)
     model.to_empty(device=ranks.device)
-    values = model.state_dict()
-    checkpoint.load({weights: values})
-    model.load_state_dict(values)
+    load_weights(model, checkpoint, weights, alone=False)
     return model
 
 
@@ -106,20 +89,21 @@ def main() -> None:
 
 def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     from mom_train import data
+    from mom_train.checkpoint.load import find_checkpoint
     from mom_train.distributed.context import Context
     from mom_train.distributed.ranks import agreed
     from mom_train.passes import Passes
     from mom_train.validation import rows_of, score
 
     step = arguments.step if arguments.step in (None, "best") else int(arguments.step)
-    checkpoint = agreed(lambda: find(arguments.run, step))
+    checkpoint = agreed(lambda: find_checkpoint(arguments.run, step))
     agreed(checkpoint.check)
     config = agreed(lambda: the_config(arguments, checkpoint))
     datasets = data.Datasets(config)
     plans = agreed(lambda: data.validation_plans(config, datasets))
     config = agreed(lambda: data.check(config, datasets))
     bytes_of_id = agreed(lambda: data.text_bytes(config))
-    model = load(config, checkpoint, arguments.weights, ranks)
+    model = sharded(config, checkpoint, arguments.weights, ranks)
     context = Context.of(ranks, 1)
     passes = Passes(config, config.layout, ranks, model, context)
     at_once = config.training.micro_batch * ranks.world_size
@@ -165,12 +149,11 @@ def counted(config: RunConfig) -> Baseline:
 
 
 def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConfig:
-    """The checkpoint's config, with these shards as its validation sets. Raises ValueError where it has not got the
+    """The checkpoint's config, with these shards as its validation sets. Raises UserError where it has not got the
     weights that are asked for."""
-    if arguments.weights == "ema" and not any(
-        name.startswith("ema.") for name in checkpoint.metadata().state_dict_metadata
-    ):
-        raise UserError(f"{checkpoint} holds no average of the weights: the run had no training.ema_decay")
+    from mom_train.checkpoint.load import check_weights
+
+    check_weights(checkpoint, arguments.weights)
     values = checkpoint.config().model_dump(mode="json")
     values["data"]["validation"] = {name: [{"path": place}] for name, place in named(arguments.shards).items()}
     values["validation"]["sequences"] = arguments.sequences

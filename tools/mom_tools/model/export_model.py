@@ -27,10 +27,10 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
     """Write the weights, or their average, of a run's newest checkpoint, or of one step, into the folder `out`."""
     from safetensors.torch import save_file  # here, for torch takes seconds
 
+    from mom_train.checkpoint.load import load_run
     from mom_train.exchange.published_mamba import mamba_name, to_mamba, transformers_config
-    from mom_train.generate.sampler import load_model
 
-    model, config = load_model(run, step, ema=ema)
+    model, config = load_run(run, step, weights="ema" if ema else "model")
     values = {name: value.detach() for name, value in model.named_parameters()}
     texts = {"config.yaml": config.to_yaml(), "vocab.json": config.layout.to_json() + "\n"}
     dense = config.model.architecture == "mamba" and not config.model.decoupled

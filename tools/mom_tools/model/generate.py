@@ -63,11 +63,12 @@ def generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from mom_tokenizers.bundle import Tokenizers
-    from mom_train.generate.sampler import check_prompt, load_model, sample_document
+    from mom_train.checkpoint.load import load_run
+    from mom_train.generate.sampler import check_prompt, sample_document
     from mom_train.generate.samples import prompt_segments, settings, write_span
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_model(arguments.run, arguments.step, device, arguments.ema)
+    model, config = load_run(arguments.run, arguments.step, device, "ema" if arguments.ema else "model")
     path = arguments.tokenizers or config.tokenizers
     if path is None:
         raise UserError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")

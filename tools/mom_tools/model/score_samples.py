@@ -180,8 +180,9 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
     from mom_data.shards.dataset import TokenDataset, check_agreement
     from mom_data.shards.format import TokenSegment, sha256_of
     from mom_tokenizers.bundle import Tokenizers
+    from mom_train.checkpoint.load import load_run
     from mom_train.checkpoint.store import Checkpoints
-    from mom_train.generate.sampler import load_model, sample_document
+    from mom_train.generate.sampler import sample_document
     from mom_train.generate.samples import settings
 
     given = {role: path for role in ("vision", "clip", "asr") if (path := getattr(arguments, role)) is not None}
@@ -194,7 +195,7 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
         clip.texts(["a picture"])  # ValueError now, not after hours, where it reads none
     hear = scores.Recogniser(arguments.asr, arguments.device, arguments.language) if "asr" in given else None
     checkpoint = Checkpoints.of(arguments.run).find(arguments.step)
-    model, config = load_model(arguments.run, checkpoint.step, arguments.device, arguments.ema)
+    model, config = load_run(arguments.run, checkpoint.step, arguments.device, "ema" if arguments.ema else "model")
     path, vocab = arguments.tokenizers or config.tokenizers, config.layout
     if path is None:
         raise UserError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")

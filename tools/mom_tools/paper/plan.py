@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mom_tokenizers.files import write_whole
 from mom_train.config.model import PROJECTIONS
 
 DENSE, MIXTURE, TRANSFORMER = "dense", "mixture", "transformer"
@@ -97,9 +98,7 @@ class State:
         return State(**json.loads(path.read_text())) if path.exists() else State()
 
     def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        partial.rename(path)
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def variants(setting: str, experiments: Sequence[str] = ()) -> tuple[str, ...]:

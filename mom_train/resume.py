@@ -1,0 +1,45 @@
+"""What a run that carries on has to share with its checkpoint, and what it may change."""
+
+from __future__ import annotations
+
+import logging
+
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.vocab import VocabLayout
+from mom_train.checkpoint.saver import TrainState
+from mom_train.checkpoint.store import Checkpoint
+from mom_train.config.files import differences, with_defaults
+from mom_train.config.model import ModelConfig, ObjectiveConfig
+from mom_train.config.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def check_same_model(config: RunConfig, saved: TrainState, checkpoint: Checkpoint) -> None:
+    """Raises UserError where the checkpoint's model, vocabulary or objective is another than the config's."""
+    if saved.config is None:
+        return
+    now, was = config.model_dump(mode="json"), dict(saved.config)
+    for section, form in (("model", ModelConfig), ("objective", ObjectiveConfig)):
+        # a key that was added since the checkpoint was saved takes its default
+        was[section] = form.model_validate(was.get(section, {})).model_dump(mode="json")
+    fixed = ("model", "vocabulary", "objective")
+    if lines := [line for section in fixed for line in differences(was[section], now[section], section)]:
+        raise UserError(
+            f"the config differs from what {checkpoint} was trained with (was -> is):\n  "
+            + "\n  ".join(lines)
+            + "\nRestore these keys, or use another run_dir for another model."
+        )
+    layout = config.run_dir / "vocab.json"
+    if layout.is_file() and VocabLayout.load(layout) != config.layout:
+        raise UserError(
+            f"{config.vocabulary} is another layout than the one that {checkpoint} was trained with, {layout}: "
+            "restore it, or use another run_dir."
+        )
+
+
+def log_other_settings(config: RunConfig, saved: TrainState) -> None:
+    """Log the settings that differ from those that the checkpoint was made with."""
+    lines = differences(with_defaults(saved.config or {}), config.model_dump(mode="json"))
+    if lines and saved.config:
+        log.info("other settings than the checkpoint's (was -> is): %s", "; ".join(lines))
