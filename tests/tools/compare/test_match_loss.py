@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mom_tools.compare.curves import Run, compare, first_reach, t_quantile, unlike
+from mom_tools.compare.curves import Run, compare, first_reach, unlike
 from mom_tools.compare.match_loss import as_json, notes
 from mom_tools.compare.published import TABLES, read, select
 from tests.helpers import CHECKOUT
@@ -159,12 +159,6 @@ def test_blocks_of_one_run_show_the_noise_of_its_batches(tmp_path):
     low, high = result.gain_interval
     # the difference of two means of 100 losses, in percent of 3: 1.96 standard errors either way
     assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(2 / 100) * 0.05 / 3, rel=0.35)
-
-
-def test_students_t_is_that_of_the_tables():
-    # NIST handbook, table 1.3.6.7.2, 0.975
-    for freedom, value in {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 100: 1.984}.items():
-        assert t_quantile(freedom) == pytest.approx(value, abs=6e-4)
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +12,8 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from mom_tools.compare.charts import Series, chart, short
 from mom_tools.compare.curves import Run
-from mom_tools.compare.line_chart import Series, chart, short, ticks
 from mom_tools.compare.report import page, samples
 from mom_train.baseline import read_baseline, unigram
 from mom_train.config.files import load_config
@@ -31,7 +33,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.attributes, self.text = [], [], []
+        self.tags, self.attributes, self.text, self.tooltips = [], [], [], []
         self._open = []
         self.feed(html)
         self.close()
@@ -52,13 +54,15 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+        if self._open[-1:] == ["title"]:
+            self.tooltips.append(data)
 
     def says(self, words):
         return words in " ".join(" ".join(self.text).split())
 
     def asks_for_nothing(self):
         places = [v for name, v in self.attributes if name in ("src", "href", "srcset", "action", "data", "xlink:href")]
-        return all(p.startswith("data:") for p in places) and not {"script", "link", "iframe", "object"} & set(
+        return all(p.startswith(("data:", "#")) for p in places) and not {"script", "link", "iframe", "object"} & set(
             self.tags
         )
 
@@ -96,7 +100,9 @@ def test_a_run_and_several_are_pages_that_need_no_network(trained, tmp_path):
     assert found.says("Against the baseline")
     assert found.tags.count("h3") == 2  # one comparison, and the differences of the configs
     assert found.says("model.decoupled")
-    assert found.tags.count("polyline") >= 3 * 3 * 2 * 4  # axes x runs x (training, validation) x modalities
+    titles = [title for title in found.tooltips if "loss/text" in title]
+    # axes x runs x (one training curve, validation after 0, 2 and 4 steps)
+    assert len(titles) == 3 * 3 * (1 + 3)
     alone = Page(page([Run(trained[0])]))
     assert alone.asks_for_nothing()
     assert not alone.says("Against the baseline")
@@ -176,14 +182,31 @@ def test_a_directory_with_nothing_but_metrics_is_enough(tmp_path):
         page([Run(tmp_path / "other")])
 
 
-def test_ticks_are_round_and_lie_inside():
-    assert ticks(0, 360) == [0, 100, 200, 300]
-    assert ticks(2.9, 4.3) == pytest.approx([3.0, 3.5, 4.0])
+def test_a_chart_is_small_repeats_and_takes_its_colours_from_the_page():
     assert [short(v) for v in (0.004, 1500, 1.4e13, 2e18)] == ["0.004", "1.5k", "14T", "2e+18"]
-    drawn = chart("t", [Series([0, 50, 100], [9.0, 2.0, 1.0], 0, "line", "")], "steps")
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in drawn["lines"][0]["points"].split())
-    frame = drawn["frame"]
-    assert (x0, x2) == (frame["left"], frame["left"] + frame["width"])
-    assert x1 == (x0 + x2) / 2
-    assert frame["top"] < y1 < y2 < frame["top"] + frame["height"]  # the first loss is off the chart
-    assert y0 < frame["top"]
+    series = [
+        Series([0, 50, 100], [9.0, 2.0, 1.0], 0, "line", EVIL),
+        Series([0, 50, 100], [9.0, 2.5, 1.5], 1, "dots", "held"),
+        Series([], [], 2, "dots", "empty"),
+        Series([50, 100], [math.nan, 1.2], 3, "dots", "diverged"),
+    ]
+    drawn = chart("text", series, "steps")
+    assert drawn == chart("text", series, "steps")
+    assert len(drawn) < 12_000
+    found = Page(drawn)
+    assert found.asks_for_nothing()
+    assert "script" not in found.tags
+    assert EVIL in found.tooltips
+    # the first loss is off the chart, for losses fall steeply in the first twentieth of a run
+    dots = [t for t in found.tooltips if t != EVIL]
+    assert dots == ["held: 2.5000 at 50 steps", "held: 1.5000 at 100 steps", "diverged: 1.2000 at 100 steps"]
+    assert {"0", "20", "40", "60", "80", "100", "steps"} <= set(found.text)
+    assert "var(--c1)" in drawn
+    assert "#" not in drawn.replace("url(#", "").replace('href="#', "")  # no colour but the page's
+
+
+def test_the_names_inside_two_charts_differ():
+    series = [Series([0, 1], [1.0, 2.0], 0, "dots", "one")]
+    names = [re.findall(r' id="([^"]+)"', chart("text", series, label)) for label in ("steps", "tokens")]
+    assert names[0]
+    assert not set(names[0]) & set(names[1])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from mom_data.order.forecast import FEW_TARGETS
 from mom_tokenizers.errors import UserError
@@ -293,7 +294,7 @@ def _jackknife(statistic: Callable[[Sequence[int], Sequence[int]], float], n_b: 
     if spread == 0:
         return middle, middle
     freedom = spread**2 / sum(v**2 / (len(group) - 1) for v, group in zip(variances, groups, strict=True))
-    half = t_quantile(int(freedom + 1e-9)) * math.sqrt(spread)
+    half = float(stats.t.ppf(0.975, int(freedom + 1e-9))) * math.sqrt(spread)
     return middle - half, middle + half
 
 
@@ -323,25 +324,3 @@ def _order(run: Run) -> list[Any]:
     """What decides which data a step sees; not how it is routed."""
     data = {key: value for key, value in run.config.get("data", {}).items() if key != "corrupt_share"}
     return [run.config.get("seed"), data, run.config.get("training", {}).get("batch")]
-
-
-def t_quantile(freedom: int, inside: float = 0.95) -> float:
-    """t with P(|T| < t) = `inside` for Student's distribution with `freedom` >= 1 degrees, by bisection of the finite
-    series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-
-    def probability(t: float) -> float:
-        angle = math.atan2(t, math.sqrt(freedom))
-        cosine, odd = math.cos(angle), freedom % 2
-        term, total = (cosine, cosine) if odd else (1.0, 1.0)
-        for k in range(2 + odd, freedom - 1, 2):
-            term *= cosine**2 * (k - 1) / k
-            total += term
-        if not odd:
-            return math.sin(angle) * total
-        return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
-
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < inside else (low, middle)
-    return high

@@ -26,8 +26,8 @@ import jinja2
 import numpy as np
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tools.compare.charts import PALETTE, Series, chart
 from mom_tools.compare.curves import AXES, WINDOW, Run, compare, smoothed, tokens_of
-from mom_tools.compare.line_chart import Series, chart
 from mom_tools.compare.match_loss import HEADER, cells, notes
 from mom_train.baseline import read_baseline, unigram, write_baseline
 from mom_train.config.files import load_config
@@ -172,11 +172,11 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
     return x[keep].tolist(), y[keep].tolist()
 
 
-def loss_charts(runs: Sequence[Run], axis: str) -> list[dict[str, Any]]:
-    """One chart a modality: training losses smoothed over the noisy ones, validation as dots."""
+def loss_charts(runs: Sequence[Run], axis: str) -> dict[str, str]:
+    """Modality -> its chart: training losses smoothed over the noisy ones, validation as dots."""
     names = list(dict.fromkeys(name for run in runs for name in run.names))
     modalities = list(dict.fromkeys(name.rpartition("/")[2] for name in names))
-    charts = []
+    charts = {}
     for modality in modalities:
         series = []
         for number, run in enumerate(runs):
@@ -190,12 +190,13 @@ def loss_charts(runs: Sequence[Run], axis: str) -> list[dict[str, Any]]:
                 if len(runs) == 1:
                     series.append(Series(*thinned(x, y), number, "faint", ""))
                 series.append(Series(*thinned(x, smoothed(x, y, WINDOW)), number, "line", f"{run.path}: {name}"))
-        charts.append(chart(modality, series, AXES[axis]))
+        charts[modality] = chart(modality, series, AXES[axis])
     return charts
 
 
-def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    charts = []
+def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Title -> chart of each of the `wanted` (logged name, title) that a run has logged."""
+    charts = {}
     for name, title in wanted:
         series = []
         for number, run in enumerate(runs):
@@ -204,7 +205,7 @@ def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> list
                 drawn = y if name == "learning_rate" else smoothed(x, y, WINDOW)
                 series.append(Series(*thinned(x, drawn), number, "line", str(run.path)))
         if series:
-            charts.append(chart(title, series, "steps", from_zero=True))
+            charts[title] = chart(title, series, "steps", from_zero=True)
     return charts
 
 
@@ -290,6 +291,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
         ],
         losses={axis: loss_charts(runs, axis) for axis in AXES},
         axes=AXES,
+        palette=PALETTE,
         values=value_charts(runs, wanted),
         validation=validation_table(runs),
         baselines=[baseline_of(run) for run in runs],
