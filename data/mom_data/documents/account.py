@@ -1,8 +1,9 @@
-"""The account of raw input: what became of every member of every file, in sums that agree.
+"""The account of raw input: it counts what became of every member of every file, and checks that the sums agree.
 
-A *member* is an entry of a tar (a file, folder or link in it) or a line of a JSON-lines file. Each is either used,
-under the kind of what was taken from it, or left out, under a plain reason and its extension. A *sample* is what the
-members of one key make; it becomes a document, or is left out as a whole, and then all its members are.
+A *member* is an entry of a tar (a file, folder or link in it) or a line of a JSON-lines file. Each member is either
+used, and counted by the kind of content that was taken from it, or left out, and counted by a reason and its
+extension. A *sample* is all members of one key. It either becomes a document or is left out as a whole, and then all
+its members are left out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Why a member or a sample is left out. For the first reasons, because the corpus or the user means it so; all others
-# count against --max-bad-fraction.
+# The reasons why a member or a sample is left out. The first group, AS_MEANT, is what the corpus or the user intends;
+# every other reason counts against --max-bad-fraction.
 DIRECTORY = "a folder"
 SYSTEM = "a hidden or system file"
 SIDECAR = "metadata beside a sample"
@@ -26,7 +27,7 @@ OTHER_SIDE = "on the other side of the split"
 DROPPED = "of a dropped modality"
 IGNORED = "of an extension to ignore"
 AS_MEANT = frozenset({DIRECTORY, SYSTEM, SIDECAR, ANOTHER_TEXT, BLANK, EMPTY, TOO_LARGE, OTHER_SIDE, DROPPED, IGNORED})
-# What was never to be in the data set: shares of what is bad are of the rest.
+# Members that were never meant to be in the data set. The share of bad members is computed without them.
 NOT_WANTED = AS_MEANT - {SIDECAR, ANOTHER_TEXT, TOO_LARGE}
 
 NO_EXTENSION = "a file without extension"
@@ -50,19 +51,19 @@ MISSING = "pictures that pages name and that are not in their tar"
 
 
 def category(reason: str) -> str:
-    """The part of a reason that is the same for all samples left out for it: what comes before the first colon."""
+    """The general part of a reason: what stands before its first colon, without the details of one sample."""
     return reason.split(":")[0]
 
 
 def is_damage(reason: str) -> bool:
-    """Whether what is left out for this reason counts as damaged or not understood, and so against the share that may
-    be; else it is left out because the corpus or the user means it so."""
+    """Whether this reason means damaged or not understood, which counts against the allowed share of bad members.
+    Otherwise the corpus or the user intends the member to be left out."""
     return category(reason) not in AS_MEANT
 
 
 class Member(NamedTuple):
-    """A member of a sample: `kind` is what was taken from it (a modality, or "json" for a JSON that orders a document
-    or describes it), or `reason` is why it is left out."""
+    """A member of a sample and what became of it. Where it is used, `kind` says what was taken from it: a modality, or
+    "json" for a JSON file that orders or describes a document. Where it is left out, `reason` says why."""
 
     name: str
     extension: str
@@ -72,22 +73,23 @@ class Member(NamedTuple):
 
 @dataclass
 class Account:
-    """Sums over any number of files. Counts of members are taken where they are met, those of uses and reasons where
-    their fate is known; `check` compares the two."""
+    """Sums over any number of files. Members are counted once when they are met, and again by use or reason when it is
+    decided what becomes of them; `check` compares the two counts."""
 
     members: int = 0
     used: Counter[str] = field(default_factory=Counter)
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (reason, extension)."""
+    """Members left out, by (reason, extension)."""
     samples: int = 0
     documents: int = 0
     samples_left_out: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
-    """What documents name and is nowhere: no members, so in none of the sums above."""
+    """Pictures that documents name but that do not exist. They are not members, so no sum above contains them."""
     files: int = 0
     files_left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Files of input folders that are not read, by (reason, extension)."""
     examples: dict[str, str] = field(default_factory=dict)
+    """The name of the first member or file met for each reason and extension."""
 
     def leave(self, name: str, extension: str, reason: str) -> None:
         self.left_out[reason, extension] += 1
@@ -99,14 +101,18 @@ class Account:
         self.examples.setdefault(f"file: {reason} {extension}", _printable(str(path)))
 
     def lose(self, names: Iterable[str]) -> None:
-        """Count pictures that a document names and that are not there."""
+        """Count pictures that a document names but that do not exist."""
         for name in names:
             self.missing[MISSING] += 1
             self.examples.setdefault(MISSING, _printable(name))
 
     def sample(self, source: str, members: Iterable[Member], reason: str | None, guilty: str | None = None) -> None:
-        """Count a sample and its members. Without a `reason` it has become a document; with one, its members are left
-        out for that reason, where it is damage the member named `guilty`, and the others as those beside it."""
+        """Count a sample and its members.
+
+        Without a `reason` the sample has become a document. With one, all its members are left out for that reason.
+        Where the reason is damage and `guilty` names the member that causes it, the other members are counted as
+        BESIDE instead.
+        """
         self.samples += 1
         if reason is None:
             self.documents += 1
@@ -132,7 +138,7 @@ class Account:
         self.examples = other.examples | self.examples
 
     def check(self) -> None:
-        """Raises AssertionError where the sums do not agree: a member has vanished, which no user can mend."""
+        """Raises AssertionError where the sums do not agree. Then the program has lost a member, which is a bug."""
         fates = self.used.total() + self.left_out.total()
         assert self.members == fates, f"{self.members} members were met, and {fates} are accounted for"
         fates = self.documents + self.samples_left_out.total()
@@ -140,24 +146,24 @@ class Account:
 
     @property
     def bad_members(self) -> tuple[int, int]:
-        """(members left out as damaged or not understood, all that were to be in the data set)."""
+        """(members left out as damaged or not understood, all members meant to be in the data set)."""
         bad = sum(n for (reason, _), n in self.left_out.items() if is_damage(reason))
         return bad, self.members - sum(n for (reason, _), n in self.left_out.items() if reason in NOT_WANTED)
 
     @property
     def bad_samples(self) -> tuple[int, int]:
-        """(samples left out as damaged or not understood, all that were to be in the data set)."""
+        """(samples left out as damaged or not understood, all samples meant to be in the data set)."""
         bad = sum(n for reason, n in self.samples_left_out.items() if is_damage(reason))
         return bad, self.samples - sum(n for reason, n in self.samples_left_out.items() if reason in NOT_WANTED)
 
     @property
     def bad_files(self) -> tuple[int, int]:
-        """(files of input folders that hold perhaps data and are not read, those together with the files read)."""
+        """(unread files of input folders that may hold data, the sum of these and of the files that are read)."""
         bad = sum(n for (reason, _), n in self.files_left_out.items() if is_damage(reason))
         return bad, bad + self.files
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, the most frequent first. `from_json` reads them again."""
+        """The account as plain values for JSON, the most frequent reasons first. `from_json` is the inverse."""
         self.check()
 
         def table(counts: Counter[tuple[str, str]], prefix: str, what: str) -> list[dict[str, Any]]:
@@ -198,7 +204,7 @@ class Account:
         return account
 
     def text(self) -> str:
-        """The account for people, in lines."""
+        """The account as lines of text for people."""
         value = self.as_json()
         used = ", ".join(f"{n:,} {kind}" for kind, n in value["used"].items()) or "none"
         lines = [
@@ -217,7 +223,7 @@ class Account:
         return "\n".join(lines)
 
     def worst(self) -> str:
-        """The kinds of bad members, the most frequent first, for an error's message."""
+        """The four most frequent kinds of bad members, most frequent first, for an error message."""
         rows = [row for row in self.as_json()["left_out"] if row["bad"]]
         return "; ".join(_line(row, "members").strip() for row in rows[:4])
 
@@ -228,13 +234,13 @@ def _line(row: Mapping[str, Any], what: str) -> str:
 
 
 def _printable(name: str) -> str:
-    """A name from a tar may hold bytes that are no character."""
+    """The name with backslash escapes for bytes that are not valid characters, which names in a tar may contain."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(name: str) -> str:
-    """The extension of a file's name as the account shows it: in lower case, the last one, with that of what it
-    compresses; "" where there is none."""
+    """The extension of a file's name as the account shows it: the last one in lower case. A compressed file also
+    shows the extension before it, as in ".tar.gz". A name without an extension gives ""."""
     parts = _printable(name).rpartition("/")[2].lower().lstrip(".").split(".")
     if len(parts) > 2 and parts[-1] in ("gz", "bz2", "xz", "zst", "lz4"):
         return f".{parts[-2]}.{parts[-1]}"

@@ -1,7 +1,8 @@
-"""Raw documents: the files that people have, WebDataset tars and JSON lines, cut into parts and read in order.
+"""The entry for reading raw input: WebDataset tars and JSON-lines files, cut into parts and read in order.
 
-sample.py says how the members of a sample become a document, raw_tar.py how they are found in a tar, raw_account.py how
-every one of them is accounted for.
+`expand_inputs` finds the files, `index_parts` cuts a file into parts, and `read_documents` yields the documents of a
+part. How the members of a sample become a document is decided in sample.py; tars.py finds the members in a tar, and
+account.py counts what became of each.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ _DESCRIBING = {
     "dataset_info",
     "checksums",
 }
-"""Names of files that speak of a data set, whatever their extension. Another .json or .txt may be data."""
+"""Names of files that describe a data set, whatever their extension. Any other .json or .txt file may be data."""
 _READ_AT_ONCE = 256 << 20  # bytes of a tar whose headers are held while its samples are read
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive samples of a raw file: `documents` from number `first` on, in its bytes [start, end) as unpacked
-    (end None: to its end); `wanted` of them are on the chosen side of a split."""
+    """A run of consecutive samples of a raw file.
+
+    It lies in bytes [start, end) of the unpacked file; an `end` of None means the end of the file. It holds `documents`
+    samples, the first of which has number `first`, and `wanted` of them are on the chosen side of a split.
+    """
 
     start: int
     end: int | None
@@ -57,14 +61,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a segment may measure; None is no limit. Sizes are read from headers, nothing is decompressed."""
+    """The largest size that a segment may have; None means no limit. Sizes are read from the headers of pictures and
+    recordings, without decompressing them."""
 
     pixels: int | None = None
     seconds: float | None = None
     characters: int | None = None
 
     def exceeded(self, segment: Segment) -> str | None:
-        """Why the segment is too large, or None; also where the header cannot be read: its tokenizer says why."""
+        """Why the segment is too large, or None where it is not. A header that cannot be read gives None too, because
+        the tokenizer reports that error later."""
         if isinstance(segment.data, str):
             n = len(segment.data)
             return f"{n} characters" if self.characters is not None and n > self.characters else None
@@ -83,10 +89,10 @@ class Limits:
 
 
 def expand_inputs(patterns: list[str], account: Account | None = None) -> list[Path]:
-    """Files named by paths, globs or folders (searched for tars and JSON lines), sorted and unique. The files of a
-    folder that are neither are counted in the account.
+    """The files that paths, globs and folders name, each once, in the order of the patterns and sorted within each.
+    Folders are searched for tars and JSON-lines files; their other files are counted in the account.
 
-    Raises UserError naming every pattern that matches nothing.
+    Raises a UserError that names every pattern which matches nothing.
     """
     found: dict[Path, None] = {}
     unread: dict[Path, str] = {}
@@ -123,8 +129,8 @@ def expand_inputs(patterns: list[str], account: Account | None = None) -> list[P
 
 
 def _why_unread(file: Path, read: set[tuple[Path, str]]) -> str:
-    """Why a file of an input folder is not read. `read`: (folder, name up to the first dot) of those that are; what is
-    named after one, as 00000.parquet and 00000_stats.json after 00000.tar, describes it."""
+    """Why a file of an input folder is not read. `read` holds (folder, name up to the first dot) of the files that are
+    read. A file named after one of them describes it, as 00000.parquet and 00000_stats.json describe 00000.tar."""
     if file.name.startswith(".") or any(part.startswith(".") for part in file.parts[-3:-1]):
         return why.SYSTEM
     stem = file.name.split(".")[0]
@@ -136,11 +142,12 @@ def _why_unread(file: Path, read: set[tuple[Path, str]]) -> str:
 
 
 def index_parts(path: Path, part_bytes: int, wanted: Callable[[str], bool] | None = None) -> list[Part]:
-    """Cut a raw file into parts of at least `part_bytes`, from its headers alone (of JSON lines: its line ends).
+    """Cut a raw file into parts of at least `part_bytes`, from its headers alone (for JSON lines, from its line ends).
 
-    A function of the file and `part_bytes`; no sample is in two parts. What is compressed cannot be entered in the
-    middle and is one part. `wanted` tells of a key whether the document counts as wanted. Raises UserError where the
-    file is damaged, or where it is compressed and the members of a sample do not stand side by side.
+    The parts depend only on the file and `part_bytes`, and no sample is in two parts. A compressed file is a single
+    part, because it cannot be read from the middle. `wanted` says whether the document with a given key counts as
+    wanted. Raises UserError where the file is damaged, or where it is compressed and the members of a sample do not
+    stand side by side.
     """
     if not is_lines(path):
         return _index_tar(path, part_bytes, wanted)
@@ -177,11 +184,11 @@ def _index_tar(path: Path, part_bytes: int, wanted: Callable[[str], bool] | None
 def read_documents(
     path: str | Path, part: Part | None = None, reading: Reading = DEFAULT, account: Account | None = None
 ) -> Iterator[Document | BadSample]:
-    """Documents of one raw file, or of a part of it, in file order. Nothing is unpickled, nothing is unpacked to disk.
+    """The documents of one raw file, or of a part of it, in file order. Nothing is unpickled or unpacked to disk.
 
-    The account is told of all members met, and of the fate of those that belong to no sample; whoever reads decides
-    what becomes of each sample and tells it with `Account.sample`. Raises UserError where the file itself is damaged
-    (truncated, a broken header), or not the one that was indexed.
+    The account counts all members that are met, and decides those that belong to no sample. The caller decides what
+    becomes of each sample and reports it with `Account.sample`. Raises UserError where the file itself is damaged
+    (truncated, or with a broken header), or has changed since it was indexed.
     """
     path, account = Path(path), account or Account()
     for own in [part] if part else _parts_to_read(path):
@@ -196,8 +203,8 @@ def read_documents(
 
 
 def documents_at_the_head(path: Path, reading: Reading = DEFAULT) -> Iterator[Document | BadSample]:
-    """The documents of a file for a look at the first of them: without reading all its headers before, so where the
-    members of a sample do not stand side by side, they are documents of their own."""
+    """The documents of a file, for looking at the first few. The headers of the whole file are not read beforehand, so
+    members of one sample that do not stand side by side become separate documents."""
     if is_lines(path):
         yield from read_documents(path, None, reading)
         return
@@ -206,7 +213,7 @@ def documents_at_the_head(path: Path, reading: Reading = DEFAULT) -> Iterator[Do
 
 
 def _parts_to_read(path: Path) -> list[Part]:
-    """Lines need no index: each is a document."""
+    """The parts of a file that is read as a whole. JSON lines need no index, because each line is a document."""
     return [Part(0, None, 0, 0, 0)] if is_lines(path) else index_parts(path, _READ_AT_ONCE)
 
 
@@ -217,6 +224,6 @@ def _read_part(path: Path, part: Part, reading: Reading, account: Account) -> It
             yield read_line(key, line, reading)
         return
     for key, found in read_tar_samples(path, part.start, part.end, account):
-        with readable(path, "tar"):  # its members are read now
+        with readable(path, "tar"):  # read_sample reads the members' bytes
             item = read_sample(key, found, reading)
         yield item

@@ -1,4 +1,5 @@
-"""Which raw files a command means, which of their documents are held out, and what modalities stand at their heads."""
+"""The input files of a command: which files it means, which of their documents are held out for validation, and which
+modalities their first documents have."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ _SAMPLED_FILES, _SAMPLED_DOCUMENTS, _SAMPLING_SECONDS = 64, 32, 20.0
 def files_of_side(
     patterns: Sequence[str], split: str | None, account: Account | None = None
 ) -> tuple[list[Path], str | None]:
-    """(files, the split that is left to be made by document keys) of what paths, globs and folders name.
+    """(the files that paths, globs and folders name, the split that is still to be made by document keys or None).
 
-    Where the files stand in train/ and val/ of one folder (or are called train-... and val-...), they are split
-    already: the files of the wanted side are taken whole. Raises UserError where a pattern matches nothing, where such
-    files are named without saying which side is meant, and where only some of them belong to a side.
+    Files that stand in train/ and val/ of one folder, or are called train-... and val-..., are split already, so the
+    files of the wanted side are taken whole. Raises UserError where a pattern matches nothing, where such files are
+    named without saying which side is meant, or where only some of them belong to a side.
     """
     files = expand_inputs(list(patterns), account)
     placed = _divided(files)
@@ -55,10 +56,10 @@ def files_of_side(
 
 
 def _divided(files: Sequence[Path]) -> dict[Path, tuple[Path, str]]:
-    """File -> (the folder whose documents are divided, the side), of those whose place tells of it, or else whose name
-    does. A folder that has one side alone is not divided: it may bear its name by chance."""
+    """Maps each file that belongs to a side to (the folder that is divided into sides, the side). The file's folder
+    decides, or else its name. A folder that has only one side is not divided, since it may be called so by chance."""
     placed: dict[Path, tuple[Path, str]] = {}
-    for rule in (_side_of_place, _side_of_name):  # names within train/ and val/ say nothing more
+    for rule in (_side_of_place, _side_of_name):  # inside train/ and val/ the names of files do not count
         found = {file: side for file in files if file not in placed and (side := rule(file)) is not None}
         names: dict[Path, set[str]] = {}
         for folder, name in found.values():
@@ -78,16 +79,17 @@ def _side_of_name(file: Path) -> tuple[Path, str] | None:
 
 @dataclass
 class Holdout:
-    """A hold-out of documents by the hash of their keys: a share of them is val, the others are train.
+    """A division of documents by the hash of their keys: the given share of them is val, the others are train.
 
-    `least` is the lowest hash of the corpus, where it is known: the documents of that key are val at any share, so that
-    a small corpus has a validation set. Both sides know it, so they stay apart and complete.
+    `least` is the lowest hash of the corpus, where it is known. The documents of that key are val at any share, so
+    that even a small corpus has a validation set. Both sides use the same value, so no document is in both or in
+    neither.
     """
 
     share: float
     least: int | None = None
     lowest: int = _HASHES
-    """The lowest hash of all the keys that were asked about."""
+    """The lowest hash of all keys that `held_out` was called with."""
 
     def held_out(self, key: str) -> bool:
         value = int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
@@ -96,16 +98,18 @@ class Holdout:
 
 
 def least_held_out(share: float, lowest: Collection[int]) -> int | None:
-    """The `least` of a corpus whose files have these lowest hashes: None where the share takes a document by itself, or
-    is none."""
+    """The value for `Holdout.least` of a corpus whose files have these lowest hashes. None where the share is 0, or
+    already takes at least one document."""
     least = min(lowest, default=_HASHES)
     return least if share > 0 and share * _HASHES <= least < _HASHES else None
 
 
 def modalities_at_the_head(files: Sequence[Path], documents: int = _SAMPLED_DOCUMENTS) -> dict[str, tuple[Path, str]]:
-    """Modality -> (file, key) of the first document that has it, among the first ones of files spread over the inputs.
+    """Maps each modality to (file, key) of the first document found that has it. Only the first documents of files
+    spread over the inputs are read.
 
-    It ends after some seconds, however slow the files are to be read. What is damaged is left to whoever reads it all.
+    The search stops after some seconds, however slowly the files are read. Damaged files are skipped here, because
+    whoever reads them completely reports them.
     """
     found: dict[str, tuple[Path, str]] = {}
     until = time.monotonic() + _SAMPLING_SECONDS
@@ -126,7 +130,7 @@ def modalities_at_the_head(files: Sequence[Path], documents: int = _SAMPLED_DOCU
 def check_modalities(
     files: Sequence[Path], tokenizers: Path, described: Mapping[str, object], drop: Collection[str] = ()
 ) -> None:
-    """Raise UserError where documents at the files' heads have a modality without a tokenizer that is not dropped."""
+    """Raise UserError where first documents of the files have a modality that has no tokenizer and is not dropped."""
     found = modalities_at_the_head(files)
     missing = [modality for modality in found if modality not in described and modality not in drop]
     if missing:

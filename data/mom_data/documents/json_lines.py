@@ -1,5 +1,5 @@
-"""JSON lines, one {"text": ...} a line, read within bounds: a line is never held whole where it is longer than a text
-may be, however small the gzip that it comes from."""
+"""Files of JSON lines, with one {"text": ...} on each line, read in bounded memory: a line that is longer than a text
+may be is skipped and never held whole, even where it is unpacked from a small compressed file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mom_data.documents.raw_files import opened, readable
 from mom_tokenizers.errors import UserError
 
 MAX_CHARACTERS = 10_000_000
-"""Of a text: that is three of the longest novels. Longer ones belong cut at places that make sense."""
+"""The largest number of characters of a text, about three very long novels. Cut longer texts where it makes sense."""
 MAX_LINE_BYTES = 12 * MAX_CHARACTERS + (1 << 20)
-"""What such a text may take as JSON, where every character is escaped (12 bytes each), beside other fields."""
+"""The bytes that such a text may take as JSON: 12 for each escaped character, and 1 MiB for the other fields."""
 _BLOCK = 1 << 20
 
 
 def lines(
     path: Path, start: int = 0, number: int = 0, end: int | None = None
 ) -> Iterator[tuple[str, int, bytes | int]]:
-    """(key, offset, line) of the lines that begin in bytes [start, end) of the file as unpacked, `number` of them being
-    before. A line longer than MAX_LINE_BYTES gives its length in place of its bytes.
+    """(key, offset, line) of each line that begins in bytes [start, end) of the unpacked file. `number` lines stand
+    before `start`. A line longer than MAX_LINE_BYTES is given by its length in bytes instead of its content.
 
     Raises UserError where the file is damaged, or is UTF-16.
     """
@@ -44,7 +44,7 @@ def lines(
 
 
 def _skip_line(file: IO[bytes]) -> int:
-    """Read on to the end of the line; how many bytes that were."""
+    """Read on to the end of the line, and return how many bytes were skipped."""
     skipped = 0
     while block := file.readline(_BLOCK):
         skipped += len(block)

@@ -1,6 +1,7 @@
-"""Raw files: which are read, by their names, and their bytes, unpacked on the way.
+"""File formats of raw input: which files are read, by their names, and how their bytes are unpacked while reading.
 
-How a file is packed is told by its first bytes: servers and download tools unpack a .gz and leave its name as it was.
+The first bytes of a file decide how it is unpacked, not its name, because some servers and download tools unpack a .gz
+file and keep its name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from mom_tokenizers.errors import UserError
 _OPENERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open,
 }  # fmt: skip
-_BZIP2_BLOCK = (b"1AY&SY", b"\x17rE8P\x90")  # stands behind the magic and a digit; a tar may begin with any letters
+# What follows "BZh" and a digit in a bzip2 file. "BZh" alone does not suffice: a tar may begin with any letters.
+_BZIP2_BLOCK = (b"1AY&SY", b"\x17rE8P\x90")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 LINE_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "ndjson") for packed in ("", ".gz", ".bz2", ".xz"))
 READ_SUFFIXES = (*TAR_SUFFIXES, *LINE_SUFFIXES)
@@ -28,7 +30,7 @@ UNREAD_PACKING = (".zst", ".lz4", ".zip", ".7z", ".rar")
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file is one of JSON lines; else it is a tar. Raises UserError for a packing that is not read."""
+    """Whether a file holds JSON lines; otherwise it is a tar. Raises UserError for a format that is not read."""
     name = path.name.lower()
     if name.endswith(UNREAD_PACKING):
         raise UserError(f"{path}: {Path(name).suffix} files are not read: unpack it to a plain .tar or .jsonl first")
@@ -51,7 +53,7 @@ def _opener(path: Path) -> Callable[..., Any]:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked on the way. Raises UserError where it cannot be opened."""
+    """The file, opened so that reading gives its unpacked bytes. Raises UserError where it cannot be opened."""
     opener = _opener(path)
     try:
         return opener(path, "rb")
@@ -61,7 +63,7 @@ def opened(path: Path) -> IO[bytes]:
 
 @contextmanager
 def readable(path: Path, kind: str) -> Iterator[None]:
-    """Turn what a damaged file raises into a UserError that names it."""
+    """Turn the exceptions that a damaged file raises into a UserError that names the file."""
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:

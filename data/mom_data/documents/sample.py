@@ -1,7 +1,7 @@
-"""The members of one sample become a document, or a reason why they do not; docs/how-to/data.md lists the conventions.
+"""Decides what document the members of one sample make, or why they make none. docs/how-to/data.md lists the rules.
 
-No document is a half: a sample with a picture or a recording that cannot be taken is left out as a whole. The one
-exception is a web page of the OBELICS kind, which goes on without a picture that is lost.
+No document is incomplete: a sample with a picture or a recording that cannot be read is left out as a whole. The one
+exception is a web page in the OBELICS format, which is kept without the pictures that are lost.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from mom_tokenizers.ready import as_npy
 
 TEXT_EXTENSIONS = ("txt", "text")
 CAPTION_EXTENSIONS = ("caption", "transcript")
-"""As a text, but only of a picture or a recording."""
+"""Extensions of a text that belongs to a picture or a recording and is no document without it."""
 SPOKEN_TEXTS = ("trans.txt", "normalized.txt", "original.txt")
-"""As LibriSpeech and LibriTTS name what is said in a recording, or in all recordings of a chapter."""
+"""Extensions by which LibriSpeech and LibriTTS name the transcript of a recording, or of a whole chapter."""
 TEXT_KEYS = ("text", "caption", "transcript", "transcription")
-"""Keys of a JSON whose value is a text; the first found counts. All but the first speak of a picture or a recording."""
+"""JSON keys whose value is a text; the first one found counts. All but "text" belong to a picture or a recording."""
 MEDIA_KEYS = (
     "image", "images", "image_path", "img", "audio", "audios", "audio_path", "audio_filepath", "wav", "speech", "video",
     "videos", "video_path",
 )  # fmt: skip
-"""Keys of a JSON that say that its text belongs to a picture or the like elsewhere."""
-# media and the like that nothing here reads: what remains of a sample without them would be a half
+"""JSON keys which say that the text belongs to a picture, recording or video that is stored elsewhere."""
+# Media and other formats that are not read. Without such a member the rest of a sample would be incomplete.
 NOT_READ_EXTENSIONS = frozenset((
     "m4a", "m4b", "mp4", "m4v", "aac", "wma", "amr", "mka", "mov", "mkv", "avi", "webm", "mpg", "mpeg", "3gp",
     "ts", "wmv", "flv", "ac3", "dts", "ape", "wv", "spx", "snd", "mid", "midi", "svg", "svgz", "heic", "heif", "jxl",
@@ -38,27 +38,28 @@ NOT_READ_EXTENSIONS = frozenset((
     "tar", "gz", "tgz", "zip", "zst", "parquet", "arrow", "feather", "h5", "hdf5", "tfrecord", "mat", "jsonl",
     "safetensors", "docx", "pptx",
 ))  # fmt: skip
-# what stands beside the samples of published sets and is no part of the document
+# Files that published data sets keep beside the members of a sample and that are no part of the document.
 SIDECAR_EXTENSIONS = frozenset((
     "json", "cls", "cls2", "id", "idx", "index", "url", "key", "md5", "sha1", "sha256", "xml", "yaml", "yml", "toml",
     "ini", "cfg", "log", "html", "htm", "md", "rst", "csv", "tsv",
 ))  # fmt: skip
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
-# Of captioned pairs, this share has its text first (text -> image); the rest is read image -> text.
+# The share of captioned pairs whose text comes first (text -> image). The others have the text last (image -> text).
 TEXT_FIRST_SHARE = 0.8
 _FIRST_DOT = "The key of a sample ends at the first dot of a file's name: other files may belong to other samples"
 WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
-"""What a document that is not what it should be may raise while it is taken apart."""
+"""The exceptions that malformed JSON of a document may raise while it is interpreted."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a user says about the members of samples."""
+    """The user's options for reading the members of samples."""
 
     text_keys: tuple[str, ...] = ()
-    """Keys of a JSON that hold a sample's text, looked at before its files. None given: TEXT_KEYS, after its files."""
+    """JSON keys that hold a sample's text. They are tried before its text files. Where none are given, TEXT_KEYS are
+    tried after the text files."""
     ignore: frozenset[str] = frozenset()
-    """Extensions, in lower case and without a dot in front, of members that are left out on purpose."""
+    """Extensions of members to leave out, in lower case and without the leading dot."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -70,8 +71,8 @@ DEFAULT = Reading()
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of one modality: `data` is the text, or the encoded bytes of a picture or a recording, or those of a .npy
-    of ready-made ids. `member` names the member it came from."""
+    """A run of one modality. `data` is the text, or the encoded bytes of a picture or a recording, or the bytes of a
+    .npy file of ready-made ids. `member` names the member that it came from."""
 
     modality: str
     data: str | bytes
@@ -80,9 +81,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Document:
-    """A sample that was read: its segments, and its members for the account.
+    """A sample that was read, with its segments in order, and its members for the account.
 
-    `page`: a web page, which remains one when a picture of it is lost; `missing` names pictures that are already.
+    `page` says that it is a web page, which is kept even where a picture of it is lost. `missing` names the pictures
+    that are already lost.
     """
 
     key: str
@@ -94,8 +96,8 @@ class Document:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that makes no document: counted and skipped by whoever reads. `raw_account.is_damage(reason)` tells
-    whether something is wrong with it, or whether it is as it is meant to be, as an empty text is."""
+    """A sample that makes no document. The caller counts and skips it. `account.is_damage(reason)` says whether
+    something is wrong with it, or whether leaving it out is intended, as for an empty text."""
 
     key: str
     reason: str
@@ -103,7 +105,7 @@ class BadSample:
 
 
 class LeftOut(Exception):
-    """The sample is left out for a reason of `raw_account`, because of the member with this extension."""
+    """Raised to leave out the whole sample, for a reason of account.py, because of the member with this extension."""
 
     def __init__(self, reason: str, extension: str | None = None, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -112,7 +114,7 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """A member as it stands in its tar. `read` gives its bytes, or raises LeftOut where there are none to have."""
+    """A member found in a tar. `read` returns its bytes, or raises LeftOut where they cannot be read."""
 
     name: str
     extension: str
@@ -120,7 +122,8 @@ class Found:
 
 
 class _Parts:
-    """The members of a sample by extension, and what was done with each."""
+    """The members of a sample by extension. It records for each what was taken from it (`kinds`), or why it is left
+    out (`reasons`)."""
 
     def __init__(self, found: Sequence[Found]):
         self._found = {one.extension: one for one in found}
@@ -150,13 +153,13 @@ class _Parts:
         return Segment(modality, self.take(extension, modality), self.name(extension))
 
     def of(self, extensions: Sequence[str]) -> list[str]:
-        """Members of a kind, those with a plain extension first, then those like "input.jpg"."""
+        """The extensions present that end in one of `extensions`: first plain ones, then those like "input.jpg"."""
         plain = [e for e in extensions if e in self]
         return plain + [e for e in self if "." in e and _last(e) in extensions]
 
 
 def read_sample(key: str, found: Sequence[Found], reading: Reading = DEFAULT) -> Document | BadSample:
-    """The document of a sample's members."""
+    """The document that a sample's members make, or a BadSample with the reason why they make none."""
     parts = _Parts([one for one in found if _last(one.extension) not in reading.ignore])
     try:
         extensions = [one.extension for one in found]
@@ -168,7 +171,7 @@ def read_sample(key: str, found: Sequence[Found], reading: Reading = DEFAULT) ->
         return Document(key, segments, tuple(_decided(one, parts) for one in found), page, missing)
     except LeftOut as error:
         reason, category, guilty = str(error), error.reason, error.extension
-    except WRONG as error:  # what the sample's JSON says
+    except WRONG as error:  # the sample's JSON is malformed
         reason, category = _wrong(error), why.UNREADABLE
         guilty = next((e for e in parts if _last(e) == "json"), None)
 
@@ -219,7 +222,7 @@ def _segments(key: str, parts: _Parts, reading: Reading) -> tuple[tuple[Segment,
 
 
 def _pair(key: str, parts: _Parts, meta: Any, json_name: str | None, reading: Reading) -> tuple[Segment, ...]:
-    """A picture or a recording with its text, or one alone."""
+    """The segments of a sample that no JSON orders: pictures or recordings, with or without a text, or a text alone."""
     for extension in parts:
         if _last(extension) in NOT_READ_EXTENSIONS:
             raise LeftOut(why.NOT_READ, extension, parts.name(extension))
@@ -228,7 +231,7 @@ def _pair(key: str, parts: _Parts, meta: Any, json_name: str | None, reading: Re
     for extension in parts:
         if extension not in parts.kinds and extension not in parts.reasons:
             known = _last(extension) in SIDECAR_EXTENSIONS
-            if not media and not known:  # it may be what the text speaks of
+            if not media and not known:  # the text may belong to this member
                 raise LeftOut(why.UNKNOWN, extension, parts.name(extension))
             parts.reasons[extension] = why.SIDECAR if known else why.UNKNOWN
     if not media and text is None:
@@ -249,8 +252,8 @@ def _pair(key: str, parts: _Parts, meta: Any, json_name: str | None, reading: Re
 
 
 def _chosen(parts: _Parts, extensions: Sequence[str], modality: str) -> list[Segment]:
-    """The pictures, or the recordings, of a sample that no JSON orders: those with plain extensions, else the only
-    one like "input.jpg"."""
+    """The pictures, or the recordings, of a sample that no JSON orders: the members with plain extensions, or, where
+    there are none, the only one with an extension like "input.jpg"."""
     candidates = parts.of(extensions)
     plain = [e for e in candidates if "." not in e]
     if not plain and len(candidates) > 1:
@@ -262,8 +265,8 @@ def _chosen(parts: _Parts, extensions: Sequence[str], modality: str) -> list[Seg
 
 
 def _text_beside(parts: _Parts, meta: Any, json_name: str | None, reading: Reading, media: bool) -> Segment | None:
-    """The text of a sample: from a file, or from a key of its JSON; given keys go before files. Where the first has no
-    characters, the next is asked. None where there is no text."""
+    """The text of a sample, from a file or from a key of its JSON, or None where there is no text. JSON keys that the
+    user named are tried before files. Where the first text is empty, the next one is tried."""
     files = parts.of(TEXT_EXTENSIONS) + parts.of(CAPTION_EXTENSIONS)
     plain = [e for e in files if "." not in e] or [e for e in files if e == "normalized.txt"]
     described = [json_name] if json_name is not None and isinstance(meta, dict) else []
@@ -296,8 +299,8 @@ def _text_beside(parts: _Parts, meta: Any, json_name: str | None, reading: Readi
 
 
 def read_line(key: str, line: bytes | int, reading: Reading = DEFAULT) -> Document | BadSample:
-    """The document of one line of a JSON-lines file; of a line that is too long to be read, the number of its bytes
-    stands for it."""
+    """The document of one line of a JSON-lines file. A line that is too long to read is given as its number of
+    bytes."""
 
     def left(reason: str, said: str) -> BadSample:
         return BadSample(key, said, (Member(key, ".jsonl", None, reason),))
@@ -322,8 +325,8 @@ def read_line(key: str, line: bytes | int, reading: Reading = DEFAULT) -> Docume
 
 
 def _text_under(meta: dict[str, Any], keys: Sequence[str]) -> tuple[str, Any] | None:
-    """(key, text) of the first of these keys that has one; "captions.0" is the first text of a list. Raises TypeError
-    where the value is something else, or a list of several, of which only the user can say which is meant."""
+    """(key, text) of the first of these keys that has a text. A key "captions.0" means the first text of a list.
+    Raises TypeError where the value is not a text, or is a list of several texts, since only the user can choose."""
     for key in keys:
         value = meta.get(key)
         name, _, number = key.rpartition(".")
@@ -346,7 +349,7 @@ def _has_other_text(meta: Any, reading: Reading) -> bool:
     if not isinstance(meta, dict) or any(key in meta for key in reading.keys):
         return False
     values = [v for value in meta.values() for v in (value if isinstance(value, list) else [value])]
-    # a string that is itself JSON, as img2dataset writes a picture's EXIF block, is none
+    # A string that is itself JSON, as img2dataset writes a picture's EXIF block, is not a text.
     return any(isinstance(v, str) and len(v.split()) > 1 and v.lstrip()[0] not in "{[" for v in values)
 
 
@@ -355,7 +358,7 @@ def _media_named(meta: dict[str, Any]) -> str | None:
 
 
 def _is_transcript(meta: dict[str, Any], reading: Reading) -> bool:
-    """Whether "segments" are the stretches of time of a transcript, as Whisper writes them, beside its whole text."""
+    """Whether "segments" are the time intervals of a transcript, which Whisper writes beside its whole text."""
     segments = meta.get("segments")
     stretches = isinstance(segments, list) and all(isinstance(s, dict) and "type" not in s for s in segments)
     return stretches and isinstance(meta.get(reading.keys[0]), str)
@@ -363,13 +366,13 @@ def _is_transcript(meta: dict[str, Any], reading: Reading) -> bool:
 
 def _decoded(parts: _Parts, extension: str) -> str:
     try:
-        return parts.take(extension, "text").decode("utf-8-sig")  # a byte order mark is no part of the text
+        return parts.take(extension, "text").decode("utf-8-sig")  # this removes a byte order mark
     except UnicodeDecodeError as error:
         raise LeftOut(why.UNREADABLE, extension, f"{parts.name(extension)} is not UTF-8: {error}") from None
 
 
 def _characters(text: str) -> str:
-    text.encode()  # half of a surrogate pair, which JSON can bring, is no character: UnicodeEncodeError, a ValueError
+    text.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair, which JSON may contain
     return text
 
 
@@ -385,7 +388,7 @@ def _declared(segment: dict[str, Any], parts: _Parts, json_name: str) -> Segment
             raise ValueError("a segment has either 'ids' or a 'part', not both")
         return Segment(segment["type"], as_npy(segment["ids"]), parts.name(json_name))
     part = segment["part"]
-    if not isinstance(part, str) or part.lower() not in parts:  # extensions of members are in lower case, too
+    if not isinstance(part, str) or part.lower() not in parts:  # the extensions in `parts` are in lower case
         raise ValueError(f"part {part!r} is not in the tar")
     return parts.media(part.lower(), segment["type"])
 
@@ -393,7 +396,10 @@ def _declared(segment: dict[str, Any], parts: _Parts, json_name: str) -> Segment
 def _obelics(
     key: str, meta: dict[str, Any], parts: _Parts, json_name: str
 ) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
-    """The segments of a page, and the names of its pictures that are not there. An empty string stands for null."""
+    """(the segments of a web page in the OBELICS format, the names of its pictures that are missing).
+
+    "images" and "texts" are parallel lists, and at each place one of them must be null or an empty string.
+    """
     images, texts = meta["images"], meta["texts"]
     if not isinstance(images, list) or not isinstance(texts, list):
         raise TypeError("'images' and 'texts' must be lists")
@@ -401,7 +407,7 @@ def _obelics(
         raise ValueError(f"'images' has {len(images)} entries and 'texts' {len(texts)}; they must be parallel")
     pictures = [None if image in (None, "") else str(image) for image in images]
     own = [p and p.lower().removeprefix(key.rpartition("/")[2].lower() + ".") for p in pictures]
-    named = any(o in parts for o in own)  # else the page has addresses or the like, and its pictures are numbered
+    named = any(o in parts for o in own)  # otherwise "images" holds addresses, and the members are numbered
     segments: list[Segment] = []
     missing: list[str] = []
     number = 0

@@ -1,7 +1,8 @@
-"""Members of a tar, strictly: every header is met, every member belongs to a sample or is counted, none is unpacked.
+"""Finds the members of a tar and groups them into samples. Every header is read, every member either belongs to a
+sample or is counted as left out, and none is unpacked to disk.
 
-The members of a sample are those of one key, wherever they stand. What is compressed can only be read from its start
-on, so there they must stand side by side.
+The members of a sample are those of one key, wherever they stand. A compressed tar can only be read from its start on,
+so there the members of a sample must stand side by side.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ from mom_data.documents.sample import CAPTION_EXTENSIONS, TEXT_EXTENSIONS, Found
 from mom_tokenizers.errors import UserError
 
 MAX_MEMBER_BYTES = 4 << 30
-"""Of a picture's or a recording's file: two hours of sound in two channels of 24 bits are half of it."""
-_TEXTS = (*TEXT_EXTENSIONS, *CAPTION_EXTENSIONS, "json", "npy")  # extensions of members that are bounded as a text is
+"""The largest file of a picture or a recording. Two hours of sound in two channels of 24 bits take half of it."""
+_TEXTS = (*TEXT_EXTENSIONS, *CAPTION_EXTENSIONS, "json", "npy")  # members with the smaller size limit of a text
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-_LINKS = 40  # that lead to one another; more are a circle
+_LINKS = 40  # links followed from one to the next; more are taken for a circle
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a tar says of a member. `key` is None where it belongs to no sample, and `unfit` then says why; of a member
-    of a sample, `unfit` says why its bytes cannot be had. `link`: the name of the member that holds them."""
+    """What a tar's header says about a member.
+
+    `key` is None where the member belongs to no sample, and `unfit` then says why. For a member of a sample, `unfit`
+    says why its bytes cannot be read. `link` is the name of the member that holds the bytes, where this one is a link.
+    `offset` is the byte where the header begins, and `data` the byte where the content begins.
+    """
 
     name: str
     key: str | None
@@ -72,15 +77,15 @@ def _header(member: tarfile.TarInfo) -> Header:
     extension = (suffix or "").lower()
     text = extension.rpartition(".")[2] in _TEXTS
     if member.size > (json_lines.MAX_LINE_BYTES if text else MAX_MEMBER_BYTES):
-        unfit = unfit or why.TOO_LARGE  # not read: what a gzip unpacks to may be larger than the memory
+        unfit = unfit or why.TOO_LARGE  # not read, because what a gzip unpacks to may not fit into memory
     return Header(name, key, extension, member.offset, member.offset_data, member.size, stray or unfit, link)
 
 
 def _members(path: Path, start: int, end: int | None) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """The members whose headers lie in bytes [start, end) of the unpacked file.
 
-    Python's tarfile takes a damaged header for the end of the archive, and webdataset with it: half a shard vanishes
-    without a word. So whatever follows the last member must be the zeros that end a tar.
+    Python's tarfile, and so webdataset, takes a damaged header for the end of the archive and silently drops the rest.
+    So this function checks that only the zeros that end a tar follow the last member.
     """
     with readable(path, "tar"), opened(path) as file:
         size = None if is_compressed(path) else os.fstat(file.fileno()).st_size
@@ -92,7 +97,7 @@ def _members(path: Path, start: int, end: int | None) -> Iterator[tuple[tarfile.
                 if size is not None and member.offset_data + member.size > size and member.sparse is None:
                     raise UserError(f"{path}: truncated inside member {member.name}")
                 yield tar, member
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
             file.seek(tar.offset)
             trailer = file.read(1024)
             if not trailer:
@@ -107,14 +112,15 @@ def _members(path: Path, start: int, end: int | None) -> Iterator[tuple[tarfile.
 
 
 def headers(path: Path, start: int = 0, end: int | None = None) -> Iterator[Header]:
+    """The headers in bytes [start, end) of the unpacked file, in order. Raises UserError where the tar is damaged."""
     return (_header(member) for _, member in _members(path, start, end))
 
 
 def samples(members: Iterable[Header]) -> tuple[list[Sample], bool]:
-    """(samples in the order of their first members, whether members of one had to be brought together).
+    """(samples in the order of their first members, whether a sample has members that stand apart).
 
-    Members of a key that stand apart are one sample, as in a tar of all pictures and then all texts. Where each of its
-    runs has the same extensions, they are samples that happen to share a key, as in tars that were joined.
+    Members of one key that stand apart form one sample, as in a tar with all pictures before all texts. Where all runs
+    of a key have the same extensions, each run is a sample of its own, as in tars that were joined.
     """
     runs: dict[str, list[list[Header]]] = {}
     order: list[tuple[str, int]] = []
@@ -139,7 +145,7 @@ def samples(members: Iterable[Header]) -> tuple[list[Sample], bool]:
 
 
 def _group(header: Header) -> str:
-    """The key without "./" in front: the names of one sample may be spelled with it and without."""
+    """The key without a leading "./", since some names of one sample may have it and others not."""
     key = str(header.key)
     while key.startswith("./"):
         key = key[2:]
@@ -147,10 +153,10 @@ def _group(header: Header) -> str:
 
 
 def cuts(members: list[Header], part_bytes: int) -> list[int]:
-    """Where parts of at least `part_bytes` begin, as places in `members`; no sample is on both sides of a cut."""
+    """Positions in `members` at which new parts of at least `part_bytes` begin. No cut divides a sample."""
     last = {_group(header): i for i, header in enumerate(members) if header.key is not None}
     found = []
-    start, until = 0, -1  # the part's first byte; the last member of the samples that the part has begun
+    start, until = 0, -1  # the first byte of the part; the last member of all samples begun in the part
     for i, header in enumerate(members):
         if header.key is None:
             continue
@@ -162,8 +168,8 @@ def cuts(members: list[Header], part_bytes: int) -> list[int]:
 
 
 def read_samples(path: Path, start: int, end: int | None, account: Account) -> Iterator[tuple[str, list[Found]]]:
-    """(key, members) of every sample whose headers lie in bytes [start, end), in order. Counts all members in the
-    account, and there leaves those of no sample."""
+    """(key, members) of every sample whose headers lie in bytes [start, end), in order. All members are counted in the
+    account, and those that belong to no sample are counted there as left out."""
     if is_compressed(path):
         yield from stream_samples(path, account)
         return
@@ -197,7 +203,7 @@ def read_samples(path: Path, start: int, end: int | None, account: Account) -> I
 
 
 def stream_samples(path: Path, account: Account) -> Iterator[tuple[str, list[Found]]]:
-    """(key, members) of samples whose members stand side by side, in order: each member is read when it comes by."""
+    """(key, members) of samples in order, read in a single pass. Only members that stand side by side are grouped."""
 
     def found() -> Iterator[tuple[Header, Found]]:
         for tar, member in _members(path, 0, None):
@@ -216,7 +222,7 @@ def stream_samples(path: Path, account: Account) -> Iterator[tuple[str, list[Fou
 
 
 def _streamed(header: Header, content: bytes | None) -> bytes:
-    if content is None:  # the member that a link leads to has gone by
+    if content is None:  # a link's target may lie before it in the stream and can no longer be read
         raise LeftOut(why.PACKED_LINK) if header.link is not None else _unfit(header)
     return content
 
