@@ -192,7 +192,7 @@ def test_a_setting_that_nothing_could_come_of_is_refused_by_its_name(minimal, ch
 
 
 def test_every_figure_that_a_validation_can_find_may_be_the_best(minimal):
-    """The names that validation logs, as tests/train/test_validation.py and docs/explanation/survival.md have them."""
+    """The names that validation logs, as tests/train/test_validation.py and docs/explanation/observing.md have them."""
     sets = 'data.validation={"v": [{"path": "tokens"}]}'
     more = ["vocabulary={text: 100, image: 1}", "objective.diffusion={patch_width: 4}", "tokenizers=t.yaml"]
     for figure in ("loss/total", "loss/text", "loss/image", "mse/t0", "mse/t3", "bits_per_byte/text"):

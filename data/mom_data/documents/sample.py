@@ -1,4 +1,6 @@
-"""Decides what document the members of one sample make, or why they make none. docs/how-to/data.md lists the rules.
+"""Decides what document the members of one sample make, or why they make none.
+
+docs/reference/raw-documents.md lists the rules.
 
 No document is incomplete: a sample with a picture or a recording that cannot be read is left out as a whole. The one
 exception is a web page in the OBELICS format, which is kept without the pictures that are lost.

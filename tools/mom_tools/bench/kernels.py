@@ -6,7 +6,8 @@
 
 Every candidate first has its output and all gradients compared with a float64 definition at a small size; what is
 wrong is not timed, and the exit code is 1. Times are medians over repetitions in which the candidates take turns: CPU
-time of one thread on a CPU, CUDA events on a GPU. Floors are measured in the same run (docs/results/performance.md).
+time of one thread on a CPU, CUDA events on a GPU. Floors are measured in the same run; docs/explanation/performance.md
+defines them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ seed, then with the next, and writes OUTPUT/report.md and results.json: Tables 2
 All models of a setting see the same tokens with the same seed and have equal active FLOPs. Killed and started again,
 it goes on; started again with more --minutes, --seeds or --experiments it trains what is missing, with the same steps.
 --experiments adds rows to the Chameleon + Speech setting: learned routing, experts, wrong masks
-(docs/results/experiments.md).
+(docs/explanation/experiments.md).
 """
 
 from __future__ import annotations
@@ -315,7 +315,8 @@ def check(arguments: argparse.Namespace) -> None:
     if corpus is None:
         raise UserError(
             "name the corpus to train on: make paper-mini CORPUS=path/to/raw/tars, or --corpus. It is a folder of tars "
-            "or JSON lines with text, pictures and, for two of the three settings, speech (docs/how-to/data.md)."
+            "or JSON lines with text, pictures and, for two of the three settings, speech "
+            "(docs/reference/raw-documents.md)."
         )
     if not corpus.exists():
         raise UserError(f"--corpus {corpus}: nothing there")

@@ -37,8 +37,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "corrupt-50": {"data.corrupt_share": 0.5},
     "corrupt-uninformative": {"data.corrupt_share": 2 / 3},
 }
-"""Experiment -> keys in which its config differs from the mixture's; docs/results/experiments.md explains each. They
-are trained where they are asked for, in the setting EXPERIMENTS_IN, at the mixture's learning rate.
+"""Experiment -> keys in which its config differs from the mixture's; docs/explanation/experiments.md explains each.
+They are trained where they are asked for, in the setting EXPERIMENTS_IN, at the mixture's learning rate.
 With M modalities a token that is routed
 elsewhere at 1 - 1/M goes to each of them equally often, whatever it is: with three, at 2/3."""
 EXPERIMENTS_IN = "chameleon_speech"

@@ -48,7 +48,7 @@ gain leaves out 0, for each loss by itself; of twenty such statements one may be
 
 
 EXPERIMENTS_SAID = """\
-docs/results/experiments.md says what each asks. They are trained at the mixture's learning rate, on the tokens that
+docs/explanation/experiments.md says what each asks. They are trained at the mixture's learning rate, on the tokens that
 dense and mixture saw, and compared over the seeds that all three have finished; the verdict is against the mixture.
 Dense Mamba reads no mask, so a corrupted one leaves it as it is. FLOPs are counted as everywhere, once per token and
 without routers; what these add is in the last column."""
