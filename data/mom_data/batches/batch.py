@@ -1,4 +1,4 @@
-"""Packed rows become tensors: ids, modality masks, documents, labels, and the sort by modality."""
+"""Turns packed rows into tensors: token ids, modalities, document numbers, labels, and the sort by modality."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What the loader hands the trainer: B rows, L positions, M modalities, P latent patches.
+    """A batch as the trainer receives it: B rows of L positions, with M modalities, P latent patches and I pictures.
 
     tokens           (B, L) int64    vocabulary ids; patch positions hold <null>, padding <pad>
-    modality         (B, L) uint8    of the *input* token: routes the weights
+    modality         (B, L) uint8    modality of the *input* token, which selects the weights
     document         (B, L) int32    number of the document within the row; padding counts as one more
     labels           (B, L) int64    next token of the same piece, -100 where there is none
     latents          (P, C*p*p) fp16 patches in raster order
-    latent_position  (P,) int64      flat position of each in B*L
+    latent_position  (P,) int64      position of each patch among the B*L positions
     image_of_patch   (P,) int32      number of the picture within the batch
-    image_leads      (I,) bool       no text stands before the picture in its document, but some does after it
-    sequences        (B,) int64      numbers of the rows in the run's order: what random draws are derived from
-    order            (B*L,) int32    time -> row of the stable sort by modality
-    rows             (B*L,) int64    row -> time
-    offsets          (M+1,) int64    segment bounds of the sorted rows; stays on the CPU
+    image_leads      (I,) bool       whether text stands only after the picture in its document, none before it
+    sequences        (B,) int64      numbers of the rows in the run's order, from which random draws are derived
+    order            (B*L,) int32    place of each position in the stable sort by modality
+    rows             (B*L,) int64    position at each place of that sort, the inverse of `order`
+    offsets          (M+1,) int64    bounds of the modalities in that sort; stays on the CPU
     real_tokens      (M,) int64      input tokens by modality without padding; stays on the CPU
     end_sequence     number of the next sequence of the whole run, over all ranks
-    documents_read   documents that begin in these rows; one is counted here, wherever its other pieces are
-    documents_damaged  those of them that are masked
-    damaged          documents masked because of their checksum or their ids, as "shard#document"
-    unreadable       raw documents that could not be read, masked, as "shard#document: reason"
-    left_out         raw documents that are empty, too large or of dropped modalities, masked, in the same form
-    cursors          lane -> where the chunk began that its last row here is of: what a resume starts from
+    documents_read   number of documents that begin in these rows
+    documents_damaged  number of these that are masked because they are damaged
+    damaged          documents masked because of a wrong checksum or a wrong id, as "shard#document"
+    unreadable       raw documents masked because they could not be read, as "shard#document: reason"
+    left_out         raw documents masked because they are empty, too large or of dropped modalities, in the same form
+    cursors          for each lane, where the chunk of its last row in this batch began; a resume starts from there
     """
 
     tokens: Tensor
@@ -73,7 +73,7 @@ class PackedBatch:
         return replace(self, **moved)
 
     def pin_memory(self) -> PackedBatch:
-        """Called by the DataLoader where it pins."""
+        """The batch in pinned memory. The DataLoader calls this where it pins batches."""
         pinned: dict[str, Any] = {
             f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
         }
@@ -98,10 +98,10 @@ def sort_by_modality(modality: torch.Tensor, modalities: int) -> tuple[torch.Ten
 def assemble_document(
     segments: Sequence[TokenSegment], modalities: Sequence[str], vocab: VocabLayout
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray, bool]]]:
-    """(ids int64 [A], modality uint8 [A], [(position, patches, leads its text)]) of BOS, the segments, EOS.
+    """(ids int64 (A,), modality uint8 (A,), [(position, patches, leads its text)]) of BOS, the segments, and EOS.
 
-    `modalities` names the segments' modality numbers, which are the dataset's; the vocabulary's go out. Text
-    segments follow one another bare; every other span stands between its brackets.
+    `modalities` names the modality numbers of the segments, which are the dataset's; the result has the vocabulary's
+    numbers. Text segments follow one another directly. Every other span stands between its opening and closing token.
     """
     specials, null = vocab.specials, vocab.specials["null"]
     ids: list[np.ndarray] = [np.array([specials["bos"]])]
@@ -133,7 +133,7 @@ def assemble_document(
 
 
 class _Kind(NamedTuple):
-    """What the vocabulary makes of one of a dataset's modalities."""
+    """One of a dataset's modalities in the vocabulary: its number there, and its opening and closing token."""
 
     name: str
     number: int
@@ -142,18 +142,19 @@ class _Kind(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Values of one segment inside a piece: `first` to `end` of the document's stored tokens, or latents."""
+    """The values of one segment inside a piece: [first, end) of the document's stored tokens, or of its latents."""
 
     at: int  # position in the assembled document
     kind: _Kind
     latent: bool
     first: int
     end: int
-    leads: bool
+    leads: bool  # whether it stands before all text of a document that has text
 
 
 def _kinds(modalities: Sequence[str], vocab: VocabLayout) -> dict[int, _Kind]:
-    """By the dataset's modality number; one that the vocabulary lacks is left out, and then has no documents."""
+    """The modalities by their number in the dataset. One that the vocabulary lacks is left out; the dataset then holds
+    no documents with it."""
     known = vocab.modalities
     return {
         k: _Kind(name, known.index(name), *(vocab.brackets(name) if known.index(name) else (0, 0)))
@@ -165,8 +166,11 @@ def _kinds(modalities: Sequence[str], vocab: VocabLayout) -> dict[int, _Kind]:
 def _runs(
     segments: tuple[list[int], list[int], list[bool]], kinds: Mapping[int, _Kind], start: int, end: int
 ) -> tuple[list[_Run], list[tuple[int, int]], tuple[int, int], int]:
-    """What stands at positions [start, end) of a document between its BOS and EOS: runs of stored values, and brackets
-    as (position, id). Then, of the whole document, its stored tokens and latents, and the positions that it takes."""
+    """(runs of stored values, (position, id) of each bracket, (stored tokens, latents), positions).
+
+    The runs and brackets are those at positions [start, end) of the document, without BOS and EOS. The counts of
+    stored tokens, latents and positions are those of the whole document.
+    """
     runs: list[_Run] = []
     brackets: list[tuple[int, int]] = []
     at, n_tokens, n_latents, text = 1, 0, 0, False
@@ -207,21 +211,21 @@ def build_batch(
     sequences: Sequence[int],
     corrupt_share: float = 0.0,
 ) -> PackedBatch:
-    """Read the pieces of B rows and lay them out. A damaged document, or one that was left out when it was tokenized,
-    is masked in place: pad tokens that carry no loss, so that nothing else moves.
+    """Read the pieces of B rows and lay them out as a batch. A document that is damaged, or that was left out when it
+    was tokenized, is replaced in its place by <pad> tokens without labels, so that nothing else moves.
 
-    `corrupt_share` of the positions, chosen by (sequence, position), are routed as another modality than their own:
-    an experiment on how much the rule's mask matters. Tokens and labels stay.
+    `corrupt_share` is for an experiment on how much routing by modality matters: this share of the positions, chosen
+    by (sequence, position), gets another modality than its own. Tokens and labels stay as they are.
     """
     B, M = len(rows), len(vocab.modalities)
     bos, eos, pad, null = (vocab.specials[name] for name in ("bos", "eos", "pad", "null"))
     kinds = [_kinds(source.dataset.modalities, vocab) for source in sources]
-    # one row after another, so that every position is written once and labels are one shift
+    # The rows lie one after another, so that every position is written once and all labels are made by one shift.
     tokens = np.empty(B * length, np.int64)
     modality = np.zeros(B * length, np.uint8)
-    document: list[int] = []  # number within the row, of each piece and each row's padding
+    document: list[int] = []  # the number within its row of each piece and of each row's padding
     sizes: list[int] = []
-    last: list[int] = []  # position of each piece; it has no next token
+    last: list[int] = []  # the last position of each piece, which has no next token
     unlabelled: list[tuple[int, int]] = []
     real = [0] * M
     latents: list[np.ndarray] = []
@@ -333,13 +337,13 @@ def build_batch(
 
 
 def _extent(runs: Iterable[_Run]) -> tuple[int, int]:
-    """First and end of the stored values that some runs of a document cover."""
+    """[first, end) of the stored values that the runs of a document cover."""
     ends = [(run.first, run.end) for run in runs]
     return (ends[0][0], ends[-1][1]) if ends else (0, 0)
 
 
 def first_sequences(batch: PackedBatch, number: int) -> PackedBatch:
-    """The batch with every row of a sequence beyond the first `number` left without labels and patches."""
+    """The batch without the labels and patches of all rows whose sequence number is not below `number`."""
     beyond = batch.sequences >= number
     if not beyond.any():
         return batch

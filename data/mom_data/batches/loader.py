@@ -1,4 +1,4 @@
-"""Batches of a plan, for one rank of many."""
+"""The loader: the batches of a plan for one rank of many, made in this process or by worker processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mom_tokenizers.vocab import VocabLayout
 
 @dataclass(frozen=True)
 class Share:
-    """Which sequences a rank takes: of each step's `batch`, the rank's contiguous part in passes of
-    `micro_batch`."""
+    """The sequences that a rank takes. Each step has `batch` sequences; the rank takes a contiguous part of them, in
+    micro-batches of `micro_batch`."""
 
     rank: int
     world_size: int
@@ -40,11 +40,11 @@ class Share:
 
 
 class PlannedBatches(IterableDataset):
-    """The rank's micro-batches from sequence `start` on, without end: worker k of n makes every n-th of them. Rows
-    behind the end of a plan that has one (`Plan.once`) are padding alone.
+    """The rank's micro-batches from sequence `start` on, without end; worker k of n makes every n-th of them. Where a
+    plan ends (`Plan.once`), all further rows are padding.
 
-    Sequences that others take are planned and not read, so the order never depends on who reads. `cursors` (lane ->
-    where a chunk of it began, at or before `start`) spare planning everything from the first sequence on.
+    Sequences of other ranks and workers are planned but not read, so the order never depends on who reads. `cursors`
+    says for each lane where one of its chunks began, at or before `start`, so that planning can begin there.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class PlannedBatches(IterableDataset):
         self.corrupt_share = corrupt_share
 
     def __iter__(self) -> Iterator[PackedBatch | tuple[torch.Tensor, Header] | UserError]:
-        """Batches; in a loader's worker as one buffer each, and a UserError as the last item, because a loader that
-        passes an exception on puts the worker's traceback into its message."""
+        """The batches. In a worker process each is sent as one buffer, and a UserError is sent as the last item, since
+        a DataLoader that passes an exception on adds the worker's traceback to its message."""
         info = get_worker_info()
         if info is None:
             yield from self.made()
@@ -74,6 +74,7 @@ class PlannedBatches(IterableDataset):
             yield error
 
     def made(self, worker: int = 0, workers: int = 1) -> Iterator[PackedBatch]:
+        """The batches that this worker makes: every `workers`-th one, beginning with number `worker`."""
         plan = self.plan
         lanes: dict[int, Lane] = {}
         for sequences, end in islice(self.share.micro_batches(self.start), worker, None, workers):
@@ -105,9 +106,11 @@ def batches(
     pin: bool = False,
     corrupt_share: float = 0.0,
 ) -> Iterator[PackedBatch]:
-    """An endless stream of the rank's micro-batches. The state to resume from is the `end_sequence` of the last
-    batch of a finished step, with the cursors of the batches until there; what was prefetched beyond it is made
-    again."""
+    """An endless stream of the rank's micro-batches.
+
+    To resume, give as `start` the `end_sequence` of the last batch of a finished step, and the cursors of the batches
+    up to it. Batches that were prefetched beyond it are made again.
+    """
     source = PlannedBatches(plan, vocab, share, start, cursors, corrupt_share=corrupt_share)
     if not workers:
         return (batch.pin_memory() if pin else batch for batch in source.made())

@@ -1,4 +1,4 @@
-"""What a model must beat: the unigram baseline."""
+"""The unigram baseline, whose loss a model must beat."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from mom_tokenizers.vocab import VocabLayout
 def unigram_losses(
     train: Iterable[PackedBatch], held_out: Iterable[PackedBatch], vocab: VocabLayout
 ) -> dict[str, float]:
-    """Mean loss in nats on the held-out targets, by their modality and in total, of a model that knows which modality
-    comes next and how often each of its ids is a target in training (add-one smoothed), and nothing else."""
+    """Mean loss of the unigram model in nats on the held-out targets, by modality and as "total".
+
+    The unigram model knows only which modality comes next, and how often each id of that modality is a target in
+    training, with add-one smoothing.
+    """
     counts = np.ones(vocab.used)
     for batch in train:
         labels = batch.labels.numpy()

@@ -1,5 +1,5 @@
-"""A batch between processes: one flat buffer, because every tensor sent costs its own shared memory and file
-descriptor."""
+"""Sends a batch between processes as one flat buffer, because every tensor that is sent takes shared memory and a file
+descriptor of its own."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from mom_data.batches.batch import PackedBatch
 
-_ALIGNMENT = 64  # bytes, of every tensor in the buffer
+_ALIGNMENT = 64  # every tensor in the buffer begins at a multiple of this many bytes
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the buffer holds. Not a tuple or a dict, which a DataLoader that pins would take apart and rebuild."""
+    """What the buffer holds. It is not a tuple or a dict, because a DataLoader that pins takes those apart."""
 
     tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
     rest: dict[str, Any]
 
 
 def to_wire(batch: PackedBatch) -> tuple[Tensor, Header]:
-    """A batch as one uint8 tensor and a small header, for a DataLoader worker to yield."""
+    """The batch as one uint8 tensor and a small header, which a DataLoader worker yields."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
     rest = {name: x for name, x in values.items() if name not in tensors}
@@ -37,7 +37,7 @@ def to_wire(batch: PackedBatch) -> tuple[Tensor, Header]:
 
 
 def from_wire(flat: Tensor, header: Header) -> PackedBatch:
-    """The batch again, its tensors views of `flat`: nothing is copied, and what is pinned stays so."""
+    """The batch again. Its tensors are views of `flat`, so nothing is copied and pinned memory stays pinned."""
     places, size = _places(header.tensors)
     assert flat.dtype == torch.uint8
     assert flat.shape == (size,)
@@ -49,7 +49,7 @@ def from_wire(flat: Tensor, header: Header) -> PackedBatch:
 
 
 def _places(layout: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> tuple[list[tuple[int, int]], int]:
-    """[first, end) byte of each tensor, and the bytes of all."""
+    """([first, end) byte of each tensor, the number of bytes of all tensors)."""
     places, at = [], 0
     for _, dtype, shape in layout:
         end = at + math.prod(shape) * dtype.itemsize

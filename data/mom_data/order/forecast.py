@@ -1,7 +1,8 @@
-"""What a run will see of its data, from the indices alone: padding, cut documents, the mixture, epochs by modality.
+"""Forecasts what a run will see of its data, from the indices alone: padding, cut documents, the mixture of sources,
+and how often each modality is repeated.
 
-`predict` gives every figure for tools/pack_stats.py. `remarks` gives the warnings among them, cheaply enough for the
-start of every run.
+`predict` computes all figures, for tools/pack_stats.py. `remarks` computes only the warnings, cheaply enough to be
+called at the start of every run.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import LATENT_BIT
 from mom_tokenizers.errors import UserError
 
-PADDING_LIMIT = 2.0  # percent; above it there is a warning
-EPOCHS_LIMIT = 4.0
+PADDING_LIMIT = 2.0  # percent of padding above which there is a warning
+EPOCHS_LIMIT = 4.0  # passes over the same data above which there is a warning
 FEW_TARGETS = 2000
-"""Below so many targets a mean loss says little: tokens' losses spread by about 2 nats, so its standard error is 2 /
-sqrt(2000) = 0.045 nats, which is more than most changes of a model are worth."""
-_REMARK_ROWS, _REMARK_LANES = 256, 4  # a fraction of a second of planning
-_BRACKETS = 2  # around a span that is not text; also BOS and EOS of a document
+"""With fewer targets a mean loss says little. The losses of tokens have a standard deviation of about 2 nats, so the
+standard error of their mean is 2 / sqrt(2000) = 0.045 nats, more than most changes of a model improve."""
+_REMARK_ROWS, _REMARK_LANES = 256, 4  # planning these takes a fraction of a second
+_BRACKETS = 2  # the tokens around a span that is not text; a document also has BOS and EOS
 _WINDOWS = (256, 1024, 4096)
 
 
 def first_rows(plan: Plan, sequences: int, lanes: int | None = None) -> Iterator[list[Piece]]:
-    """Sequences 0, 1, ... of a plan; or only those of its first `lanes` lanes, in that order."""
+    """The first `sequences` rows of a plan, in order. Where `lanes` is given, only rows of its first lanes."""
     lanes = min(lanes or plan.lanes, plan.lanes)
     opened = [Lane(plan, number) for number in range(min(lanes, sequences))]
     for i in range(sequences):
@@ -40,7 +41,7 @@ def first_rows(plan: Plan, sequences: int, lanes: int | None = None) -> Iterator
 
 
 def tokens_of(plan: Plan, piece: Piece) -> tuple[Counter[str], int]:
-    """(input tokens of a piece by modality, length of its whole document). BOS, EOS and brackets are text."""
+    """(input tokens of a piece by modality, length of its whole document). BOS, EOS and brackets count as text."""
     dataset = plan.sources[piece.source].dataset
     counts: Counter[str] = Counter()
     at = 1
@@ -54,15 +55,15 @@ def tokens_of(plan: Plan, piece: Piece) -> tuple[Counter[str], int]:
 
 
 def measure(plan: Plan, sequences: int, lanes: int | None = None) -> dict[str, Any]:
-    """Figures of the plan's first `sequences` rows, or of so many rows of its first `lanes` lanes.
+    """Figures of the plan's first `sequences` rows, or of the same number of rows of its first `lanes` lanes.
 
-    documents_split_percent is of the documents that begin in these rows; tokens by modality are input tokens, as a
-    batch's `real_tokens`.
+    documents_split_percent is the share of the documents beginning in these rows that are cut. Tokens by modality are
+    input tokens, as in `PackedBatch.real_tokens`.
     """
     tokens: Counter[str] = Counter()
     by_source = [0] * len(plan.sources)
     pieces = begun = split = 0
-    whole_pieces: Counter[int] = Counter()  # length of what must not be cut -> pieces
+    whole_pieces: Counter[int] = Counter()  # length -> number of pieces of this length that must not be cut
     for row in first_rows(plan, sequences, lanes):
         pieces += len(row)
         for piece in row:
@@ -95,7 +96,7 @@ def _median(counts: Counter[int]) -> int | None:
 
 
 def scan(dataset: TokenDataset, length: int) -> dict[str, Any]:
-    """What one epoch of a source holds, and the pictures of latents that no row of `length` positions can hold."""
+    """The contents of one epoch of a source, and the pictures of latents too long for a row of `length` positions."""
     documents = tokens = too_long = largest = 0
     spans = False
     bar = tqdm(range(len(dataset.shards)), desc=f"index of {dataset.location}", unit="shard", leave=False,
@@ -113,9 +114,10 @@ def scan(dataset: TokenDataset, length: int) -> dict[str, Any]:
 
 
 def predict(plan: Plan, sequences: int, run_sequences: int | None = None) -> dict[str, Any]:
-    """All figures of a plan; epochs where it is known how many sequences the run takes.
+    """All figures of a plan, measured on its first `sequences` rows. The figures about epochs need `run_sequences`, the
+    number of sequences of the whole run, and are None without it.
 
-    Raises ValueError where a picture of latents fits no row.
+    Raises UserError where a picture of latents is longer than a row.
     """
     active = [(k, s) for k, s in enumerate(plan.sources) if s.weight]
     scans = {k: scan(s.dataset, plan.length) for k, s in active}
@@ -151,7 +153,8 @@ def predict(plan: Plan, sequences: int, run_sequences: int | None = None) -> dic
 
 
 def alternatives(plan: Plan, sequences: int, spans: bool) -> list[dict[str, Any]]:
-    """The same sources packed in other ways; cutting spans where there are any that may be cut."""
+    """Figures of the same sources packed in other ways. Cutting spans is tried too, where `spans` says that there are
+    spans which may be cut."""
     ways: list[tuple[Packing, int, bool]] = [("best_fit", window, plan.cut_spans) for window in _WINDOWS]
     ways += [("concatenate", plan.window, plan.cut_spans)]
     if spans:
@@ -166,7 +169,7 @@ def alternatives(plan: Plan, sequences: int, spans: bool) -> list[dict[str, Any]
 
 
 def warnings(found: dict[str, Any], length: int, indivisible: int | None) -> Iterator[str]:
-    """What a person should change before the run, and how."""
+    """Sentences that say what the user should change before the run, and how."""
     if (padding := found["padding_percent"]) > PADDING_LIMIT:
         reason = "documents are few, or the window is small"
         remedies = []
@@ -197,9 +200,9 @@ def warnings(found: dict[str, Any], length: int, indivisible: int | None) -> Ite
 
 
 def epochs_by_modality(plan: Plan, found: Mapping[str, Any], sequences: int) -> dict[str, float]:
-    """How often a run of `sequences` rows reads all tokens of each modality; `found` are the plan's measured figures.
+    """How many times a run of `sequences` rows reads all tokens of each modality. `found` are the figures of `measure`.
 
-    A modality of which the sources hold nothing is left out. BOS, EOS and brackets count as text.
+    A modality that the sources do not contain is left out. BOS, EOS and brackets count as text.
     """
     datasets = [s.dataset for s in plan.sources if s.weight]
     share = sequences / found["sequences"]
@@ -212,11 +215,11 @@ def epochs_by_modality(plan: Plan, found: Mapping[str, Any], sequences: int) -> 
 
 
 def remarks(plan: Plan, sequences: int, validation: Mapping[str, Plan], limit: int | None) -> tuple[str, list[str]]:
-    """What a run of `sequences` rows does with its data, in a line, and warnings: padding, modalities seen many
-    times, validation sets (of which `limit` rows count, or all) with few tokens of a modality.
+    """(a line that says what a run of `sequences` rows does with its data, warnings about it).
 
-    Reads the indices of a few lanes. Raw sources, which are tokenized while the run trains, have no counts to go by:
-    then both are empty.
+    There are warnings about padding, about modalities that are repeated often, and about validation sets with few
+    tokens of a modality, of which `limit` rows are used (None for all). Only the indices of a few lanes are read. For
+    raw sources, which are tokenized while the run trains, no counts are known, and both results are empty.
     """
     if any("tokens" not in shard for s in plan.sources for shard in s.dataset.shards):
         return "", []

@@ -1,8 +1,9 @@
-"""Documents become pieces of at most a row, and pieces become rows. Pure functions of lengths; nothing is carried over.
+"""Packing: documents are cut into pieces of at most one row, and pieces are put together into rows. All functions here
+are pure functions of lengths.
 
-An assembled document is BOS, its segments, EOS; a segment that is not text stands between an opening and a closing
-token. Text may be cut anywhere, a picture of latents never; spans of codes or units are cut only where `cut_spans`
-allows it, or where one alone is longer than a row.
+An assembled document is BOS, its segments, and EOS. A segment that is not text stands between an opening and a closing
+token. Text may be cut anywhere, a picture of latents never. Spans of codes or units are cut only where `cut_spans`
+allows it, or where one span alone is longer than a row.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 
 from mom_tokenizers.errors import UserError
 
-_BRACKETS = 2  # opening and closing token around a span that is not text; also BOS and EOS of a document
-_ENOUGH = 0.005  # share of padding below which a window is left as it is
+_BRACKETS = 2  # the opening and closing token around a span that is not text; a document also has BOS and EOS
+_ENOUGH = 0.005  # the share of padding that is low enough, so that no further row is dissolved
 
 
 class Piece(NamedTuple):
-    """Positions [start, end) of an assembled document (BOS, text, brackets, spans, EOS), inside one row."""
+    """Positions [start, end) of an assembled document (BOS, text, brackets, spans, EOS) that stand in one row."""
 
     source: int
     shard: int
@@ -29,16 +30,16 @@ class Piece(NamedTuple):
     start: int
     end: int
     divisible: bool = False
-    """Whether it may be cut anywhere: it holds nothing that must stay whole."""
+    """Whether the piece may be cut anywhere, because it holds nothing that must stay whole."""
 
 
 Cut = tuple[int, int, bool]
-"""start, end, whether it may be cut anywhere."""
+"""A piece of a document: its start, its end, and whether it may be cut anywhere."""
 
 
 def assembled_lengths(start: np.ndarray, length: np.ndarray, modality: np.ndarray) -> np.ndarray:
-    """int64 [D]: positions that each document takes when assembled. `start` (D+1,) numbers the first segment of each,
-    `length` and `modality` (S,) are the segments', 0 being text."""
+    """int64 (D,): the number of positions that each document takes when assembled. `start` (D+1,) is the number of each
+    document's first segment. `length` and `modality` (S,) describe the segments; modality 0 is text."""
     before = np.zeros(len(length) + 1, np.int64)
     np.cumsum(length.astype(np.int64) + _BRACKETS * (modality != 0), out=before[1:])
     return before[start[1:].astype(np.int64)] - before[start[:-1].astype(np.int64)] + _BRACKETS
@@ -53,8 +54,9 @@ def cut(
     room: int | None = None,
     cut_spans: bool = False,
 ) -> list[Cut]:
-    """The pieces of a document: the first at most `room` positions (a row where none is given; it may be empty where
-    nothing fits), the others at most `row`. Raises ValueError for a picture of latents that no row can hold."""
+    """The pieces of a document. The first takes at most `room` positions, the others at most `row`. Without `room` the
+    first takes at most `row` as well; with it, the first is empty where nothing fits. Raises UserError for a picture of
+    latents that is longer than a row."""
     parts = [(1, True)]  # BOS
     for n, modality, is_latent in zip(lengths, modalities, latent, strict=True):
         if is_latent and n + _BRACKETS > row:
@@ -81,9 +83,9 @@ def cut(
 
 
 def best_fit(pieces: Sequence[Piece], row: int, begun: Sequence[Piece] = ()) -> list[list[Piece]]:
-    """Best-fit-decreasing: each piece, longest first, into the fullest row that still takes it. Then rows of divisible
-    pieces alone, the emptiest first, are dissolved into the gaps of the others. The first row goes on from what is in
-    `begun`, where that is given."""
+    """Best-fit-decreasing packing: each piece, longest first, goes into the fullest row that still has room for it.
+    Then rows that hold only divisible pieces, the emptiest first, are dissolved into the gaps of the other rows. Where
+    `begun` is given, its pieces stand at the start of the first row."""
     rows: list[list[Piece]] = [list(begun)] if begun else []
     used = sum(p.end - p.start for p in begun)
     free = [(row - used, 0)] if 0 < used < row else []  # (positions left, row), sorted
@@ -100,8 +102,9 @@ def best_fit(pieces: Sequence[Piece], row: int, begun: Sequence[Piece] = ()) -> 
 
 
 def _fill_gaps(rows: list[list[Piece]], free: Iterable[tuple[int, int]], row: int, fixed: int) -> list[list[Piece]]:
-    """Split-to-fill: every row dissolved is a row of padding saved. Gaps below a 32nd of a row are left alone, so that
-    documents are not cut into crumbs. The first `fixed` rows are never dissolved."""
+    """Dissolve rows of divisible pieces into the gaps of other rows; each dissolved row saves one row of padding. Gaps
+    shorter than a 32nd of a row are not filled, so that documents are not cut into tiny pieces. The first `fixed` rows
+    are never dissolved."""
     shortest = max(1, row // 32)
     left = dict.fromkeys(range(len(rows)), 0) | {target: n for n, target in free}
     wasted = sum(left.values())
@@ -145,13 +148,13 @@ def _fill_gaps(rows: list[list[Piece]], free: Iterable[tuple[int, int]], row: in
             rows[target].append(piece)
         for target, size in taken.items():
             left[target] -= size
-        wasted -= row  # its own gap, and as much of the others' as it held
+        wasted -= row  # the row's own gap, and as much of the other rows' gaps as its pieces now fill
         dissolved.add(r)
     return [pieces for r, pieces in enumerate(rows) if r not in dissolved]
 
 
 Segments = tuple[list[int], list[int], list[bool]]
-"""Lengths, modalities and latent flags of a document's segments."""
+"""The lengths, modalities and latent flags of a document's segments."""
 
 
 def concatenate(
@@ -161,8 +164,8 @@ def concatenate(
     cut_spans: bool = False,
     begun: Sequence[Piece] = (),
 ) -> list[list[Piece]]:
-    """Documents one after another, cut where a row ends; what must stay whole goes to the next row instead, and the
-    last row stays as full as it is. The first row goes on from what is in `begun`."""
+    """Rows of documents one after another, cut where a row ends. A span that must stay whole and does not fit begins
+    the next row, and the last row may be partly empty. The pieces in `begun` stand at the start of the first row."""
     rows: list[list[Piece]] = [list(begun)]
     room = row - sum(p.end - p.start for p in begun)
     for document in documents:

@@ -1,22 +1,23 @@
-"""The order of the data, planned from the indices alone; payloads are read afterwards.
+"""The order of the data, planned from the indices alone. The tokens are read afterwards, by mom_data.batches.
 
 The i-th packed sequence is a pure function of (manifests, data config, seed, i). So the order does not depend on
-the number of ranks, loader workers, prefetch, micro-batch or batch, and all that a resume needs is one integer;
-cursors of the lanes make it immediate.
+the number of ranks, loader workers, prefetch, micro-batch or batch. To resume, a run needs only the number of the next
+sequence; the cursors of the lanes spare it from planning all earlier sequences again.
 
     sequence i  = the next sequence of lane i mod lanes
-    stream      = what lanes take their rows from. Where the sources together have few documents there is one stream,
-                  and the lanes take its rows in turn; otherwise each lane is a stream of its own
+    lane        = one of a fixed number of parts of the order; with many documents, each is planned without the others
+    stream      = the rows that lanes take theirs from. Where the sources together have few documents there is one
+                  stream, and the lanes take its rows in turn; otherwise each lane has a stream of its own
     epoch       = one pass over a source: its units (shards, or ranges of their documents) in a hashed order, dealt to
                   the streams in turn. A stream shuffles the documents of `pool` of its units together, and goes through
                   the source epoch after epoch; the source furthest behind its share of tokens gives the next document
-    chunk       = the stream's next `window` pieces of documents and a few more, until they nearly fill whole rows;
-                  packed on its own, nothing is carried over
-    part        = documents of a chunk that may stand in any order: of each source, those of one epoch only. A chunk's
-                  parts are packed one after another; after a short epoch the next part goes on in the row that was left
-                  emptiest, after a long one it begins a new row
-    phase       = from a given sequence on, other sources or weights: each stream ends the chunk it is in, then goes on
-                  from where it stood in every source, so nothing is repeated and nothing left out
+    chunk       = the stream's next `window` pieces of documents and a few more, until they nearly fill whole rows. Each
+                  chunk is packed on its own, and no piece is carried over to the next
+    part        = documents of a chunk that may stand in any order: from each source, those of one epoch only. A chunk's
+                  parts are packed one after another. After a short epoch the next part continues in the row that was
+                  left emptiest; after a long one it begins a new row
+    phase       = a plan with other sources or weights, which holds from a given sequence on. Each stream ends the chunk
+                  it is in, then goes on from where it stood in every source, so no document is repeated or left out
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import LATENT_BIT
 from mom_tokenizers.errors import UserError
 
-# Part of the order's identity: raise it whenever any change here or in packing.py alters which sequence is the i-th.
+# Part of the order's identity. Raise it with every change, here or in packing.py, that alters which sequence is i-th.
 PLAN_VERSION = 3
 ONE_STREAM_DOCUMENTS = 1 << 17
-"""Up to so many documents in all sources together, every process plans all rows, which costs it little."""
+"""Up to this number of documents in all sources together there is one stream, and every process plans all rows, which
+takes little time."""
 _UNIT_DOCUMENTS = 4096
 _UNITS_PER_STREAM = 16
-_FEW = 64  # documents of a unit that is kept, because a small source comes again and again
-_LONG_EPOCH = 32  # rows: half a row of padding at its end is little
-_CHUNKS_KEPT = 16  # of the one stream that many lanes share
+_FEW = 64  # units of at most this many documents are cached, because a small source is visited again and again
+_LONG_EPOCH = 32  # rows; in an epoch of this length, half a row of padding at its end does not matter
+_CHUNKS_KEPT = 16  # cached chunks of a stream that all lanes share
 
 Packing = Literal["best_fit", "concatenate"]
 
@@ -50,14 +52,16 @@ Packing = Literal["best_fit", "concatenate"]
 class Source(NamedTuple):
     dataset: TokenDataset
     weight: float
-    """Share of the tokens, relative to the other sources'; 0 for one that an earlier phase had and this one has not."""
+    """The share of the tokens, relative to the weights of the other sources. It is 0 for a source that only an earlier
+    phase uses."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the order: sources with token shares, row length, lanes, packing window (in pieces), seed.
+    """Everything that decides the order: sources with their shares of tokens, row length, number of lanes, packing
+    window (in pieces), seed, and the fields below.
 
-    A plan that goes on from another one (`before`, until sequence `since`) lists that one's sources first.
+    A plan may continue another one, `before`, which holds until sequence `since`. Its sources then come first.
     """
 
     sources: tuple[Source, ...]
@@ -66,20 +70,20 @@ class Plan:
     window: int
     seed: int
     pool: int = 16
-    """Units of a source that a lane draws from at once: shards are often sorted by what is in them."""
+    """Number of units of a source whose documents are shuffled together, since shards are often sorted by content."""
     packing: Packing = "best_fit"
     cut_spans: bool = False
     before: Plan | None = None
     since: int = 0
     """The first sequence of this plan."""
     once: bool = False
-    """End after one epoch of every source, in place of going on without end. Needs lanes=1."""
+    """Whether to end after one epoch of every source instead of going on without end. This needs lanes=1."""
     identities: tuple[str, ...] = field(init=False)
-    """One per source, wherever its files lie."""
+    """The `source_identity` of each source, which does not depend on where its files lie."""
     phase: int = field(init=False)
-    """How many plans came before."""
+    """The number of plans before this one."""
     streams: int = field(init=False)
-    """1, or as many as there are lanes; a plan that goes on from another one keeps that one's."""
+    """The number of streams: 1, or the number of lanes. A plan that continues another one keeps its number."""
     fingerprint: str = field(init=False)
     _only_stream: _Stream = field(init=False, repr=False, compare=False)
 
@@ -119,21 +123,21 @@ class Plan:
         return sum(s["documents"] for s in self.sources[source].dataset.shards)
 
     def at(self, sequence: int) -> Plan:
-        """The phase that a chunk belongs to whose first row is that sequence."""
+        """The phase of a chunk whose first row is this sequence."""
         plan = self
         while plan.before is not None and sequence < plan.since:
             plan = plan.before
         return plan
 
     def stream(self, lane: int) -> _Stream:
-        """What a lane takes its rows from."""
+        """The stream that a lane takes its rows from."""
         assert 0 <= lane < self.lanes
         return self._only_stream if self.streams == 1 else _Stream(self, lane)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  # a plan lives as long as its process
     def units(self, source: int) -> list[tuple[int, int, int]]:
-        """(shard, first document, end) of each unit: whole shards where every stream gets several, so that a node
-        fetches few of them; else ranges small enough for that."""
+        """(shard, first document, end) of each unit. Units are whole shards where every stream gets several of them, so
+        that a node fetches few shards; otherwise they are ranges of documents small enough for that."""
         shards = self.sources[source].dataset.shards
         if len(shards) >= _UNITS_PER_STREAM * self.streams:
             return [(k, 0, s["documents"]) for k, s in enumerate(shards) if s["documents"]]
@@ -143,20 +147,20 @@ class Plan:
         ]
 
     def _first_unit(self, stream: int, source: int, epoch: int) -> int:
-        """The place of a stream's first unit in an epoch's order. Units are dealt in turn, and an epoch goes on with
-        the stream that follows the last one's, so that no stream gets more than the others in the long run."""
+        """The place of a stream's first unit in an epoch's order. Units are dealt to the streams in turn, and each
+        epoch begins with the stream that is next in turn, so that in the long run all streams get equally many."""
         return (stream - epoch * len(self.units(source))) % self.streams
 
     def epoch_from(self, stream: int, source: int, epoch: int) -> int:
-        """The first epoch from this one on in which a stream has a unit: a source may have fewer than there are
-        streams."""
+        """The first epoch from this one on in which the stream has a unit. A source may have fewer units than there
+        are streams, and then a stream has none in some epochs."""
         while self._first_unit(stream, source, epoch) >= len(self.units(source)):
             epoch += 1
         return epoch
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def pools(self, stream: int, source: int, epoch: int) -> list[list[tuple[int, int, int]]]:
-        """The units that a stream visits in an epoch, in order, by pool."""
+        """The units that a stream visits in an epoch, in order, grouped into pools of `pool` units."""
         units = self.units(source)
         order = permutation(len(units), self.seed, "units", self.identities[source], epoch)
         own = [units[i] for i in order[self._first_unit(stream, source, epoch) :: self.streams].tolist()]
@@ -173,13 +177,14 @@ def _twice(sources: tuple[Source, ...]) -> str:
 
 
 def source_identity(dataset: TokenDataset) -> str:
-    """Which documents a dataset has, in which order; 16 hexadecimal digits."""
+    """16 hexadecimal digits that identify which documents a dataset has and in which order."""
     names = [s["name"] for s in dataset.shards]
     return hashlib.sha256(json.dumps([dataset.fingerprint, names]).encode()).hexdigest()[:16]
 
 
 def hashed(n: int, *key: int | str) -> np.ndarray:
-    """uint64[n], uniform, by hashing (splitmix64): the same in any version of any library."""
+    """uint64 (n,) of uniform random values, made by hashing with splitmix64. They depend on `n` and the key alone, not
+    on the version of any library."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     x = np.arange(n, dtype=np.uint64) ^ np.uint64(int.from_bytes(digest, "little"))
     with np.errstate(over="ignore"):
@@ -191,35 +196,39 @@ def hashed(n: int, *key: int | str) -> np.ndarray:
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
-    """A permutation of range(n), a function of the key alone."""
+    """int64 (n,): a random permutation of range(n) that depends on `n` and the key alone."""
     return np.argsort(hashed(n, *key), kind="stable")
 
 
 class Cursor(NamedTuple):
-    """Where a stream stood before a chunk: plain numbers, so that a checkpoint can hold them as JSON."""
+    """Where a stream stood before a chunk, in plain numbers, so that a checkpoint can hold them as JSON."""
 
     rows: int = 0
     """Rows that the stream had given before this chunk."""
     phase: int = 0
-    """Of the chunk before."""
+    """The phase of the chunk before."""
     sources: tuple[tuple[int, int, int, int], ...] = ()
-    """Of each source: epoch, pool, document within the pool, and tokens given in this phase."""
+    """For each source: its epoch, pool, document within the pool, and the tokens that it has given in this phase."""
 
 
 class _Chunk(NamedTuple):
+    """A planned chunk of a stream."""
+
     cursor: Cursor
-    """Where the stream stood before it."""
+    """Where the stream stood before this chunk."""
     rows: list[list[Piece]]
-    """None at all where the plan has ended."""
+    """The rows of the chunk. The list is empty where the plan has ended."""
     next: Cursor
+    """Where the stream stands after this chunk."""
     entered: list[tuple[int, int]]
-    """(source, shard) of the pools opened for it and of those that follow them; whoever takes note clears it."""
+    """(source, shard) of the pools opened for this chunk and of the pools that follow. `Lane` takes them over and
+    clears the list."""
 
 
 class _Pool(NamedTuple):
     """An opened pool: its documents in the order they are visited."""
 
-    place: tuple[int, int]  # epoch, number among the lane's pools
+    place: tuple[int, int]  # epoch, number among the stream's pools in this epoch
     shards: np.ndarray  # int32 (D,)
     documents: np.ndarray  # int32 (D,)
     lengths: np.ndarray  # int32 (D,)
@@ -227,12 +236,12 @@ class _Pool(NamedTuple):
 
 
 class _Stream:
-    """A sequence of chunks, each a pure function of the cursor it begins at; the last ones planned are kept."""
+    """A sequence of chunks. Each is a pure function of the cursor at which it begins. The last few are cached."""
 
     def __init__(self, plan: Plan, number: int):
         self.plan, self.number = plan, number
         self._pools: dict[int, _Pool] = {}
-        self._chunks: dict[int, _Chunk] = {}  # by the row that they begin with
+        self._chunks: dict[int, _Chunk] = {}  # by the number of their first row
         self._kept = 1 if plan.streams > 1 else _CHUNKS_KEPT
 
     @property
@@ -243,8 +252,8 @@ class _Stream:
         return Cursor(max(0, -(-(first.since - self.number) // self.plan.streams)))
 
     def holding(self, row: int, cursor: Cursor) -> _Chunk:
-        """The chunk that the stream's `row` is in, which must not lie before `cursor`; one without rows where the
-        plan ends before that row."""
+        """The chunk that contains the stream's row number `row`, which must not lie before `cursor`. The chunk has no
+        rows where the plan ends before that row."""
         known = [first for first in self._chunks if cursor.rows <= first <= row]
         chunk = self._chunks[max(known)] if known else self._chunk(cursor)
         while chunk.rows and chunk.next.rows <= row:
@@ -268,14 +277,15 @@ class _Stream:
             for source in at:
                 source[3] = 0  # the new shares hold from here on
         active = [(k, s.weight) for k, s in enumerate(plan.sources) if s.weight and not (plan.once and at[k][0])]
-        # One of many streams that gets a document of an epoch, or none, has no epochs of its own to keep apart.
+        # Where each of many streams gets at most about one document of an epoch, its epochs need not be kept apart.
         apart = {k for k, _ in active if plan.streams == 1 or plan.documents(k) >= 2 * plan.streams}
         parts: list[list[Piece]] = [[]]
         own_row: list[bool] = [True]  # whether a part begins a new row
         epoch_of: dict[int, int] = {}  # source -> epoch of its documents in the last part
         row = plan.length
         documents = pieces = tokens = 0
-        # Not quite whole rows: pieces never fill all of them to the last position, and one row more would stay empty.
+        # Stop a little short of whole rows: pieces never fill all rows to the last position, and what is left over
+        # would need one more row, nearly empty.
         while active and (
             pieces < plan.window or (not row // 32 <= -tokens % row <= row // 10 and pieces < 1.25 * plan.window)
         ):
@@ -315,8 +325,8 @@ class _Stream:
         return _Chunk(cursor, rows, after, entered)
 
     def _packed(self, plan: Plan, parts: list[list[Piece]], own_row: list[bool]) -> list[list[list[Piece]]]:
-        """Rows in groups: within one they may stand in any order. Two parts share a row at most, the last of the one
-        and the first of the other."""
+        """Groups of rows; the rows of a group may be shuffled. Two neighbouring parts share at most one row, the last
+        of the first part and the first of the second, which is a group of its own."""
         groups: list[list[list[Piece]]] = [[]]
         for part, new in zip(parts, own_row, strict=True):
             begun: list[Piece] = []
@@ -351,11 +361,11 @@ class _Stream:
 
 
 class Lane:
-    """One lane's sequences, in order, without end unless the plan says `once`. Planning alone: nothing is read but
-    indices.
+    """An iterator over the rows of one lane, in order and without end unless the plan has `once`. It only plans, and
+    reads nothing but indices.
 
-    `cursor` is where the current chunk of the lane's stream began; `Lane(plan, number, cursor)` goes on from the
-    lane's first row at or behind it.
+    `cursor` is where the current chunk of the lane's stream began. `Lane(plan, number, cursor)` continues from the
+    lane's first row at or after it.
     """
 
     def __init__(self, plan: Plan, number: int, cursor: Cursor | None = None):
@@ -366,7 +376,8 @@ class Lane:
         if plan.streams < plan.lanes:
             self.given = max(0, -(-(self.cursor.rows - number) // plan.lanes))
         self.entered: list[tuple[int, int]] = []
-        """(source, shard) that the last rows came from and the next ones will, for whoever fetches ahead."""
+        """(source, shard) of the shards that recent rows came from and coming rows need, so that the caller can fetch
+        them ahead."""
 
     def __iter__(self) -> Lane:
         return self
@@ -383,14 +394,14 @@ class Lane:
         return chunk.rows[row - chunk.cursor.rows]
 
     def skip_to(self, given: int) -> None:
-        """Go on as if `given` rows of the lane had been given."""
+        """Continue as if `given` rows of the lane had been returned."""
         assert given >= self.given
         self.given = given
 
 
 def _documents(plan: Plan, source: int, shard: int, first: int, end: int) -> tuple[np.ndarray, ...]:
-    """Columns of the documents [first, end) of a shard: shard, number, assembled length, whether each may be cut
-    anywhere."""
+    """Four arrays (end - first,) about the documents [first, end) of a shard: shard, number, assembled length, and
+    whether each may be cut anywhere."""
     index = plan.sources[source].dataset.index(shard)
     start = index.segment_start[first : end + 1].astype(np.int64)
     modality = index.segment_modality[start[0] : start[-1]]
