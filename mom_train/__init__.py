@@ -1,3 +1,3 @@
-"""Model, objectives, optimiser, FSDP2, checkpoint, trainer."""
+"""Training: config, model, kernels, optimiser, ranks, checkpoints, generation, records and costs of a run."""
 
-import mom_tokenizers  # noqa: F401  # before torch: how its threads wait
+import mom_tokenizers  # noqa: F401  # before torch, because it sets how the threads of torch wait

@@ -1,4 +1,4 @@
-"""python -m mom_train CONFIG [key=value ...]: one rank. torchrun or torchrun_launch start several."""
+"""python -m mom_train CONFIG [key=value ...] trains on one rank. torchrun and torchrun_launch start it on several."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="mom_train", description="Train one run, or carry on with it.")
+    parser = argparse.ArgumentParser(prog="mom_train", description="Start a training run or continue one.")
     parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3")
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", 0))
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # ranks whose torchrun was killed outright would train on beside those that are started next
+        # If torchrun is killed, its ranks must end too, or they would train on beside those that are started next.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.environ.get(AGENT_PID, str(os.getppid())) != str(os.getppid()):  # killed before this asked to be told
+        # It may have been killed before that call.
+        if os.environ.get(AGENT_PID, str(os.getppid())) != str(os.getppid()):
             sys.exit(1)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -37,10 +38,10 @@ def main() -> None:
     with exit_clearly("mom_train"):
         config = load_config(arguments.config, arguments.overrides)
         check_places(config, int(os.environ.get("WORLD_SIZE", 1)))
-        gc.disable()  # importing makes no garbage, and to look for it would cost a fifth of the processor time
-        from mom_train.trainer import train  # torch comes in here: what is wrong so far is said at once
+        gc.disable()  # importing makes no garbage, and looking for it takes a fifth of the time
+        from mom_train.trainer import train  # imports torch, so late that errors above are reported at once
 
-        gc.freeze()  # modules stay: they are not looked through again and again while the run lasts
+        gc.freeze()  # modules stay until the end, so the garbage collector need not look at them
         gc.enable()
         sys.exit(train(config))
 

@@ -1,1 +1,1 @@
-"""The model: blocks, their sharding over ranks, the losses, and what turns a batch into the model's input."""
+"""The model: its blocks, their sharding over ranks, its losses, and how a batch becomes the input of the model."""

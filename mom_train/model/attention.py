@@ -1,6 +1,7 @@
-"""The Transformer block, any of its parts decoupled by modality: attention (q, k, v, o), feed-forward, norms.
+"""The Transformer block, in which attention (q, k, v, o), feed-forward and norms can be decoupled by modality.
 
-All three decoupled is the Mixture-of-Transformers (arXiv 2411.04996); none is the paper's Flex-Attention baseline.
+With all three decoupled, it is the Mixture-of-Transformers (arXiv 2411.04996); with none, the paper's Flex-Attention
+baseline.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from mom_train.ops.layout import RowLayout
 
 @dataclass
 class AttentionState:
-    """Keys and values of the positions so far, (B, H, past, head); all belong to the row's open document."""
+    """Keys and values of the positions so far, (B, H, past, head). All belong to the document that the row is in."""
 
     k: Tensor
     v: Tensor
 
 
 def attention_mask(layout: RowLayout, past: int = 0, dtype: torch.dtype | None = None) -> Any:
-    """Who sees whom: the same document's earlier positions, and inside a picture's patches one another.
+    """The mask that says which positions attend to which: to earlier ones of the same document, and the patches of a
+    picture to each other.
 
-    Returns bool (B, 1, L, past + L), True where attention is allowed, for scaled_dot_product_attention; with a `dtype`
-    what is added to the scores, 0 or -inf, which that function would make of it in every block, and keep. On CUDA
-    without a past, the same rule as a flex_attention BlockMask.
+    Returns bool (B, 1, L, past + L), True where attention is allowed, for scaled_dot_product_attention. With a `dtype`,
+    returns the numbers that are added to the scores, 0 or -inf; otherwise that function would make and keep them in
+    every block. On CUDA without a past, returns the same rule as a flex_attention BlockMask.
     """
     B, L = layout.batch, layout.length
     document = layout.document.view(B, L)
@@ -52,7 +54,7 @@ def attention_mask(layout: RowLayout, past: int = 0, dtype: torch.dtype | None =
         mask = mask | ((picture[:, :, None] == picture[:, None, :]) & (picture[:, :, None] >= 0))
     mask = mask & (document[:, :, None] == document[:, None, :])
     if past:
-        # the first document of a continued row is the one that its past belongs to
+        # The past of a continued row belongs to its first document.
         mask = torch.cat([(document == document[:, :1])[:, :, None].expand(B, L, past), mask], 2)
     if dtype is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
@@ -67,8 +69,11 @@ def _flex() -> Any:
 
 
 def rotate(x_BHLh: Tensor, base: float, start: int = 0) -> Tensor:
-    """RoPE: pairs (i, i + h/2) turned by position * base^(-2i/h), in fp32. Only differences of positions matter, so
-    counting from the row's start serves every document in it."""
+    """Rotary position embedding (RoPE): turns the pairs (i, i + h/2) by position * base^(-2i/h), in fp32.
+
+    Only differences of positions matter, so positions may be counted from the start of the row for every document in
+    it.
+    """
     half = x_BHLh.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x_BHLh.device, dtype=torch.float32) / half)
     position = torch.arange(start, start + x_BHLh.shape[2], device=x_BHLh.device, dtype=torch.float32)
@@ -79,6 +84,8 @@ def rotate(x_BHLh: Tensor, base: float, start: int = 0) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Multi-head attention with rotary positions. q, k and v come from one projection."""
+
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
         assert config.heads is not None
@@ -117,7 +124,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x = x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
@@ -132,6 +139,7 @@ class TransformerBlock(nn.Module):
         return x_Td + self.feed_forward(self.feed_forward_norm(x_Td, layout), layout)
 
     def empty_state(self, batch: int) -> AttentionState:
+        """The state at the beginning of `batch` sequences."""
         attention, device = self.attention, self.attention_norm.weight.device
         shape = (batch, attention.heads, 0, attention.dim // attention.heads)
         return AttentionState(torch.zeros(shape, device=device), torch.zeros(shape, device=device))

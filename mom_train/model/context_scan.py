@@ -1,14 +1,14 @@
-"""Rows too long for one rank: each rank of a context group holds one slice of every row's positions.
+"""Computes rows that are too long for one rank: each rank of a context group holds one slice of every row's positions.
 
-A rank runs its slice as if it were a short row. Two things cross a boundary between slices, both of fixed size whatever
-the length: the last K-1 inputs of the convolution, and the state of the scan. The scan is linear in the state that it
-begins from, h_end = end + decay * h_begin, where `end` is what a slice makes of a zero state and `decay` the product of
-its decays. So every rank scans its slice once from zero, all gather (end, decay), O(ranks x B D N), and each combines
-those before its own into the state that its slice begins from, and scans again from there. Everything is built from
-differentiable operations, so the backward pass takes the same way back and is exact.
+A rank computes its slice as if it were a short row. Two things cross a boundary between slices, and their size does not
+depend on the length: the last K-1 inputs of the convolution, and the state of the scan. The scan is linear in the state
+that it begins from: h_end = end + decay * h_begin, where `end` is the last state if the slice begins from zero, and
+`decay` is the product of its decays. So every rank scans its slice once from zero, all ranks gather (end, decay), of
+size O(ranks x B D N), and each rank combines those of the slices before its own into the state that its slice begins
+from, and scans again from there. All of this consists of differentiable operations, so the gradients are exact.
 
-The scan is done twice, the rest of the model once. Ranks of a context group shard the model and sum gradients like any
-others: each has the losses of its own positions.
+The scan is done twice and the rest of the model once. The ranks of a context group shard the model and sum gradients
+like all ranks, since each has the losses of its own positions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from mom_train.ops.scan.selective_scan import selective_scan
 def slice_of_rows(
     context: Context, batch: PackedBatch, patches: NoisedPatches | None
 ) -> tuple[PackedBatch, NoisedPatches | None, Tensor | None]:
-    """(this rank's slice of whole rows, sorted by modality anew; its patches; how many tokens of its first document
-    lie in slices before it (B,) int64), on the CPU. Counts in the batch stay those of the whole rows."""
+    """This rank's slice of a batch of whole rows, on the CPU.
+
+    Returns (the slice, sorted by modality again; its patches; the number of tokens of its first document that lie in
+    slices before it, (B,) int64, or None if rows are not divided). Counts in the batch remain those of the whole rows.
+    """
     if context.size == 1:
         return batch, patches, None
     L = batch.tokens.shape[1]
@@ -69,14 +72,15 @@ def slice_of_rows(
 
 
 def inputs_before(context: Context, x_TD: Tensor, layout: RowLayout, count: int) -> Tensor:
-    """The last `count` inputs before this rank's slice (B, count, D), zero before the first; carries gradients."""
+    """The last `count` inputs before this rank's slice (B, count, D), zero before the first slice. Carries
+    gradients."""
     assert layout.length >= count
-    if count == 0:  # a convolution of one tap: nothing is before it, and there is nothing to exchange
+    if count == 0:  # a convolution with one tap needs no earlier inputs
         return x_TD.new_zeros(layout.batch, 0, x_TD.shape[1])
     last_BKD = x_TD[layout.order.view(layout.batch, -1)[:, -count:].long()]
     of_all = gather(last_BKD, context.group)
     first = torch.full((), context.rank == 0, device=x_TD.device)
-    # masked, not left out: the first rank, too, must take part in the backward pass's collective
+    # The first rank gets zeros by masking, because it too must take part in the collective of the backward pass.
     return of_all[max(0, context.rank - 1)].masked_fill(first, 0)
 
 
@@ -92,8 +96,10 @@ def state_before(
     dt_bias_MD: Tensor,
     layout: RowLayout,
 ) -> Tensor:
-    """The scan's state before this rank's slice (B, D, N), from the arguments of its `selective_scan`; carries
-    gradients to the slices that it comes from."""
+    """The state of the scan before this rank's slice (B, D, N), from the arguments of its `selective_scan`.
+
+    Gradients flow back to the slices that the state comes from.
+    """
     _, end_BDN = selective_scan(x_TD, dt_TD, A_DN, B_TN, C_TN, D_D, z_TD, dt_bias_MD, layout)
     of_all = gather(torch.stack([end_BDN, _decay(dt_TD, A_DN, dt_bias_MD, layout)]), context.group)
     h_BDN = torch.zeros_like(end_BDN)
@@ -105,9 +111,10 @@ def state_before(
 
 
 def _decay(dt_TD: Tensor, A_DN: Tensor, dt_bias_MD: Tensor, layout: RowLayout) -> Tensor:
-    """What is left of a state after the whole slice (B, D, N): exp(A * sum of Delta), 0 where a document begins."""
+    """The factor by which a state decays over the whole slice (B, D, N): exp(A * sum of Delta), or 0 if a document
+    begins in it."""
     B, L = layout.batch, layout.length
-    # a matmul instead of an index: its gradient is the same on every run, on any device
+    # The gradient of a product, unlike that of indexing, is the same on every run, on any device.
     bias_TD = F.one_hot(layout.modality.long(), len(dt_bias_MD)).to(A_DN.dtype) @ dt_bias_MD
     delta_TD = F.softplus(dt_TD.index_select(0, layout.order).to(A_DN.dtype) + bias_TD)
     decay_BDN = torch.exp(delta_TD.view(B, L, -1).sum(1).unsqueeze(2) * A_DN)

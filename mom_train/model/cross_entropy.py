@@ -1,7 +1,7 @@
-"""The output embedding and its cross-entropy together, so that the logits are never whole in memory.
+"""Computes the output embedding and its cross-entropy together, so that not all logits are in memory at once.
 
-torch.nn.functional.linear_cross_entropy chunks too, but gives the mean or sum alone or leaves autograd's contract;
-we need each row's loss (losses are logged by modality) beside a sum that carries the gradient.
+torch.nn.functional.linear_cross_entropy works in chunks too, but it either returns only the mean or sum, or does not
+support autograd. We need the loss of each row (losses are logged by modality) besides a sum that carries the gradient.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-_CHUNK_LOGITS = 1 << 24  # logits alive at a time, at least: 64 MiB in fp32
+"""Label of rows that have no loss."""
+_CHUNK_LOGITS = 1 << 24  # smallest number of logits in a chunk: 64 MiB in fp32
 
 
 def linear_cross_entropy(
     x_Td: Tensor, weight_Vd: Tensor, labels_T: Tensor, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the rows' losses, each row's loss (T,) fp32 in nats) of softmax(x W^T) against labels, -100 ignored.
+    """The cross-entropy of softmax(x W^T) against labels: (sum over rows, loss of each row (T,) fp32 in nats).
 
-    The sum, not the rows, includes z_loss * logsumexp^2 of every row with a label; only the sum carries a gradient.
-    Products run in the autocast dtype, softmax and sums in fp32. The gradients are made in the forward pass, chunk by
-    chunk: three matmuls in all, none repeated.
+    Rows with the label IGNORE have no loss. The sum, but not the loss of a row, includes z_loss * logsumexp^2 for every
+    row with a label. Only the sum carries a gradient. Products are in the autocast dtype, softmax and sums in fp32. The
+    gradients are computed in the forward pass, chunk by chunk, with three matrix products in all and none repeated.
     """
     device = x_Td.device.type
     if torch.is_autocast_enabled(device):
@@ -42,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total_z = losses.new_zeros(())
         grad_x = torch.empty_like(x) if keep else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if keep else None
-        # as many logits as weights, too: every chunk passes over the weight's gradient
+        # A chunk also has at least as many logits as there are weights, because it passes over the weight's gradient.
         rows = max(1, _CHUNK_LOGITS // weight.shape[0], weight.shape[1])
         for s in range(0, x.shape[0], rows):
             e = min(s + rows, x.shape[0])
@@ -52,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = target.clamp_min(0).unsqueeze(1)
             of_target = logits.gather(1, index).squeeze(1)
             largest = logits.amax(1)
-            # in place, and one exponential for loss and gradient: a pass over the logits costs as much as a product
+            # In place, and one exponential for loss and gradient: a pass over the logits costs as much as a product.
             exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
             total = exponentials.sum(1)
             logsum = largest + total.log()
@@ -66,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_x[s:e])
                 grad_weight += grad.t() @ x[s:e]
                 del grad
-            del logits, exponentials  # before the next chunk's are made
+            del logits, exponentials  # before those of the next chunk are made
         ctx.save_for_backward(*([grad_x, grad_weight] if keep else []))
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)

@@ -1,9 +1,9 @@
-"""Transfusion's image loss: pictures as latent patches, noised in the input and denoised at their own positions.
+"""The image loss of Transfusion: latent patches of pictures get noise in the input, which the model must predict.
 
     loss = mean over patches and channels of (prediction - target)^2,  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 
-One timestep per picture. Every draw is a function of (seed, sequence, picture), so nothing random needs saving and a
-resumed run repeats exactly.
+The prediction is made at the positions of the patches themselves. Each picture has one timestep. Every random draw is a
+function of (seed, sequence, picture), so no random state needs to be saved, and a resumed run repeats exactly.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import DiffusionConfig
 
 TIME_WIDTH = 256
+"""Number of sines and cosines that encode a timestep."""
 
 
 @dataclass(frozen=True)
 class NoisedPatches:
-    """Patches x (P, W) fp32, what to predict (P, W) fp32, the row (P,) and the picture (P,) of each, and the timestep
-    of each picture (I,)."""
+    """The P noised patches of a batch and what is to be predicted from them.
+
+    x (P, W) fp32; target (P, W) fp32; row (P,) and picture (P,) of each patch; timestep (I,) of each picture.
+    """
 
     x: Tensor
     target: Tensor
@@ -35,8 +38,8 @@ class NoisedPatches:
 
 
 def cosine_alpha_bar(steps: int) -> Tensor:
-    """abar_t for t = 0..steps-1, fp32: the product of 1 - beta of the cosine schedule (Nichol & Dhariwal, arXiv
-    2102.09672, eq. 17), beta capped at 0.999."""
+    """abar_t for t = 0..steps-1, in fp32: the product of 1 - beta of the cosine schedule (Nichol & Dhariwal, arXiv
+    2102.09672, eq. 17), with beta at most 0.999."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -44,7 +47,10 @@ def cosine_alpha_bar(steps: int) -> Tensor:
 
 
 def draw(seed: int, sequence: int, picture: int, config: DiffusionConfig, leads: bool) -> tuple[int, torch.Generator]:
-    """The timestep of a picture (the `picture`-th of a sequence), and the generator that its noise comes from."""
+    """The timestep of the `picture`-th picture of a sequence, and the generator for its noise.
+
+    `leads` says whether text follows the picture in its document, so that `noise_limit` applies.
+    """
     digest = hashlib.blake2b(f"noise/{seed}/{sequence}/{picture}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
     limit = min(config.steps, config.noise_limit or config.steps) if leads else config.steps
@@ -58,7 +64,7 @@ def noise(
     epsilon_PW: Tensor,
     config: DiffusionConfig,
 ) -> tuple[Tensor, Tensor]:
-    """(noised patches, target), both fp32: in bf16 the first ten timesteps would have no noise at all."""
+    """Returns (noised patches, target), both in fp32: in bf16, the first ten timesteps would have no noise at all."""
     x0 = (latents_PW.float() - (config.latent_shift or 0.0)) * (config.latent_scale or 1.0)
     t_P = timestep_I[picture_P.long()]
     if config.prediction == "flow":
@@ -71,7 +77,7 @@ def noise(
 
 
 class PatchEmbedding(nn.Module):
-    """Patches into the residual stream: a linear map, plus an embedding of the picture's timestep."""
+    """Maps patches into the residual stream: a linear map plus an embedding of the timestep of the picture."""
 
     def __init__(self, config: DiffusionConfig, dim: int):
         super().__init__()
@@ -80,7 +86,7 @@ class PatchEmbedding(nn.Module):
         self.time_out = nn.Linear(dim, dim)
 
     def forward(self, patches: NoisedPatches) -> Tensor:
-        """(P, dim). P = 0 runs too, so that a rank without pictures makes the same collectives."""
+        """Returns (P, dim). P may be 0, so that a rank without pictures does the same collective operations."""
         half = TIME_WIDTH // 2
         frequency = torch.exp(-math.log(10000) * torch.arange(half, device=patches.x.device) / half)
         angle = patches.timestep.float().unsqueeze(1) * frequency
@@ -89,7 +95,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchHead(nn.Module):
-    """Residual stream to a prediction for each patch; zero at first, as in diffusion transformers."""
+    """Maps the residual stream to a prediction for each patch. It starts from zero, as in diffusion transformers."""
 
     def __init__(self, config: DiffusionConfig, dim: int):
         super().__init__()
@@ -100,16 +106,16 @@ class PatchHead(nn.Module):
 
 
 def without_condition(tokens: Tensor, vocab: VocabLayout) -> Tensor:
-    """The ids that stand before a picture, as the unconditional side of classifier-free guidance reads them.
+    """The ids before a picture as the unconditional pass of classifier-free guidance reads them.
 
-    tokens: int64 vocabulary ids of any shape; returns the same shape. Every id of content, text and codes of any
-    modality alike, becomes <null>. The special ids stay: the opening of the document and the brackets of spans say
-    where a picture stands and not what it shows, and the weights that read a position are chosen by its modality,
-    which does not change. The latents of earlier pictures are no ids and stay as well, so that guidance is towards
-    the words and the speech, with the same earlier pictures on both sides.
+    `tokens` are int64 vocabulary ids of any shape; the result has the same shape. Every id of content, whether text or
+    codes of any modality, becomes <null>. The special ids stay: the opening of the document and the brackets of spans
+    say where a picture is and not what it shows, and the weights for a position are chosen by its modality, which does
+    not change. The latents of earlier pictures are not ids and stay as well. So guidance is towards the words and the
+    speech, with the same earlier pictures in both passes.
 
-    Training (`objective.drop_conditions`) and sampling (`generate/sampler.py`) both call this function, because a model
-    can be asked at sampling only for the unconditional input that it was trained on.
+    Training (`objective.drop_conditions`) and sampling (`generate/sampler.py`) both call this function, because sampling
+    must use the same unconditional input that the model was trained on.
     """
     specials = torch.tensor(sorted(vocab.specials.values()), device=tokens.device)
     return torch.where(torch.isin(tokens, specials), tokens, vocab.specials["null"])

@@ -1,4 +1,4 @@
-"""The weights that a model begins with: each value is a function of the seed, the name and the place."""
+"""The initial weights of a model: each value is a function of the seed, the parameter's name and the position in it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mom_train.model.language_model import LanguageModel
 
 @torch.no_grad()
 def initialize(model: LanguageModel, seed: int) -> None:
-    """Fill every parameter, sharded or not, from (seed, name): the same model at any world size.
+    """Fills every parameter, sharded or not, from (seed, name), so that the model is the same at any world size.
 
-    Each rank draws one parameter at a time in full and keeps its shard; nothing is communicated.
+    Each rank draws one whole parameter at a time and keeps its shard of it. Nothing is communicated.
     """
     for name, parameter in model.named_parameters():
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
@@ -31,12 +31,12 @@ def initialize(model: LanguageModel, seed: int) -> None:
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:
-    """What Mamba starts from, for each modality alike (fp32, CPU).
+    """The initial value of a parameter as in Mamba, with the same distribution for each modality (fp32, on the CPU).
 
-    Linear maps U(+-1/sqrt(fan_in)), dt_proj U(+-1/sqrt(rank)), dt bias with softplus(bias) log-uniform in
-    [1e-3, 1e-1], A = -(1..N), D = 1, embedding N(0, 0.02), patch_out 0. Maps back into the residual stream are divided
-    by sqrt(number of them), for every modality (the published mixture misses its own out_proj there, whose name does
-    not match). The Transformer is treated alike.
+    Linear maps are U(+-1/sqrt(fan_in)) and dt_proj U(+-1/sqrt(rank)); dt_bias is such that softplus(dt_bias) is
+    log-uniform in [1e-3, 1e-1]; A = -(1..N), D = 1, embedding N(0, 0.02), patch_out 0. Maps back into the residual
+    stream are divided by sqrt(number of them) for every modality. (The published mixture does not do this to its own
+    out_proj, whose name does not match.) The Transformer is treated in the same way.
     """
 
     def uniform(bound: float, size: tuple[int, ...] = shape) -> Tensor:
@@ -70,7 +70,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, genera
     return value
 
 
-# rows of one modality's matrix in each routed projection
+# number of rows of the matrix of one modality, for each routed projection
 _OUTPUTS = {
     "in_proj": lambda c: 2 * c.inner,
     "x_proj": lambda c: c.rank + 2 * c.state,

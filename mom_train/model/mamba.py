@@ -1,4 +1,4 @@
-"""The Mamba-1 block, any of its projections decoupled by modality."""
+"""The Mamba-1 block, in which any of the projections can be decoupled by modality."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from mom_train.ops.scan.selective_scan import selective_scan
 
 @dataclass
 class MambaState:
-    """What a block carries from one chunk of a sequence to the next."""
+    """The state that a block carries from one chunk of a sequence to the next."""
 
     conv_BKD: Tensor
     """The last K-1 inputs of the convolution."""
     ssm_BDN: Tensor
-    """fp32."""
+    """The state of the scan, in fp32."""
 
 
 class MambaMixer(nn.Module):
-    """The Mamba-1 block of the paper's Algorithm 2, any subset of its four projections decoupled.
+    """The inner part of a Mamba-1 block (Algorithm 2 of the paper). Any subset of its four projections can be
+    decoupled.
 
-    conv1d, A and D are shared by all modalities. The time step's bias is added in fp32 on every path.
+    The convolution, A and D are shared by all modalities. The bias of the time step is always added in fp32.
     """
 
     def __init__(self, config: ModelConfig, modalities: int):
@@ -40,18 +41,19 @@ class MambaMixer(nn.Module):
         self.conv_bias = nn.Parameter(torch.empty(D))
         self.x_proj = projection(config, "x_proj", D, R + 2 * N, modalities)
         self.dt_proj = projection(config, "dt_proj", R, D, modalities)
-        # by modality where dt_proj is, also where a router picks its matrix
+        # one per modality if dt_proj is decoupled, even if a router chooses the matrix of dt_proj
         self.dt_bias = nn.Parameter(torch.empty(modalities if "dt_proj" in config.decoupled else 1, D))
         self.A_log = nn.Parameter(torch.empty(D, N))
         self.D = nn.Parameter(torch.empty(D))
         self.out_proj = projection(config, "out_proj", D, config.dim, modalities)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
-        """Rows (T, dim) in row order. A `state` is read, and replaced by the one after these rows."""
+        """Output (T, dim) for rows x (T, dim) in row order. A `state` is read and replaced by the one after these
+        rows."""
         return self.out_proj(self.gated(x_Td, layout, state), layout)
 
     def gated(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
-        """What out_proj reads (T, inner)."""
+        """The input of out_proj (T, inner)."""
         x_TD, z_TD = self.in_proj(x_Td, layout).split(self.inner, dim=1)
         conv_BKD, ssm_BDN = (None, None) if state is None else (state.conv_BKD, state.ssm_BDN)
         context = layout.context
@@ -72,6 +74,7 @@ class MambaMixer(nn.Module):
         return y_TD
 
     def empty_state(self, batch: int) -> MambaState:
+        """The state at the beginning of `batch` sequences."""
         device = self.A_log.device
         return MambaState(
             torch.zeros(batch, self.conv_weight.shape[1] - 1, self.inner, device=device),
@@ -80,7 +83,7 @@ class MambaMixer(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """x + mixer(norm(x)). The norm is shared across modalities, as published, unless `norm` is decoupled."""
+    """x + mixer(norm(x)). All modalities share the norm, as in the published model, unless `norm` is decoupled."""
 
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
@@ -91,7 +94,9 @@ class MambaBlock(nn.Module):
         return x_Td + self.mixer.out_proj(self.gated(x_Td, layout, state), layout)
 
     def gated(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
+        """The input of the mixer's out_proj (T, inner)."""
         return self.mixer.gated(self.norm(x_Td, layout), layout, state)
 
     def empty_state(self, batch: int) -> MambaState:
+        """The state at the beginning of `batch` sequences."""
         return self.mixer.empty_state(batch)

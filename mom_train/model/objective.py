@@ -1,4 +1,4 @@
-"""From a packed batch to what the model is asked: noised pictures, dropped conditions, and the step's mean loss."""
+"""Prepares a packed batch for the model (noised pictures, dropped conditions) and makes the mean loss of a step."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from mom_train.ops.layout import RowLayout
 
 @dataclass(frozen=True)
 class Counts:
-    """What a loss is divided by, over a whole optimiser step (all ranks, all micro-batches)."""
+    """The counts that losses are divided by, over a whole optimiser step (all ranks, all micro-batches)."""
 
     targets_M: Tensor
-    """Targets of the cross-entropy by modality, int64 on the CPU."""
+    """Number of targets of the cross-entropy by modality, int64 on the CPU."""
     patches: int
-    """Latent patches."""
+    """Number of latent patches."""
     positions: int
-    """Rows of the network, padding included."""
+    """Number of positions, including padding."""
 
     def objective(self, losses: Losses, config: ObjectiveConfig) -> Tensor:
-        """Chameleon: the mean cross-entropy. Transfusion: the same plus lambda times the mean squared error.
+        """The loss of this rank: the mean cross-entropy (Chameleon), plus lambda times the mean squared error of
+        pictures (Transfusion).
 
-        Each rank holds its own sums, so the ranks' gradients add up to the gradient of the means. Where there are
-        routers, their load-balance loss is added; it alone depends on how the step is dealt to ranks and micro-batches.
+        `losses` are the sums of this rank, so the gradients of the ranks add up to the gradient of the means. If there
+        are routers, their load-balance loss is added. It alone depends on how the step is divided into ranks and
+        micro-batches.
         """
         loss = losses.tokens / max(1, int(self.targets_M.sum()))
         loss = loss + config.load_balance * losses.balance / self.positions
@@ -45,10 +47,10 @@ class Counts:
 
 
 def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenDataset]) -> DiffusionConfig | None:
-    """The config with a scale and shift in place of null: those that the datasets' manifests record.
+    """The config in which null for scale and shift is replaced by the values in the manifests of the datasets.
 
-    Raises ValueError where the datasets hold latents of another width than `patch_width`, latents that differ in
-    scale or shift, or latents at all and there is no diffusion.
+    Raises UserError if datasets hold latents of another width than `patch_width`, latents that differ in scale or
+    shift, or latents although there is no diffusion.
     """
     found: dict[tuple[float, float], TokenDataset] = {}
     for dataset in datasets:
@@ -87,6 +89,7 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
 def row_layout(
     batch: PackedBatch, diffusion: DiffusionConfig | None, past_B: Tensor | None = None, context: Context | None = None
 ) -> RowLayout:
+    """The layout of a batch. With `diffusion`, it also says which picture each latent patch belongs to."""
     picture_BL = None
     if diffusion is not None:
         picture_BL = torch.full_like(batch.document, -1)
@@ -96,10 +99,11 @@ def row_layout(
 
 
 def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> NoisedPatches:
-    """Each picture at a timestep and with noise that (seed, its sequence, its place there) decide; on the CPU.
+    """The patches of all pictures with noise, on the CPU.
 
-    Patches that hold means and log-variances, [mu | log s^2], are drawn from first: mu + s * eta, eta ~ N(0, 1).
-    `seed` is the run's for training; validation has its own, so that its noise is the same each time.
+    The timestep and noise of a picture follow from the seed, its sequence and its number in it. If patches hold means
+    and log-variances, [mu | log s^2], values are first drawn from them: mu + s * eta with eta ~ N(0, 1). `seed` is that
+    of the run in training; validation has its own, so that its noise is the same every time.
     """
     pictures = _pictures(batch)
     W = config.patch_width
@@ -123,8 +127,10 @@ def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> No
 
 
 def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, vocab: VocabLayout) -> PackedBatch:
-    """For a share of pictures, take the condition out of what stands before them in their document, without loss
-    there: the unconditional half of classifier-free guidance. `without_condition` says what remains."""
+    """Removes the condition of a share of the pictures, to train the unconditional pass of classifier-free guidance.
+
+    In the document of such a picture, `without_condition` says what remains before it. Nothing there has a loss.
+    """
     if not config.condition_dropout:
         return batch
     tokens, labels = batch.tokens.clone(), batch.labels.clone()
@@ -142,7 +148,7 @@ def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, voca
 
 
 def _pictures(batch: PackedBatch) -> list[tuple[int, int, bool, int]]:
-    """(sequence, number within it, whether it leads its text, patches) of every picture."""
+    """For every picture: (sequence, number within it, whether text follows it in its document, number of patches)."""
     L = batch.tokens.shape[1]
     counts = torch.bincount(batch.image_of_patch, minlength=len(batch.image_leads)).tolist()
     rows = (batch.latent_position // L).tolist()

@@ -1,4 +1,4 @@
-"""Parameters chosen by modality or by a learned router: linear maps and norms."""
+"""Linear maps and norms whose parameters are chosen by the modality of the token or by a learned router."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mom_train.ops.routing.modality_linear import modality_linear
 
 
 class Projection(nn.Module):
-    """A linear map without bias, shared or with one matrix per modality.
+    """A linear map without bias that is shared by all modalities or has one matrix per modality.
 
-    The weight is one 2-D parameter [modalities * out, in], so that FSDP2 shards it evenly and a rank without a
-    modality still has its gradient.
+    The weight is one 2-D parameter [modalities * out, in], so that FSDP2 shards it evenly, and a rank that has no
+    tokens of a modality still has a gradient for its matrix.
     """
 
     def __init__(self, inputs: int, outputs: int, modalities: int):
@@ -30,11 +30,12 @@ class Projection(nn.Module):
 
 
 class RoutedProjection(nn.Module):
-    """A linear map whose matrix a learned router picks for each token: top-1, scaled by its probability (Switch
-    Transformer, arXiv 2101.03961).
+    """A linear map whose matrix a learned router chooses for each token.
 
-    `experts` matrices per modality. A token chooses among those of its own modality, or, with `among_all`, among all:
-    the learned counterpart of the paper's rule. After `forward`, `balance` holds the load-balance loss times T.
+    The router takes the most probable matrix and scales the output by its probability (Switch Transformer, arXiv
+    2101.03961). There are `experts` matrices per modality. A token chooses among those of its own modality or, with
+    `among_all`, among all, which is the learned counterpart of the paper's rule. After `forward`, `balance` is the
+    load-balance loss times T.
     """
 
     balance: Tensor
@@ -49,7 +50,7 @@ class RoutedProjection(nn.Module):
         T, M, E = x_TK.shape[0], self.modalities, self.experts
         sizes = layout.offsets[1:] - layout.offsets[:-1]
         logits_Tn = F.linear(x_TK.float(), self.router.float())
-        group_M = torch.full((M,), float(T))  # how many tokens may choose each modality's experts
+        group_M = torch.full((M,), float(T))  # number of tokens that may choose the experts of each modality
         if not self.among_all:
             modality_T = torch.arange(M).repeat_interleave(sizes).to(x_TK.device)
             foreign = torch.arange(M * E, device=x_TK.device) // E != modality_T[:, None]
@@ -60,7 +61,7 @@ class RoutedProjection(nn.Module):
         order_T = expert_T.argsort(stable=True)
         count_n = torch.bincount(expert_T, minlength=M * E)
         offsets = torch.zeros(M * E + 1, dtype=torch.int64)
-        offsets[1:] = count_n.cumsum(0).cpu()  # a host sync per projection: the price of a choice made on the device
+        offsets[1:] = count_n.cumsum(0).cpu()  # waits for the device, where the choice is made
         y_TO = modality_linear(x_TK[order_T], self.weight, offsets)[order_T.argsort()]
         choices = M * E if self.among_all else E
         group_n = group_M.repeat_interleave(E).clamp_min(1).to(x_TK.device)
@@ -69,7 +70,7 @@ class RoutedProjection(nn.Module):
 
 
 def projection(config: ModelConfig, part: str, inputs: int, outputs: int, modalities: int) -> nn.Module:
-    """The linear map of `part`: shared, chosen by modality, or chosen by a router."""
+    """The linear map of `part`, whose matrix is shared, chosen by modality, or chosen by a router, as `config` says."""
     if part not in config.decoupled:
         return Projection(inputs, outputs, 1)
     if config.router == "rule" and config.experts == 1:
@@ -78,7 +79,7 @@ def projection(config: ModelConfig, part: str, inputs: int, outputs: int, modali
 
 
 class Norm(nn.Module):
-    """RMSNorm, its scale shared or one per modality (weight [modalities * dim])."""
+    """RMSNorm with a scale that is shared or separate for each modality (weight [modalities * dim])."""
 
     def __init__(self, dim: int, modalities: int, eps: float):
         super().__init__()

@@ -1,4 +1,4 @@
-"""FSDP2: which parts of the model are gathered together, and how their gradients are summed."""
+"""Sharding with FSDP2: which parts of the model are gathered together, and how their gradients are summed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mom_train.model.language_model import LanguageModel
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False, cpu_offload: bool = False) -> LanguageModel:
-    """FSDP2: one unit per block, one each for embeddings and heads. `compiled` blocks go through torch.compile first;
-    the kernels are opaque operators to it.
+    """Shards the model over `mesh` with FSDP2, in one unit per block and one for each embedding and head. Returns it.
 
+    With `compiled`, each block is first compiled with torch.compile, to which our kernels are opaque operators.
     Gradients are summed over ranks, not averaged: the loss is divided by the global count of targets before the
-    backward pass, so the sum is the gradient of the global mean whatever each rank holds.
+    backward pass, so the sum is the gradient of the global mean, however the targets are distributed over ranks.
     """
     if compiled:
         for block in model.blocks:

@@ -1,1 +1,1 @@
-"""What changes the weights: the optimiser, its learning rate, and the average of the weights."""
+"""The optimiser, its learning rate, and the moving average of the weights."""

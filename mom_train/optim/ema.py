@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, sharded as they are."""
+"""An exponential moving average of the weights, sharded in the same way as they are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch.distributed.tensor import DTensor
 
 
 class Ema:
-    """`average` holds a tensor beside each parameter, of its type, shape and placement. Each rank averages what it
-    holds; nothing is communicated."""
+    """The moving average of the weights of a model.
+
+    `average` has a tensor for each parameter, with its type, shape and placement. Each rank averages its own shard, and
+    nothing is communicated.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self._parameters = dict(model.named_parameters())
@@ -22,19 +25,21 @@ class Ema:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """From the weights as they are."""
+        """Sets the average to the current weights."""
         torch._foreach_copy_(_local(self.average), _local(self._parameters))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimiser step `step` (from 1): average += (1 - d)(weights - average), where d grows to `decay` as
-        (1 + step) / (10 + step), so that the initial weights are soon forgotten."""
+        """Updates the average after optimiser step `step`, counted from 1: average += (1 - d)(weights - average).
+
+        d is min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(_local(self.average), _local(self._parameters), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the averages inside, and with its own weights again after."""
+        """A context in which the model computes with the averages. After it, the model has its own weights again."""
         own = [p.detach().clone() for p in _local(self._parameters)]
         self._fill(_local(self.average))
         try:
@@ -46,7 +51,7 @@ class Ema:
     def _fill(self, values: list[Tensor]) -> None:
         for unit in self._model.modules():
             if isinstance(unit, FSDPModule):
-                unit.reshard()  # a unit that stays gathered after a forward pass would compute with the old values
+                unit.reshard()  # a unit that is still gathered after a forward pass would compute with the old values
         torch._foreach_copy_(_local(self._parameters), values)
 
 

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate."""
+"""The optimiser AdamW and its learning rate."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 from mom_train.config.run import OptimizerConfig
 
-_NO_DECAY = ("A_log", ".D", "bias", "norm.weight")  # patch and time biases among them
+_NO_DECAY = ("A_log", ".D", "bias", "norm.weight")  # these include the biases of patches and timesteps
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only, as Mamba trains.
+    """Makes a fused AdamW with weight decay on matrices only, as in the training of Mamba.
 
-    A modality that no rank saw in a step has zero gradients, like any unused weight: AdamW still decays it and lets
-    its momentum run out. Nothing is skipped, because skipping would have to be decided by all ranks.
+    The weights of a modality that no rank had in a step get zero gradients, like any unused weight. AdamW still decays
+    them and lets their momentum fade. They are not skipped, because all ranks would have to agree on that.
     """
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
@@ -27,8 +27,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of optimiser step `step` of 0 to steps - 1: linear warm-up to the peak, then half a cosine, whose first step
-    has the peak and whose last, steps - 1, has exactly `final_fraction` of it."""
+    """The learning rate of optimiser step `step`, counted from 0 to steps - 1.
+
+    It rises linearly to its peak during the warm-up and then falls along half a cosine. The first step after the
+    warm-up has the peak, and the last step has exactly `final_fraction` of it.
+    """
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     if config.schedule == "constant":
