@@ -1,1 +1,1 @@
-"""What a config costs, computed from the config alone: FLOPs, memory, time of a step. Nothing here imports torch."""
+"""Predicts the costs of a run from its config: FLOPs, memory, time of a step. Only `step_time.units` imports torch."""

@@ -1,12 +1,13 @@
-"""FLOPs and parameters of a model, counted from its config: what is needed, not what is spent.
+"""Counts the FLOPs and parameters of a model from its config. FLOPs are those that the model needs, without
+recomputation.
 
-A routed projection counts once per token, whatever the number of modalities. Padding counts nothing: callers
-multiply by real tokens. The scan counts 9 operations per channel and state (the convention of Mamba's authors,
-state-spaces/mamba issue 110) and 2 per channel for the skip and the gate. Norms, softmax, RoPE and the other
-activations are left out, as in everybody's figures.
+A decoupled projection counts once per token, whatever the number of modalities. Padding is not counted: callers
+multiply by the number of real tokens. The scan counts 9 operations per channel and state (the convention of Mamba's
+authors, state-spaces/mamba issue 110) and 2 per channel for the skip and the gate. Norms, softmax, RoPE and the other
+activations are left out, as is usual.
 
 Letters: d = dim, D = inner, N = state, R = rank, K = conv, h = feed_forward, L = sequence length, V = vocabulary,
-p = patch width, M = modalities. A multiply-add is two FLOPs.
+p = patch width, M = modalities. A multiplication with an addition is two FLOPs.
 """
 
 from __future__ import annotations
@@ -14,25 +15,27 @@ from __future__ import annotations
 from mom_train.config.model import ModelConfig
 from mom_train.config.run import RunConfig
 
-# A backward pass costs twice a forward one; recomputation is not counted.
+# The backward pass costs twice as much as the forward pass. Recomputation is not counted.
 TRAINING_FACTOR = 3
 TIME_FREQUENCIES = 256
-"""Width of the sinusoid that the diffusion timestep's MLP reads."""
+"""Number of sines and cosines that the MLP of the diffusion timestep reads."""
 
 
 def forward_flops_per_token(
     config: ModelConfig, vocabulary: int, sequence_length: int | None = None, patch_width: int | None = None
 ) -> dict[str, int]:
-    """Part of the model -> floating-point operations per token in the forward pass.
+    """FLOPs per token in the forward pass, for each part of the model.
 
-    A Mamba block: in_proj 4dD, conv 2KD, x_proj 2D(R + 2N), dt_proj 2RD, scan 9DN + 2D, out_proj 2Dd. A Transformer
-    block: q, k, v, o 8d^2, scores and values 2Ld, feed-forward 6dh; `sequence_length` is needed for it, as position t
-    of a causal row attends to t positions, L / 2 on average, at 4d each. Rows packed with several documents need
-    less, and the patches of one picture, which see each other both ways, a little more; neither is counted.
+    A Mamba block: in_proj 4dD, conv 2KD, x_proj 2D(R + 2N), dt_proj 2RD, scan 9DN + 2D, out_proj 2Dd.
 
-    A discrete token ends in the head, 2dV. With `patch_width` the token is a patch of a continuous picture, which has
-    patch_in and patch_out, 2pd each, in its place. The timestep's MLP runs once per picture, 2(256d + d^2): at 256
-    patches a picture that is under 0.003 % of a patch's FLOPs at every size here, and it is not counted.
+    A Transformer block: q, k, v, o 8d^2, scores and values 2Ld, feed-forward 6dh. It needs `sequence_length`, because
+    position t of a causal row attends to t positions, which is L / 2 on average, at 4d each. Rows with several
+    documents need less, and the patches of a picture, which attend to each other in both directions, a little more.
+    Neither is counted.
+
+    A discrete token needs the head, 2dV. With `patch_width`, the token is a patch of a continuous picture and needs
+    patch_in and patch_out, 2pd each, instead. The MLP of the timestep runs once per picture, 2(256d + d^2). With 256
+    patches per picture, this is less than 0.003 % of a patch's FLOPs at every size here, and it is not counted.
 
     Raises ValueError for a transformer without a sequence length.
     """
@@ -63,7 +66,7 @@ def forward_flops_per_token(
 def training_flops_per_token(
     config: ModelConfig, vocabulary: int, sequence_length: int | None = None, patch_width: int | None = None
 ) -> int:
-    """Forward and backward pass of one token; arguments and errors as `forward_flops_per_token`."""
+    """FLOPs of one token in the forward and backward pass. Arguments and errors are as in `forward_flops_per_token`."""
     return TRAINING_FACTOR * sum(forward_flops_per_token(config, vocabulary, sequence_length, patch_width).values())
 
 
@@ -78,11 +81,11 @@ def training_flops(config: RunConfig, tokens: int, patches: int) -> int:
 def parameters(
     config: ModelConfig, vocabulary: int, modalities: int = 1, patch_width: int | None = None
 ) -> dict[str, int]:
-    """Part of the model -> its number of parameters, all `modalities` together. Parts that it lacks are left out.
+    """Number of parameters of each part of the model, for all `modalities` together. Parts that it lacks are left out.
 
-    `vocabulary` is padded, as VocabLayout.size. `patch_width` adds the diffusion adapters: patch_in (p + 1)d, the
-    timestep's MLP 257d + (d + 1)d, patch_out (d + 1)p. Decoupled dt_proj brings its bias, `norm` the final norm too;
-    learned routers count with the projection they serve.
+    `vocabulary` includes padding, as VocabLayout.size does. `patch_width` adds the diffusion adapters: patch_in (p +
+    1)d, the MLP of the timestep 257d + (d + 1)d, and patch_out (d + 1)p. If dt_proj is decoupled, so is its bias; if
+    `norm` is, so is the final norm. Learned routers are counted with their projection.
     """
     d, D, N, R, K, h = config.dim, config.inner, config.state, config.rank, config.conv, config.feed_forward
 
@@ -92,7 +95,8 @@ def parameters(
         return modalities if part in config.decoupled else 1
 
     def matrices(part: str, *inputs_and_sizes: tuple[int, int]) -> int:
-        """Matrices of `part`, given the input width and size of each, and their routers."""
+        """Number of parameters in the matrices of `part`, given the input width and size of each, and in their
+        routers."""
         n = copies(part) * (config.experts if part in config.decoupled else 1)
         routers = sum(n * inputs for inputs, _ in inputs_and_sizes) if routed and part in config.decoupled else 0
         return n * sum(size for _, size in inputs_and_sizes) + routers
@@ -127,5 +131,5 @@ def parameters(
 
 
 def active_parameters(config: ModelConfig, vocabulary: int, patch_width: int | None = None) -> dict[str, int]:
-    """The `parameters` that one token uses: one modality, one expert. They are the dense model's total."""
+    """Number of parameters that one token uses, with one modality and one expert: those of the dense model."""
     return parameters(config.model_copy(update={"experts": 1, "router": "rule"}), vocabulary, 1, patch_width)

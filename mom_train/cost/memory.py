@@ -1,12 +1,14 @@
-"""Memory of a training step on each rank, predicted from the config: nothing is built and torch is not imported.
+"""Predicts the memory of a training step on each rank from the config, without building a model or importing torch.
 
-A step's memory has few moments where it can be highest: the head's forward pass, when every block's activations are
-kept and the logits are made; the backward pass of the last block, when they are still kept, and of the first, when
-nearly all gradients are there; the embedding's, whose gradient is dense; and the optimiser's update. The peak is the
-largest of their sums. Each follows from what FSDP2 and autograd hold there, counted in bytes.
+There are few moments in a step at which memory can be highest: the forward pass of the head, when the activations of
+all blocks are kept and the logits are made; the backward pass of the last block, when these are still kept; that of the
+first block, when nearly all gradients are there; that of the embedding, whose gradient is dense; and the update by the
+optimiser. The prediction is the largest of the sums at these moments. Each sum follows from what FSDP2 and autograd
+hold then, counted in bytes.
 
-Letters as in flops.py, and n = parameters, u = those of a block, T = rows of a micro-batch (B x L), S = ranks that
-share one copy of the model, e = bytes of a matmul's operands (4, or 2 in bf16), C = logits alive at a time.
+Letters are as in flops.py. In addition, n = parameters, u = parameters of a block, T = rows of a micro-batch (B x L),
+S = ranks that share one copy of the model, e = bytes of an operand of a matrix product (4, or 2 in bf16), C = logits in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ from mom_train.cost.flops import parameters
 
 _FP32 = 4
 _SCAN_CHUNK = 32  # the scan keeps one state per so many positions (the C backend's; longer chunks keep less)
-_SCAN_CHANNELS = 256  # gradients of B and C are summed over channels in ranges of so many
+_SCAN_CHANNELS = 256  # gradients of B and C are summed over channels in ranges of this many
 _CHUNK_LOGITS = 1 << 24  # at least, as mom_train/model/cross_entropy.py
 Device = Literal["cuda", "cpu"]
 
 
 def block_activation_bytes(config: ModelConfig, element: int) -> int:
-    """Bytes per token that one block keeps for its backward pass; `element` is the bytes of a matmul's operands.
+    """Bytes per token that one block keeps for its backward pass. `element` is e, the bytes of an operand.
 
-    Mamba: 8d for the norm (the fp32 residual and its normalised form; a fused CUDA norm keeps the first alone),
-    e (d + 5D + R + 2N) for in_proj's input and output, conv, x_proj, dt_proj and the scan's output, and 4DN / chunk for
-    the scan's states. Transformer: 16d for two norms, e (9d + 4h) for q, k and v before and after RoPE, attention's
-    output in both orders, the inputs, and SwiGLU's four; 4 bytes a head for the softmax.
+    Mamba: 8d for the norm (the fp32 residual and its normalised form; a fused CUDA norm keeps only the first),
+    e (d + 5D + R + 2N) for the input and output of in_proj, conv, x_proj, dt_proj and the output of the scan, and
+    4DN / chunk for the states of the scan.
+
+    Transformer: 16d for two norms; e (9d + 4h) for q, k and v before and after RoPE, the output of attention in both
+    orders, the inputs, and the four tensors of SwiGLU; and 4 bytes per head for the softmax.
     """
     d, D, N, R = config.dim, config.inner, config.state, config.rank
     if config.architecture == "transformer":
@@ -41,10 +45,10 @@ def block_activation_bytes(config: ModelConfig, element: int) -> int:
 
 
 def selective_activation_bytes(config: ModelConfig, element: int) -> int:
-    """The same with selective checkpointing: 4d for the fp32 residual, and what is dear to compute again.
+    """The same with selective checkpointing: 4d for the fp32 residual, and results that are expensive to recompute.
 
-    Mamba: outputs of in_proj, x_proj and scan, e (3D + R + 2N), and the scan's states. Transformer: outputs of all
-    products and of attention, e (6d + 2h), and the softmax's.
+    Mamba: the outputs of in_proj, x_proj and scan, e (3D + R + 2N), and the states of the scan. Transformer: the
+    outputs of all products and of attention, e (6d + 2h), and those of the softmax.
     """
     d, D, N, R = config.dim, config.inner, config.state, config.rank
     if config.architecture == "transformer":
@@ -54,11 +58,11 @@ def selective_activation_bytes(config: ModelConfig, element: int) -> int:
 
 
 def block_backward_bytes(config: ModelConfig, element: int) -> int:
-    """Bytes per token that one block's backward pass needs at most beside what was kept.
+    """Largest number of bytes per token that the backward pass of a block needs in addition to what was kept.
 
-    Mamba, in the scan: 4d for the residual's gradient, eD for the output's, 12D fp32 gradients of x, dt and z, those of
-    B and C for each range of channels; in bf16 the inputs again in fp32 (16D). Transformer, in SwiGLU: 8d for the
-    residual's gradient and the branch's, 2eh for gate and up.
+    Mamba needs most in the scan: 4d for the gradient of the residual, eD for that of the output, 12D for fp32 gradients
+    of x, dt and z, those of B and C for each range of channels, and in bf16 the inputs again in fp32 (16D + 8N).
+    Transformer needs most in SwiGLU: 8d for the gradients of the residual and of the branch, 2eh for gate and up.
     """
     d, D, N = config.dim, config.inner, config.state
     if config.architecture == "transformer":
@@ -68,32 +72,35 @@ def block_backward_bytes(config: ModelConfig, element: int) -> int:
 
 
 def _head_forward(tokens: int, dim: int, vocabulary: int, element: int) -> int:
-    """Workspace of the head's forward pass, which makes its gradients too: the weight's gradient 4Vd and one chunk's
-    part of it, 4Vd, beside the chunk's logits, 4C. In bf16 also the weight's copy 2Vd, the part's 2Vd, and the
-    logits' 2C."""
+    """Bytes of workspace in the forward pass of the head, which also computes its gradients.
+
+    These are the gradient of the weight, 4Vd, the part of it from one chunk, 4Vd, and the logits of the chunk, 4C. In
+    bf16 there are also bf16 copies of the weight, 2Vd, of the part, 2Vd, and of the logits, 2C.
+    """
     weight = vocabulary * dim
     logits = min(tokens, max(1, _CHUNK_LOGITS // vocabulary, dim)) * vocabulary
     return 8 * weight + 4 * logits if element == _FP32 else 12 * weight + 6 * logits
 
 
 def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, Any]:
-    """Predicted bytes on each of `ranks` ranks at the highest moment of a step, without, with, and with selective
-    activation checkpointing; `chosen` is the config's.
+    """Predicted bytes on each of `ranks` ranks at the moment of a step when memory is highest.
 
-    parameters, gradients, optimizer, ema   4, 4, 8 and 4 bytes x n / S; with accumulation gradients are whole, 4n, from
-                    the first micro-batch until the last one's backward pass reaches their unit. With
-                    parallel.cpu_offload they are `host` instead, but for whole gradients
-    units           what FSDP2 has of whole units: fp32 weights, the buffer they were gathered in (S > 1), a prefetched
-                    unit, gradients being made, and those on their way to be summed
-    weight_casts    bf16 copies of the linear maps, which autograd keeps from forward to backward, unsharded; with
-                    checkpointing those of one block (selective: and Mamba's out_proj of every block)
-    activations     T x what is kept for each: `block_activation_bytes` of every block; with checkpointing every block's
-                    fp32 input, or `selective_activation_bytes`, and one block's. Final norm and head keep 8d + 2ed (in
-                    bf16 4d more) in all; a dense attention mask (CPU) is there once
-    workspace       `block_backward_bytes`, or what the head's loss needs, or the update's norms
+    There are predictions without, with, and with selective activation checkpointing; `chosen` names the one that the
+    config chooses. Each is divided by use:
 
-    Not included: the allocator's fragmentation, NCCL's buffers, routers' copies, the batch itself.
-    Raises ValueError where the ranks cannot share the work as the config says.
+    parameters, gradients, optimizer, ema   4, 4, 8 and 4 bytes x n / S. With accumulation, gradients are whole, 4n,
+    from the first micro-batch until the backward pass of the last one reaches their unit. With parallel.cpu_offload all
+    of these are counted in `host` instead, except whole gradients. units           whole units that FSDP2 holds: fp32
+    weights, the buffer they were gathered in (S > 1), a prefetched unit, gradients being computed, and those waiting to
+    be summed weight_casts    bf16 copies of the linear maps, unsharded, which autograd keeps from forward to backward
+    pass. With checkpointing, only those of one block (selective: also the out_proj of every Mamba block). activations
+    T x the bytes kept per token: `block_activation_bytes` of every block. With checkpointing, the fp32 input of every
+    block or `selective_activation_bytes`, and the activations of one block. Final norm and head keep 8d + 2ed together
+    (in bf16 4d more). A dense attention mask (CPU) is there once. workspace       `block_backward_bytes`, or what the
+    loss of the head needs, or the norms of the update
+
+    Not included are fragmentation of the allocator, buffers of NCCL, copies by routers, and the batch itself.
+    Raises UserError if the ranks cannot share the work as the config says.
     """
     shard_ranks = config.parallel.shard_ranks or ranks
     if ranks % shard_ranks:
@@ -116,17 +123,17 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     model, diffusion = config.model, config.objective.diffusion
     d, blocks, vocabulary, L = model.dim, model.blocks, config.layout.size, config.data.sequence_length
     counts = parameters(model, vocabulary, len(config.layout.modalities), diffusion.patch_width if diffusion else None)
-    n, ends = sum(counts.values()), counts["embedding"]  # as many in the head
+    n, ends = sum(counts.values()), counts["embedding"]  # the head has as many
     block = (n - 2 * ends - counts.get("adapters", 0)) // blocks
     element = 2 if config.training.precision == "bf16" else _FP32
     linear = sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
     casts = 2 * linear if element == 2 else 0
     T = config.training.micro_batch * L // config.parallel.context_ranks
     accumulates, offload = config.accumulation(ranks) > 1, config.parallel.cpu_offload
-    gathered = _FP32 * (2 if S > 1 else 1)  # a whole unit's bytes per weight, with the buffer it came in
+    gathered = _FP32 * (2 if S > 1 else 1)  # bytes per weight of a whole unit, with the buffer it was gathered in
 
     whole_block = block_activation_bytes(model, element)
-    if config.parallel.context_ranks > 1:  # the first scan's states, and the time steps that it sums
+    if config.parallel.context_ranks > 1:  # the states of the first scan, and the time steps that it sums
         whole_block += _FP32 * model.inner + _FP32 * model.inner * model.state // _SCAN_CHUNK
     kept = {
         False: whole_block,
@@ -142,7 +149,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
         return len(config.layout.modalities) * model.experts if part in model.decoupled else 1
 
     def at(done: int, units: int, weight_casts: int, per_token: int, workspace: int) -> dict[str, int]:
-        """Of a moment when the gradients of `done` parameters have been summed over the ranks."""
+        """Bytes by use at a moment when the gradients of `done` parameters have been summed over the ranks."""
         whole = _FP32 * (n - done) if accumulates else 0
         states = {
             "parameters": _FP32 * n // S,
@@ -160,13 +167,13 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     if recompute:
         outside = model.architecture == "mamba" and recompute == "selective"
         all_of_them = 2 * blocks * copies("out_proj") * model.inner * d if outside and casts else 0
-    # of the block that the backward pass is at: all of it, beside its input where it is computed again
+    # activations of the block that the backward pass is at, and its input if they are recomputed from it
     recomputed, recomputed_input = {
         False: (0, 0),
         True: (whole_block, _FP32 * d),
         "selective": (whole_block - kept + _FP32 * d, _FP32 * d),
     }[recompute]
-    unit = 2 * _FP32 * block  # its weights and its gradients; then come the one on its way and the one fetched ahead
+    unit = 2 * _FP32 * block  # weights and gradients of a block; units being summed or prefetched are added below
     ahead = _FP32 if S > 1 else 0
     if model.architecture == "transformer":
         largest = max(3 * d * d * copies("attention"), 2 * d * model.feed_forward * copies("feed_forward"))

@@ -1,4 +1,4 @@
-"""Time of a training step on a cluster, predicted from the config: computation, and what ranks send each other."""
+"""Predicts the time of a training step on a cluster from the config: computation and communication between ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from mom_train.cost.memory import memory
 
 @dataclass(frozen=True)
 class Gpu:
+    """Peak figures of one GPU."""
+
     bf16_flops: float
-    """Dense, per second (NVIDIA's data sheets)."""
+    """Dense bf16 FLOPs per second (NVIDIA's data sheets)."""
     memory: float
-    """Bytes."""
+    """Bytes of memory."""
     nvlink: float
     """Bytes per second and direction to the other GPUs of a node."""
 
@@ -31,7 +33,7 @@ GPUS = {
 }
 
 
-# Between nodes: nominal bytes per second and direction of one node, all its adapters together.
+# Nominal bytes per second and direction between one node and the others, over all its adapters together.
 INTERCONNECTS = {
     "infiniband-ndr": 8 * 400e9 / 8,  # eight adapters of 400 Gb/s, one for each GPU
     "infiniband-hdr": 8 * 200e9 / 8,
@@ -42,16 +44,17 @@ INTERCONNECTS = {
 
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP2 gathers and sums at a time."""
+    """A part of the model that FSDP2 gathers and sums at a time."""
 
     name: str
     padded: int
-    """Parameters, each padded to a multiple of the ranks that share it in its first dimension."""
+    """Number of parameters, each padded in its first dimension to a multiple of the ranks that share it."""
     tensors: int
+    """Number of parameter tensors."""
 
 
 def shared_by(config: RunConfig, ranks: int) -> int:
-    """S, the ranks that share one copy of the model. Raises ValueError where they cannot."""
+    """S, the number of ranks that share one copy of the model. Raises UserError if the ranks cannot be divided so."""
     S = config.parallel.shard_ranks or ranks
     if ranks % S:
         raise UserError(f"parallel.shard_ranks={S} does not divide the {ranks} ranks")
@@ -61,7 +64,7 @@ def shared_by(config: RunConfig, ranks: int) -> int:
 
 
 def units(config: RunConfig, shard_ranks: int) -> list[Unit]:
-    """The units of `shard` in the order of the forward pass; the last is what is left to the root."""
+    """The units that `shard` makes, in the order of the forward pass. The last one has the remaining parameters."""
     import torch
 
     from mom_train.model.language_model import build_model
@@ -84,16 +87,18 @@ def units(config: RunConfig, shard_ranks: int) -> list[Unit]:
 
 
 def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[str, Any]:
-    """Bytes of a step's collectives on one rank; checkpoints, logging and validation are left out. `every` is `units`'.
+    """Bytes that one rank exchanges in a step, by kind of collective operation. `every` are the units of the model.
 
-    payload   by collective, the size of the whole tensor: an all-gather's output, a reduce-scatter's input
-    sent      what a ring sends for it: (S - 1) / S of the payload, twice that for all-reduces
-    calls     how many collectives
+    payload   size of the whole tensor: the output of an all-gather, the input of a reduce-scatter
+    sent      what a ring sends for it: (S - 1) / S of the payload, and twice that for an all-reduce
+    calls     number of collective operations
 
-    Per micro-batch every unit is gathered for the forward and again for the backward pass, but the root's, which stay.
-    Gradients are summed with the last micro-batch: among the ranks that share a copy, and with parallel.shard_ranks
-    then among the copies. All in fp32. `small` is what the ranks agree on before and after a step: counts, loss sums,
-    one norm per parameter. Raises ValueError where the ranks cannot share the work as the config says.
+    In each micro-batch, every unit is gathered for the forward pass and again for the backward pass, except the root,
+    which stays gathered. Gradients are summed in the last micro-batch: among the ranks that share a copy and then, with
+    parallel.shard_ranks, among the copies. All of this is in fp32. `small` is what the ranks agree on before and after
+    a step: counts, loss sums, one norm per parameter. Checkpoints, logging and validation are left out.
+
+    Raises UserError if the ranks cannot share the work as the config says.
     """
     accumulation = config.accumulation(ranks)
     S = shared_by(config, ranks)
@@ -121,27 +126,32 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
 
 @dataclass(frozen=True)
 class Assumptions:
+    """Assumptions of a prediction that do not follow from the config or from data sheets."""
+
     mfu: float
-    """Of the GPU's dense bf16 peak, while it computes; what waiting for the network costs comes on top."""
+    """Share of the GPU's dense bf16 peak that is reached while it computes, without waiting for the network."""
     efficiency: float
-    """Of the nominal bandwidths that a collective reaches."""
+    """Share of the nominal bandwidths that collective operations reach."""
     latency: float
-    """Seconds per doubling of a collective's ranks, between nodes; a quarter of it inside one."""
+    """Seconds per doubling of the ranks of a collective operation between nodes; inside a node, a quarter of it."""
     patch_share: float
-    """Of tokens that are latent patches, where there are any."""
+    """Share of tokens that are latent patches, if the model has any."""
     price: float | None
-    """Of a GPU's hour."""
+    """Price of one hour of one GPU, or None."""
 
 
 class Cluster:
-    """`nodes` of `gpus` GPUs: seconds of collectives among its ranks. Bandwidths in bytes per second."""
+    """A cluster of `nodes` nodes with `gpus` GPUs each. `network` is in bytes per second and node."""
 
     def __init__(self, gpu: Gpu, nodes: int, gpus: int, network: float, assumed: Assumptions):
         self.gpu, self.nodes, self.gpus, self.network, self.assumed = gpu, nodes, gpus, network, assumed
 
     def collective(self, payload: float, ranks: int, apart: bool, share: float = 1.0) -> float:
-        """A ring's all-gather or reduce-scatter among `ranks`, of which some are `apart` on other nodes, where each
-        ring has `share` of a node's network; an all-reduce takes both, one after the other."""
+        """Seconds of an all-gather or a reduce-scatter of `payload` bytes in a ring of `ranks` ranks.
+
+        An all-reduce takes both, one after the other. `apart` says whether some of the ranks are on different nodes;
+        the ring then has `share` of the network of a node.
+        """
         if ranks == 1:
             return 0.0
         bandwidth = min(self.gpu.nvlink, self.network * share) if apart else self.gpu.nvlink
@@ -150,8 +160,11 @@ class Cluster:
 
 
 def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dict[str, float]:
-    """Seconds of a step: computing, communicating, how much of the latter is exposed (the module says how); at_peak are
-    those that the model's FLOPs would take at the GPU's peak."""
+    """Predicted seconds of a step.
+
+    They are `computing`, `communicating`, `exposed` (communication during which the GPU cannot compute) and `at_peak`
+    (the time for the FLOPs of the model at the peak of the GPU).
+    """
     ranks = cluster.nodes * cluster.gpus
     S, accumulation = shared_by(config, ranks), config.accumulation(ranks)
     copies, assumed = ranks // S, cluster.assumed
@@ -167,12 +180,12 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
     block = tokens * sum(flops.values()) / model.blocks / speed
     forward = {unit.name: block if unit.name.startswith("blocks.") else 0.0 for unit in every}
     forward["head"] = tokens * head / speed
-    again = 1 if config.training.activation_checkpointing is True else 0  # selective computes only what is cheap again
+    again = 1 if config.training.activation_checkpointing is True else 0  # selective recomputes only what is cheap
     backward = {name: seconds * (2 + (again if name != "head" else 0)) for name, seconds in forward.items()}
 
     apart = cluster.gpus % S != 0
     gather = {unit.name: cluster.collective(4 * unit.padded, S, apart) for unit in every}
-    # every rank of a node is in another ring, and all of them use the node's network
+    # Each rank of a node is in a different ring, and all of them share the network of the node.
     between = {
         unit.name: 2 * cluster.collective(4 * unit.padded / S, copies, cluster.nodes > 1, 1 / min(S, cluster.gpus))
         for unit in every
@@ -182,12 +195,13 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
     back = order[::-1]
 
     def exposed_forward() -> float:
+        """Seconds of waiting in a forward pass. While a unit computes, the next one is gathered."""
         fetched = [gather[name] for name in order]
         return fetched[0] + sum(max(0.0, g - forward[n]) for g, n in zip(fetched[1:], order, strict=False))
 
     def exposed_backward(last: bool) -> float:
-        """While a unit's gradients are computed the next one is gathered and, in the last micro-batch, those of the one
-        before are summed."""
+        """Seconds of waiting in a backward pass. While the gradients of a unit are computed, the next unit is gathered,
+        and in the last micro-batch the gradients of the unit before are summed."""
         exposed = gather[back[0]]
         for i, name in enumerate(back):
             beside = gather[back[i + 1]] if i + 1 < len(back) else 0.0
@@ -206,9 +220,9 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
 
 
 def plan(config: RunConfig, nodes: int, gpus: int, gpu: str, interconnect: str, assumed: Assumptions) -> dict[str, Any]:
-    """All predictions for one cluster. Raises ValueError where the config and the ranks do not fit each other."""
+    """All predictions for one cluster. Raises UserError if the config does not fit the number of ranks."""
     ranks = nodes * gpus
-    config.accumulation(ranks)  # before anything is built: whether the batch can be dealt to them
+    config.accumulation(ranks)  # called early, to raise if the ranks cannot share the batch
     every = units(config, shared_by(config, ranks))
     counted = communication(config, ranks, every)
     seconds = step_time(config, Cluster(GPUS[gpu], nodes, gpus, INTERCONNECTS[interconnect], assumed), every)

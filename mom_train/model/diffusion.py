@@ -114,8 +114,8 @@ def without_condition(tokens: Tensor, vocab: VocabLayout) -> Tensor:
     not change. The latents of earlier pictures are not ids and stay as well. So guidance is towards the words and the
     speech, with the same earlier pictures in both passes.
 
-    Training (`objective.drop_conditions`) and sampling (`generate/sampler.py`) both call this function, because sampling
-    must use the same unconditional input that the model was trained on.
+    Training (`objective.drop_conditions`) and sampling (`generate/sampler.py`) both call this function, because
+    sampling must use the same unconditional input that the model was trained on.
     """
     specials = torch.tensor(sorted(vocab.specials.values()), device=tokens.device)
     return torch.where(torch.isin(tokens, specials), tokens, vocab.specials["null"])
