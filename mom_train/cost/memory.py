@@ -19,11 +19,9 @@ from mom_tokenizers.errors import UserError
 from mom_train.config.model import ModelConfig
 from mom_train.config.run import Recompute, RunConfig
 from mom_train.cost.flops import parameters
+from mom_train.ops import chunks
 
 _FP32 = 4
-_SCAN_CHUNK = 32  # the scan keeps one state per so many positions (the C backend's; longer chunks keep less)
-_SCAN_CHANNELS = 256  # gradients of B and C are summed over channels in ranges of this many
-_CHUNK_LOGITS = 1 << 24  # at least, as mom_train/model/cross_entropy.py
 Device = Literal["cuda", "cpu"]
 
 
@@ -41,7 +39,7 @@ def block_activation_bytes(config: ModelConfig, element: int) -> int:
     if config.architecture == "transformer":
         assert config.heads is not None
         return 16 * d + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads
-    return 8 * d + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // _SCAN_CHUNK
+    return 8 * d + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // chunks.SCAN_STEPS
 
 
 def selective_activation_bytes(config: ModelConfig, element: int) -> int:
@@ -54,7 +52,7 @@ def selective_activation_bytes(config: ModelConfig, element: int) -> int:
     if config.architecture == "transformer":
         assert config.heads is not None
         return _FP32 * d + element * (6 * d + 2 * config.feed_forward) + _FP32 * config.heads
-    return _FP32 * d + element * (3 * D + R + 2 * N) + _FP32 * D * N // _SCAN_CHUNK
+    return _FP32 * d + element * (3 * D + R + 2 * N) + _FP32 * D * N // chunks.SCAN_STEPS
 
 
 def block_backward_bytes(config: ModelConfig, element: int) -> int:
@@ -68,7 +66,7 @@ def block_backward_bytes(config: ModelConfig, element: int) -> int:
     if config.architecture == "transformer":
         return 8 * d + 2 * element * config.feed_forward
     widened = 0 if element == _FP32 else 16 * D + 8 * N
-    return 4 * d + element * D + 12 * D + 8 * N * -(-D // _SCAN_CHANNELS) + widened
+    return 4 * d + element * D + 12 * D + 8 * N * -(-D // chunks.SCAN_CHANNELS) + widened
 
 
 def _head_forward(tokens: int, dim: int, vocabulary: int, element: int) -> int:
@@ -78,7 +76,7 @@ def _head_forward(tokens: int, dim: int, vocabulary: int, element: int) -> int:
     bf16 there are also bf16 copies of the weight, 2Vd, of the part, 2Vd, and of the logits, 2C.
     """
     weight = vocabulary * dim
-    logits = min(tokens, max(1, _CHUNK_LOGITS // vocabulary, dim)) * vocabulary
+    logits = min(tokens, max(1, chunks.LOGITS // vocabulary, dim)) * vocabulary
     return 8 * weight + 4 * logits if element == _FP32 else 12 * weight + 6 * logits
 
 
@@ -134,7 +132,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
 
     whole_block = block_activation_bytes(model, element)
     if config.parallel.context_ranks > 1:  # the states of the first scan, and the time steps that it sums
-        whole_block += _FP32 * model.inner + _FP32 * model.inner * model.state // _SCAN_CHUNK
+        whole_block += _FP32 * model.inner + _FP32 * model.inner * model.state // chunks.SCAN_STEPS
     kept = {
         False: whole_block,
         True: _FP32 * d,

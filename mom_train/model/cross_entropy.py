@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mom_train.ops import chunks
+
 IGNORE = -100
 """Label of rows that have no loss."""
-_CHUNK_LOGITS = 1 << 24  # smallest number of logits in a chunk: 64 MiB in fp32
 
 
 def linear_cross_entropy(
@@ -44,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if keep else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if keep else None
         # A chunk also has at least as many logits as there are weights, because it passes over the weight's gradient.
-        rows = max(1, _CHUNK_LOGITS // weight.shape[0], weight.shape[1])
+        rows = max(1, chunks.LOGITS // weight.shape[0], weight.shape[1])
         for s in range(0, x.shape[0], rows):
             e = min(s + rows, x.shape[0])
             logits = (x[s:e] @ weight.t()).to(wide)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from mom_train.ops import native
+from mom_train.ops.chunks import SCAN_CHANNELS, SCAN_STEPS
 from mom_train.ops.native import integer, pointer, threads
 
-_RANGE = 256  # channels per work item; fixed, so that sums do not depend on the number of threads
 LONGEST = 8
 """Largest number of taps that the kernels have room for."""
 
@@ -30,7 +30,7 @@ def forward(
     initial = initial if initial is None else initial.to(xr.dtype).contiguous()
     y = xr.new_empty(x.shape)
     library.mom_conv_forward(
-        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // _RANGE)), int(half),
+        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // SCAN_CHANNELS)), int(half),
         pointer(xr), integer(xr.stride(0)), pointer(taps), pointer(bias), pointer(initial), pointer(order),
         pointer(position), pointer(y), threads(),
     )  # fmt: skip
@@ -50,7 +50,7 @@ def backward(
     gx, ginitial = xr.new_empty(x.shape), xr.new_empty(batch, K - 1, D)
     gweight, gbias = taps.new_empty(batch, K, D), taps.new_empty(batch, D)
     library.mom_conv_backward(
-        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // _RANGE)), int(half),
+        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // SCAN_CHANNELS)), int(half),
         pointer(xr), integer(xr.stride(0)), pointer(taps), pointer(bias_c), pointer(initial), pointer(order),
         pointer(position), pointer(gy), integer(gy.stride(0)), pointer(gx), pointer(gweight), pointer(gbias),
         pointer(None if initial is None else ginitial), threads(),

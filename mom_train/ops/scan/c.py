@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from mom_train.ops import native
+from mom_train.ops.chunks import SCAN_CHANNELS, SCAN_STEPS
 from mom_train.ops.native import integer, pointer, threads
-
-_CHUNK = 32
-_RANGE = 256  # channels per work item; fixed, so that sums do not depend on the number of threads
 
 
 def why_not(x: Tensor, state: int) -> str | None:
@@ -18,7 +16,7 @@ def why_not(x: Tensor, state: int) -> str | None:
 
 def chunk_length(batch: int, length: int, channels: int, state: int) -> int:
     """Number of steps between kept states."""
-    return min(length, _CHUNK)
+    return min(length, SCAN_STEPS)
 
 
 def new_states(x: Tensor, A: Tensor, batch: int, keep: bool) -> Tensor:
@@ -45,7 +43,7 @@ def forward(
     h0 = h0 if h0 is None else h0.contiguous()
     y, hT, states = xc.new_empty(T, Dn), A.new_empty(batch, Dn, N), new_states(x, A, batch, keep)
     library.mom_scan_forward(
-        integer(batch), integer(L), integer(Dn), integer(chunk_length(batch, L, Dn, N)), integer(-(-Dn // _RANGE)),
+        integer(batch), integer(L), integer(Dn), integer(chunk_length(batch, L, Dn, N)), integer(-(-Dn // SCAN_CHANNELS)),
         int(half), pointer(xc), integer(xc.stride(0)), pointer(dtc), integer(dtc.stride(0)), pointer(A), pointer(Bc),
         pointer(Cc), integer(Bc.stride(0)), pointer(D), pointer(zc), integer(zc.stride(0)), pointer(dt_bias),
         pointer(order), pointer(modality), pointer(position), pointer(h0), pointer(y), pointer(hT),
@@ -60,7 +58,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     Dn, N = A.shape
     T, M = x.shape[0], dt_bias.shape[0]
-    L, ranges = T // batch, -(-Dn // _RANGE)
+    L, ranges = T // batch, -(-Dn // SCAN_CHANNELS)
     library = native.library(N)
     assert library is not None
     (xc, dtc, Bc, Cc, zc, gy), half = native.row_tensors(x, dt, B, C, z, grad_y)
