@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mom_train.ops import native
-from mom_train.ops.chunks import SCAN_CHANNELS, SCAN_STEPS
+from mom_train.ops.chunks import SCAN_CHANNELS
 from mom_train.ops.native import integer, pointer, threads
 
 LONGEST = 8
