@@ -1,8 +1,8 @@
-"""What a raw file holds: the sha256 of all of it. Results made from a file are kept under its content, never under its
-name and size, which another file can share.
+"""Identifies the contents of a raw file by the sha256 of all its bytes. Results made from a file are kept under this
+checksum, never under the file's name and size, which another file can share.
 
-A file is read through once (0.4 to 1.5 GB/s a core, where the storage gives that; tokenizing the same bytes
-takes tens to thousands of times longer), and again only after its size, its times or its inode have changed.
+A file is read completely once, and again only after its size, its times or its inode have changed. Reading takes a core
+1 s for 0.4 to 1.5 GB where the storage is as fast; tokenizing the same bytes takes tens to thousands of times longer.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mom_data.shards.format import sha256_of
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.files import write_whole
 
-_known: dict[tuple[str, ...], str] = {}  # of this process
+_known: dict[tuple[str, ...], str] = {}  # _appearance of a file -> its sha256, as this process has found it
 
 
 def content_of(source: Path, memory: Path) -> str:
-    """The sha256 of a file, from `memory`, a folder, where it was put when the file was as it is now.
+    """The sha256 of a file. It is remembered in the folder `memory`, and computed only where the file has changed.
 
-    Raises UserError where the file cannot be read, or changes meanwhile.
+    Raises UserError where the file cannot be read, or changes while it is read.
     """
     path = source.absolute()
     try:
@@ -50,8 +50,8 @@ def content_of(source: Path, memory: Path) -> str:
 
 
 def _appearance(path: Path) -> tuple[str, ...]:
-    """What changes when another file takes a file's place, or the file is written to. Text: JSON has no such integers
-    everywhere."""
+    """What changes when a file is written to, or when another file takes its place. The values are text, because not
+    every JSON reader keeps integers of this size exactly."""
     status = path.stat()
     return (str(path), *map(str, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)))
 
@@ -61,13 +61,13 @@ def _remembered(file: Path, seen: tuple[str, ...]) -> str | None:
         value = json.loads(file.read_text())
         return str(value["sha256"]) if tuple(value["seen"]) == seen else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # nothing there, or cut short by a crash
+        return None  # the file does not exist, or a crash cut it short
 
 
 def keep_inputs(folder: Path, files: Sequence[Path]) -> None:
-    """Write into FOLDER/inputs.json which files, with which contents, everything in `folder` is made from.
+    """Record in FOLDER/inputs.json the input files, and their contents, that everything in `folder` is made from.
 
-    Raises UserError where the folder was begun with other files or other contents, and names the first of them.
+    Raises UserError where the record names other files or other contents. The error names the first that differs.
     """
     record = folder / "inputs.json"
     now = {str(file.absolute()): content_of(file, folder / ".contents") for file in files}

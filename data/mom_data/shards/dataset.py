@@ -1,4 +1,4 @@
-"""Token datasets, opened for reading: the manifest, the indices, and documents by their offsets."""
+"""Opens a finished token dataset for reading: its manifest, its indices, and single documents by their offsets."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from mom_tokenizers.errors import UserError
 log = logging.getLogger(__name__)
 
 _OPEN_FILES = 64
-_INDEX_BYTES = 192 << 20  # of indices in memory, per dataset and process
-_NOTE_EVERY = 5.0  # seconds between notes in the cache that an open shard is still in use
+_INDEX_BYTES = 192 << 20  # the most bytes of indices held in memory, per dataset and process
+_NOTE_EVERY = 5.0  # seconds between two notes to the cache that an open shard is still in use
 
 _NO_LATENTS = np.zeros((0, 0), np.float16)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the documents of one shard lie; arrays as in the index file."""
+    """Where the documents of one shard lie. The arrays are those of the index file."""
 
     token_offset: np.ndarray
     crc32: np.ndarray
@@ -43,14 +43,15 @@ class ShardIndex:
     segment_modality: np.ndarray
     latent_offset: np.ndarray | None
     checked: bytearray = field(init=False, repr=False)
-    """1 for each document whose checksum was right when this process first read it."""
+    """For each document 1 once this process has found its checksum right, and 0 before."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checked", bytearray(len(self.crc32)))
 
     @functools.cached_property
     def at(self) -> tuple[memoryview, memoryview, memoryview]:
-        """Offsets of tokens and latents, and crc32: single values of a memoryview cost a third of an array's."""
+        """The offsets of tokens, the offsets of latents, and the crc32 of each document. They are memoryviews, because
+        reading a single value takes a third of the time that it takes from an array."""
         latents = self.token_offset if self.latent_offset is None else self.latent_offset
         return self.token_offset.data, latents.data, self.crc32.data
 
@@ -59,7 +60,7 @@ class ShardIndex:
         return self.segment_start.data, self.segment_length.data, self.segment_modality.data
 
     def segments(self, document: int) -> tuple[list[int], list[int], list[bool]]:
-        """Lengths, modalities and latent flags of a document's segments."""
+        """The lengths, modalities and latent flags of a document's segments."""
         starts, lengths, modalities = self._table
         s, e = starts[document], starts[document + 1]
         kinds = modalities[s:e].tolist()
@@ -67,13 +68,15 @@ class ShardIndex:
 
 
 class TokenDataset:
-    """A folder of token shards, opened for reading: a path, http(s)://, s3://, or another URL that fsspec knows.
+    """A folder of token shards, opened for reading. `location` is a path, http(s)://, s3://, or another URL that fsspec
+    supports; `shards` is a pattern of the names of the shards to use.
 
-    Remote shards are fetched whole into `cache`, a folder on this node that never grows beyond `cache_bytes`; how
-    failures are met there is in `storage.RemoteFolder`. May be pickled and forked; one thread at a time.
+    Remote shards are fetched whole into `cache`, a folder on this node that never grows beyond `cache_bytes`.
+    `storage.RemoteFolder` says what happens when a fetch fails. A dataset may be pickled and forked, but only one
+    thread may use it at a time.
 
-    Raises UserError listing everything that is wrong: no manifest, one that was changed or contradicts itself (see
-    `mom_data.shards.manifest`), shards that are missing or have another size than the manifest says.
+    Raises a UserError that lists everything wrong: a manifest that is missing, was changed, or contradicts itself (see
+    `mom_data.shards.manifest`), and shards that are missing or have another size than the manifest says.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class TokenDataset:
         self._forget_process()
 
     def _complete(self) -> list[Stored]:
-        """The shards' indices, with their sizes, once every file is known to be there."""
+        """The index files of the shards, after checking that every file of the dataset is there with the right size."""
         names = [(tar.name, f"{tar.name.removesuffix('.tar')}.idx") for tar in self._tars]
         try:
             sizes = self._folder.sizes([name for pair in names for name in pair])
@@ -142,10 +145,10 @@ class TokenDataset:
         return indices
 
     def _forget_process(self) -> None:
-        self._files: OrderedDict[int, tuple[int, float]] = OrderedDict()  # shard -> descriptor, when noted as used
-        self._indices: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()  # shard -> index, its bytes
+        self._files: OrderedDict[int, tuple[int, float]] = OrderedDict()  # shard -> (descriptor, time of last note)
+        self._indices: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()  # shard -> (index, its size in bytes)
         self._unavailable: set[int] = set()
-        self._foreign: set[int] = set()  # shards with an id that its tokenizer has not, once that was said
+        self._foreign: set[int] = set()  # shards for which a warning about an id beyond its tokenizer's was logged
         self._sizes = [int(self.tokenizers[m]["size"]) for m in self.modalities]
         self._smallest = min(self._sizes)
 
@@ -157,12 +160,12 @@ class TokenDataset:
         self._forget_process()
 
     def where(self, shard: int | str) -> str:
-        """A shard, by number, or a file of the dataset, by name, as messages call it."""
+        """How messages name a shard, given by its number, or a file of the dataset, given by its name."""
         return f"{self.location}/{shard if isinstance(shard, str) else self.shards[shard]['name']}"
 
     def index(self, shard: int) -> ShardIndex:
-        """Where the shard's documents lie. Raises UserError where that cannot be had, is damaged, or does not hold the
-        documents and tokens that the manifest says."""
+        """The index of a shard. Raises UserError where it cannot be read, is damaged, or does not have the counts of
+        documents and tokens that the manifest gives."""
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard][0]
@@ -196,17 +199,17 @@ class TokenDataset:
         return index
 
     def _counts(self, shard: int) -> tuple[int, Mapping[str, int]]:
-        """Documents, and tokens by modality, that a shard's index must hold."""
+        """The number of documents, and of tokens by modality, that a shard's index must hold."""
         record = self.shards[shard]
         return record["documents"], record["tokens"]
 
     def prefetch(self, shard: int) -> None:
-        """Start bringing a shard near, for documents to be picked from soon. Neither waits nor fails."""
+        """Start fetching a shard from which documents will be read soon. Neither waits nor raises."""
         self._folder.prefetch(self._tars[shard])
 
     def read(self, shard: int, document: int) -> list[TokenSegment] | None:
-        """A document's segments, or None where its bytes do not match their checksum or cannot be had, or an id is not
-        its tokenizer's."""
+        """A document's segments, or None where its bytes cannot be read or do not match their checksum, or where an id
+        is not below its tokenizer's size."""
         lengths, modalities, latent = self.index(shard).segments(document)
         n_latents = sum(n for n, is_latent in zip(lengths, latent, strict=True) if is_latent)
         whole = (0, sum(lengths) - n_latents), (0, n_latents)
@@ -223,11 +226,12 @@ class TokenDataset:
     def values(
         self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ranges of a document's stored tokens (n,) and latents (n, C*p*p); None where it is damaged or not to be had,
-        or has an id that its tokenizer has not.
+        """Ranges of a document's stored tokens (n,) and latents (n, C*p*p). None where the document is damaged or
+        cannot be read, or where an id is not below its tokenizer's size.
 
-        `whole` says how many it has of each. Its checksum is over all of it: it is checked whenever all of it is
-        read, and the first time that this process reads a part; later parts then cost their own bytes alone.
+        `whole` is the number of tokens and of latents of the whole document, which its checksum covers. The checksum is
+        verified whenever the whole document is read, and the first time that this process reads a part of it. After
+        that, reading a part reads only its own bytes.
         """
         index = self.index(shard)
         token_at, latent_at, checksum = index.at
@@ -262,8 +266,9 @@ class TokenDataset:
         return token_values[tokens[0] : tokens[1]], latent_values[latents[0] : latents[1]]
 
     def _foreign_id(self, index: ShardIndex, document: int, tokens: np.ndarray) -> str | None:
-        """What is said of a document with an id that its tokenizer has not, which would become an id of another
-        modality, or of no token at all; None for the others. `tokens` (n,) are all that it stores."""
+        """A message about the first segment with an id that is not below its tokenizer's size, or None where there is
+        none. Such an id would become an id of another modality, or of no token. `tokens` (n,) are all tokens stored
+        for the document."""
         if not len(tokens) or tokens.max() < self._smallest:
             return None
         lengths, modalities, latent = index.segments(document)
@@ -286,12 +291,14 @@ class TokenDataset:
             )  # fmt: skip
 
     def left_out(self, shard: int, document: int) -> tuple[str, bool] | None:
-        """Why a document that has no values was left out when it was tokenized, and whether it could not be read; None
-        where its values are damaged or cannot be had. Token shards hold no document that was left out."""
+        """For a document without values: (why it was left out when it was tokenized, whether it could not be read).
+        None where its values are damaged or cannot be read. In token shards the result is always None, because they
+        contain no document that was left out."""
         return None
 
     def _open(self, shard: int) -> int | None:
-        """A descriptor of the shard's tar, fetched first where it must be; None where it cannot be had now."""
+        """A file descriptor of the shard's tar, which is fetched first where it is remote. None where it cannot be read
+        now."""
         now = time.monotonic()
         descriptor, noted = self._files.get(shard) or (None, 0.0)
         if descriptor is None:
@@ -320,7 +327,7 @@ class TokenDataset:
         if shard in self._unavailable:
             self._unavailable.discard(shard)
             log.warning("%s can be had again", self.where(shard))
-        # an evicted file takes its room on the disk until it is closed
+        # A file that was evicted from the cache takes space on the disk until it is closed.
         evicted = [k for k, (file, _) in self._files.items() if not os.fstat(file).st_nlink]
         oldest = list(self._files)[: max(0, len(self._files) + 1 - _OPEN_FILES)]
         for k in {*evicted, *oldest}:
@@ -333,10 +340,10 @@ def check_agreement(
     vocabulary: Mapping[str, int],
     tokenizers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Raise ValueError, naming both sides, where shards do not belong together or to the run.
+    """Raise UserError, naming both sides, where datasets do not belong together or do not fit the run.
 
-    Every dataset must be made by the same tokenizers, which must be the run's own where it names them, and their
-    ids must fit the run's vocabulary.
+    All datasets must be made by the same tokenizers. These must be the run's own where it names them, and their ids
+    must fit into the run's vocabulary.
     """
     known: dict[str, tuple[str, str]] = {
         m: (t["fingerprint"], "the run's tokenizers") for m, t in (tokenizers or {}).items()

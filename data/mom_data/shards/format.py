@@ -1,14 +1,15 @@
-"""Token shards: ordinary WebDataset tars of blocks of documents, a sidecar index, and one manifest per dataset.
+"""The format of token shards: ordinary WebDataset tars of blocks of documents, an index beside each tar, and one
+manifest per dataset.
 
     DATASET/manifest.json       immutable, written last: tokenizers, shards with sizes and checksums, counts
     DATASET/manifest.sha256     the manifest's own checksum, as sha256sum writes it
     DATASET/NAME.tar            samples are blocks of documents (about 1 MiB) in one .safetensors member
-    DATASET/NAME.idx            where each document lies in the tar, its lengths and crc32 (safetensors as well)
+    DATASET/NAME.idx            where each document lies in the tar, its lengths and crc32 (also safetensors)
 
-A block holds `tokens` (modality-local ids), `latents` (fp16 patch rows, when there are any), `segments` (S, 4)
-int32 = modality, count, offset into tokens or latents, flags; and `docs` (D+1,) int32 = first segment of each
-document. BOS, EOS and the brackets around pictures and speech are added when a batch is assembled. The trainer
-reads documents at the index's absolute offsets and never parses a tar.
+A block holds `tokens` (modality-local ids); `latents` (fp16 patch rows), where there are any; `segments` (S, 4) int32,
+whose columns are modality, count, offset into tokens or latents, and flags; and `docs` (D+1,) int32, the number of the
+first segment of each document. BOS, EOS and the tokens around pictures and speech are added when a batch is assembled.
+The trainer reads documents at the absolute offsets in the index and never parses a tar.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-try:  # the same checksum, several times faster
+try:  # computes the same checksum as zlib, several times faster
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
@@ -33,14 +34,14 @@ except ImportError:
 SCHEMA = "mom-tokens-1"
 BLOCK_BYTES = 1 << 20
 BLOCK_DOCUMENTS = 512
-LATENT = 1  # flag of a segment whose values are latent patches
-LATENT_BIT = 0x80  # the same in the index's one-byte modality
+LATENT = 1  # the flag of a segment whose values are latent patches
+LATENT_BIT = 0x80  # the same flag in the one-byte modality of the index
 TAR_HEADER = 512
 
 
 @dataclass(frozen=True)
 class TokenSegment:
-    """A run of one modality: local ids (n,) unsigned, or latent patches (n, C*p*p) float16."""
+    """A run of one modality. `values` are unsigned local ids (n,), or latent patches (n, C*p*p) float16."""
 
     modality: int
     values: np.ndarray
@@ -51,10 +52,10 @@ class TokenSegment:
 
 
 class ShardWriter:
-    """Writes NAME.tar and NAME.idx, each to a temporary name first. The same documents give the same bytes.
+    """Writes NAME.tar and NAME.idx, each under a temporary name first. The same documents give the same bytes.
 
-    `token_dtype` is uint16 or uint32, whichever holds every modality's local ids; `sizes`, of each modality, are what
-    the ids must stay below. Use as a context manager: an exception leaves nothing behind.
+    `token_dtype` is uint16 or uint32, whichever holds every modality's local ids. The ids of each modality must be
+    below its size in `sizes`. Use it as a context manager: after an exception no file is left.
     """
 
     def __init__(
@@ -64,10 +65,10 @@ class ShardWriter:
         token_dtype: type = np.uint16,
         sizes: Mapping[str, int] | None = None,
     ):
-        import webdataset  # here, for it imports torch: readers of shards start without
+        import webdataset  # late, because it imports torch, which readers of shards do not need
 
         self.path, self.modalities, self.token_dtype = path, tuple(modalities), np.dtype(token_dtype)
-        most = 1 << 8 * self.token_dtype.itemsize  # a larger id would become another one without a word
+        most = 1 << 8 * self.token_dtype.itemsize  # a larger id would silently become another one
         self._sizes = [min(most, (sizes or {}).get(modality, most)) for modality in modalities]
         self.documents = 0
         self.counts = dict.fromkeys(modalities, 0)
@@ -92,7 +93,7 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
 
     def add(self, key: str, segments: Sequence[TokenSegment]) -> None:
-        """Raises ValueError, and adds nothing, where an id is not below its modality's size."""
+        """Add a document. Raises ValueError, and adds nothing, where an id is not below its modality's size."""
         for segment in segments:
             if not segment.latent and len(segment.values):
                 low, high = int(segment.values.min()), int(segment.values.max())
@@ -136,7 +137,7 @@ class ShardWriter:
         }
         if latents:
             arrays["latents"] = np.concatenate(latents)
-        # one entry alone: safetensors writes several in no fixed order, and the bytes must be reproducible
+        # A single entry, because safetensors writes several in no fixed order, and the bytes must be reproducible.
         metadata = {SCHEMA: json.dumps({"keys": [key for key, _ in self._pending]})}
         block = safetensors.numpy.save(arrays, metadata=metadata)
         self._tar.write({"__key__": f"{self._blocks:08d}", "safetensors": block})
@@ -160,7 +161,7 @@ class ShardWriter:
         partial.rename(index)
 
     def record(self) -> dict[str, Any]:
-        """The shard's entry in the manifest, after a clean end."""
+        """The shard's entry in the manifest. Call it after the context manager has ended without an exception."""
         return {
             "name": self.path.name,
             "bytes": self.path.stat().st_size,
@@ -173,9 +174,9 @@ class ShardWriter:
 
 
 def index_block(block: bytes, at: int) -> dict[str, np.ndarray]:
-    """The index's arrays for the documents of one block, whose bytes begin at byte `at` of the tar.
+    """The arrays of the index for the documents of one block, whose bytes begin at byte `at` of the tar.
 
-    Raises ValueError where the block is not one of ours, or its table points outside it.
+    Raises ValueError where the bytes are not a block of this format, or its table does not fit its contents.
     """
     try:
         arrays = safetensors.numpy.load(block)
@@ -193,7 +194,7 @@ def index_block(block: bytes, at: int) -> dict[str, np.ndarray]:
     ):  # fmt: skip
         raise ValueError("its table of segments does not fit its documents")
     latent = flags == LATENT
-    # in a sound block each document's tokens, and its latents, follow those of the one before
+    # In a sound block the tokens of each document follow those of the document before; so do its latents.
     until = {name: np.r_[0, np.where(mine, count, 0).cumsum()] for name, mine in (("t", ~latent), ("p", latent))}
     expected = np.where(latent, until["p"][:-1], until["t"][:-1])
     if not (
@@ -220,7 +221,8 @@ def index_block(block: bytes, at: int) -> dict[str, np.ndarray]:
 
 
 def join_index(blocks: Sequence[Mapping[str, np.ndarray]]) -> bytes:
-    """The index file of a shard, from `index_block` of each of its blocks in order. The same blocks, the same bytes."""
+    """The bytes of a shard's index file, from the `index_block` of each of its blocks in order. They depend on the
+    blocks alone."""
 
     def joined(name: str, dtype: type) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *(block[name] for block in blocks)])
@@ -238,6 +240,7 @@ def join_index(blocks: Sequence[Mapping[str, np.ndarray]]) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits. The file is never held whole in memory."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -253,10 +256,11 @@ def write_manifest(
     skipped: Mapping[str, int],
     account: Mapping[str, Any] | None = None,
 ) -> None:
-    """Commit a dataset: until this file exists, there is none.
+    """Write the manifest, which finishes a dataset: without this file a folder is not a dataset.
 
-    `tokenizers`: modality -> {"kind", "fingerprint", "size"}, text first; their order numbers the modalities. One of
-    latents adds {"patch_width", "latent_scale", "latent_shift"}. `account`: of the raw input, `Account.as_json`.
+    `tokenizers` maps each modality to {"kind", "fingerprint", "size"}, text first; their order numbers the modalities.
+    A tokenizer of latents adds {"patch_width", "latent_scale", "latent_shift"}. `account` is the account of the raw
+    input, as `Account.as_json` gives it.
     """
     manifest = {
         "schema": SCHEMA,
@@ -272,6 +276,6 @@ def write_manifest(
     }
     partial = folder / ".manifest.partial"
     partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    # beside it, not in it: a checksum inside would change the fingerprint that runs remember
+    # The checksum stands in a file of its own: inside the manifest it would change the fingerprint of the dataset.
     (folder / "manifest.sha256").write_text(f"{sha256_of(partial)}  manifest.json\n")
     partial.rename(folder / "manifest.json")

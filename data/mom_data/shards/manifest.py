@@ -1,7 +1,8 @@
-"""What a token dataset's manifest must satisfy, in itself and against the indices of its shards.
+"""The rules that a token dataset's manifest must satisfy, in itself and against the indices of its shards.
 
-Whoever opens a dataset (training, tools/verify_shards.py, ...) asks here, so that they all take and refuse the same.
-A manifest that was changed and is still valid JSON would otherwise train without a word on other documents.
+Every program that opens a dataset (training, tools/verify_shards.py, ...) uses this module, so that all accept and
+refuse the same datasets. Without these checks, a manifest that was changed and is still valid JSON would silently make
+a run train on other documents.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ShardRecord(_Record):
 
 
 class TokenizerRecord(_Record):
-    """A tokenizer's entry in the manifest. What further keys say is for those who ask for them."""
+    """A tokenizer's entry in the manifest. It may have further keys, which are not checked here."""
 
     kind: str
     fingerprint: str
@@ -49,7 +50,7 @@ class TokenizerRecord(_Record):
 
 
 class Manifest(_Record):
-    """manifest.json, as far as it describes the shards."""
+    """The part of manifest.json that describes the shards."""
 
     schema_name: str = Field(alias="schema")
     modalities: list[str]
@@ -63,7 +64,8 @@ class Manifest(_Record):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in `file`; `position` is a byte of that file."""
+    """One thing that is wrong with a dataset. `position` is a byte of `file`; `document` is a document's number in the
+    shard, and `key` its key."""
 
     file: str
     what: str
@@ -82,15 +84,15 @@ class Problem:
 
 
 class Readable(Protocol):
-    """A folder of any storage."""
+    """A folder of any storage from which files can be read."""
 
     def read(self, name: str) -> bytes: ...
 
 
 def read_manifest(folder: Readable) -> tuple[bytes, Manifest | None, list[Problem]]:
-    """The bytes of a dataset's manifest, the manifest where it can be understood, and everything that is wrong with it.
+    """(the bytes of a dataset's manifest, the manifest or None where it cannot be understood, all problems with it).
 
-    Raises OSError where the storage fails; FileNotFoundError or NotADirectoryError mean that there is no manifest.
+    Raises OSError where the storage fails. FileNotFoundError or NotADirectoryError mean that there is no manifest.
     """
     content = folder.read(MANIFEST)
     problems = _checksum_problems(folder, content)
@@ -112,7 +114,7 @@ def read_manifest(folder: Readable) -> tuple[bytes, Manifest | None, list[Proble
 
 
 def _checksum_problems(folder: Readable, content: bytes) -> list[Problem]:
-    """Whether the manifest is the one that was written: any change of it changes its sha256."""
+    """Problems where the manifest is not the one that was written, which its sha256 tells."""
     anew = (
         "copy both again, or run tools/tokenize_shards.py again (finished shards are kept); where the manifest is as "
         f"you want it and tools/verify_shards.py finds nothing else: sha256sum {MANIFEST} > {CHECKSUM}, in that folder"
@@ -129,7 +131,7 @@ def _checksum_problems(folder: Readable, content: bytes) -> list[Problem]:
 
 
 def _contradictions(manifest: Manifest) -> list[str]:
-    """What in a manifest cannot be, or does not agree with the rest of it."""
+    """Statements of a manifest that cannot be true, or that do not agree with the rest of it."""
     shards, modalities = manifest.shards, manifest.modalities
     problems = []
     for shard in shards:
@@ -163,7 +165,8 @@ def index_problems(
 ) -> list[str]:
     """How a shard's index contradicts itself, or the counts that the manifest gives for its shard.
 
-    `index` is as in the index file, `modalities` numbers the modalities, `tokens` counts them by name.
+    `index` holds the arrays of the index file. The order of `modalities` numbers the modalities. `documents` and
+    `tokens` (by the name of the modality) are the counts of the manifest.
     """
     try:
         start, length, modality = (index[name] for name in ("segment_start", "segment_length", "segment_modality"))
@@ -187,6 +190,7 @@ def index_problems(
 
 
 def index_counts(index: Mapping[str, np.ndarray], modalities: int) -> list[int]:
-    """Tokens by number of modality: of `modalities`, and of higher numbers where the index has such."""
+    """The number of tokens of each modality, by its number. The list has at least `modalities` entries, and more where
+    the index contains higher modality numbers."""
     modality = index["segment_modality"] & ~np.uint8(LATENT_BIT)
     return np.bincount(modality, index["segment_length"], minlength=modalities).astype(int).tolist()

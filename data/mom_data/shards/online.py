@@ -1,10 +1,11 @@
-"""Raw documents as a token dataset: each part is tokenized when it is first wanted, by the code of tokenize_shards.
+"""Opens raw files as a token dataset. Each part is tokenized when it is first wanted, by the same code that
+tools/tokenize_shards.py uses.
 
-A shard of the dataset is one part of a raw file. How many documents it has is known from the file's headers, so the
-order can be planned; their lengths are known once it is tokenized, into a folder of this node that all its processes
-share and that grows to the size of the token dataset. The bytes are those that tools/tokenize_shards.py writes with
-the same parts, one shard each, where every document can be read. One that is left out (empty, too large, unreadable)
-keeps its place, where nothing is learned, and is counted.
+A shard of the dataset is one part of a raw file. The file's headers say how many documents it has, so the order can be
+planned. Their lengths are known once the part is tokenized, into a folder of this node that all its processes share and
+that grows to the size of the token dataset. Where every document can be read, the bytes are those that
+tools/tokenize_shards.py writes for the same parts with one shard each. A document that is left out (empty, too large or
+unreadable) keeps its place, where nothing is learned, and is counted.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ from mom_tokenizers.media.pictures import MAX_PIXELS
 
 log = logging.getLogger(__name__)
 
-LIMITS = Limits(pixels=MAX_PIXELS, seconds=7200, characters=MAX_CHARACTERS)  # tokenize_shards' own
+LIMITS = Limits(pixels=MAX_PIXELS, seconds=7200, characters=MAX_CHARACTERS)  # the same as in tokenize_shards
 
 
 class OnlineDataset(TokenDataset):
-    """Raw files (paths, globs, folders), read like a folder of token shards.
+    """Raw files, named by paths, globs or folders, that can be read like a folder of token shards.
 
-    At most `processes` of the node tokenize at a time, on `device`. Split, dropped modalities and limits mean what
-    they mean to tokenize_shards. The counts of tokens in `manifest` are unknown: NaN. Raises ValueError where inputs
-    are missing or damaged, or a tokenizer is.
+    At most `processes` processes of the node tokenize at the same time, on `device`. Split, dropped modalities and
+    limits have the same meaning as in tokenize_shards. The counts of tokens in `manifest` are NaN, because they are
+    unknown. Raises UserError where inputs or tokenizers are missing or damaged.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class OnlineDataset(TokenDataset):
         self.location = ", ".join(map(str, inputs))
         bar = tqdm(sources, desc="read raw files", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
         contents = [content_of(source, cache.absolute() / "raw-files") for source in bar]
-        # what the headers tell decides what is held out at least, and with it the tokens
+        # The headers decide which document is held out at least, and so which tokens the dataset has.
         headers = cache.absolute() / f"headers-{_fingerprint(names, sources, contents, settings)}"
         bar = tqdm(sources, desc="read headers", unit="file", mininterval=0.5 if sys.stderr.isatty() else 10)
         found = [index(source, name, settings, headers) for source, name in zip(bar, names, strict=True)]
@@ -133,12 +134,12 @@ class OnlineDataset(TokenDataset):
         self._forget_process()
 
     def skipped(self, shard: int) -> list[dict[str, Any]]:
-        """Key, number and reason of the shard's documents that are left out. Waits until it is tokenized."""
+        """The key, number and reason of each document of the shard that is left out. Waits until it is tokenized."""
         folder: Any = self._folder
         return folder.record(self.shards[shard]["name"])["skipped"]
 
     def _counts(self, shard: int) -> tuple[int, Mapping[str, int]]:
-        # the plan counts on the headers' number of documents; how many tokens they have is known from now on
+        # The plan relies on the number of documents from the headers. The record says how many tokens they have.
         folder: Any = self._folder
         record = self.shards[shard]
         return record["documents"], folder.record(record["name"])["shards"][0]["tokens"]
@@ -151,12 +152,12 @@ class OnlineDataset(TokenDataset):
     def values(
         self, shard: int, document: int, whole: tuple[int, int], tokens: tuple[int, int], latents: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        # nothing that can be tokenized has no token
+        # A document without any token was left out when it was tokenized.
         return None if whole == (0, 0) else super().values(shard, document, whole, tokens, latents)
 
 
 class OnlineFolder(LocalFolder):
-    """The folder of this node that parts are tokenized into, each when its files are first asked for."""
+    """The folder of this node into which parts are tokenized, each when one of its files is first wanted."""
 
     def __init__(self, folder: Path, jobs: dict[str, Job], processes: int, device: str):
         super().__init__(folder)
@@ -168,8 +169,9 @@ class OnlineFolder(LocalFolder):
         return self.__dict__ | {"_wanted": None}
 
     def record(self, name: str) -> dict[str, Any]:
-        """The record of a shard, tokenized now where it was not. Raises UserError where the file or the disk does not
-        allow it, and RuntimeError with the other process's traceback where anything else went wrong."""
+        """The record of a shard, which is tokenized now where it was not before. Raises UserError for what the user can
+        mend, such as a damaged file or a full disk, and RuntimeError with the other process's traceback for anything
+        else."""
         if name not in self._records:
             job = self._jobs[name]
             record = job.finished()
@@ -187,11 +189,11 @@ class OnlineFolder(LocalFolder):
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  # a folder lives as long as its process
     def reasons(self, name: str) -> dict[int, str]:
-        """Number -> why it was left out, of a shard's documents."""
+        """Maps the number of each document of a shard that was left out to the reason."""
         return {entry["number"]: entry["reason"] for entry in self.record(name)["skipped"]}
 
     def _make(self, job: Job) -> dict[str, Any]:
-        # a process of its own: a loader's worker may neither fork, nor use a GPU, nor load a model of its own
+        # Tokenizing runs in a process of its own, because a loader's worker may not fork, use a GPU or load a model.
         task = pickle.dumps((job, self._processes, self._device))
         made = subprocess.run(
             [sys.executable, "-m", "mom_data.shards.online"], input=task, capture_output=True, check=False
@@ -213,7 +215,7 @@ class OnlineFolder(LocalFolder):
         return super().open(file)
 
     def prefetch(self, file: Stored) -> None:
-        """Tokenize it in the background, one shard after another. Never raises: whoever opens it learns."""
+        """Tokenize in the background, one shard after another. Errors are raised only when the shard is opened."""
         if self._wanted is None or self._wanted[0] != os.getpid():
             self._wanted = os.getpid(), queue.SimpleQueue(), set()
             threading.Thread(target=self._make_wanted, args=self._wanted[1:], daemon=True).start()
@@ -231,19 +233,19 @@ class OnlineFolder(LocalFolder):
 
 
 def _fingerprint(names: Sequence[str], sources: Sequence[Path], contents: Sequence[str], settings: Settings) -> str:
-    """Of everything that decides the tokens: another file of the same name and size gives other ones."""
+    """16 hexadecimal digits that identify everything which decides the tokens, including the contents of the files."""
     made_by = {m: t["fingerprint"] for m, t in settings.described.items()}
     identity = [SCHEMA, READER, made_by, settings.part_bytes, settings.split, settings.holdout, sorted(settings.drop)]
     identity += [settings.least] if settings.least is not None else []
     limits = settings.limits
     identity += [[limits.pixels, limits.seconds, limits.characters]]
-    # a file's name stands in the keys of documents that have no key of their own
+    # The name of a file is part of the keys of documents that have no key of their own.
     identity += [[name, source.name, sha] for name, source, sha in zip(names, sources, contents, strict=True)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def _slot(folder: Path, processes: int) -> FileLock:
-    """One of the node's few places for a process that tokenizes, once one is free."""
+    """The lock of one of the node's `processes` places for a process that tokenizes. Waits until a place is free."""
     while True:
         for k in range(processes):
             lock = FileLock(folder / f".slot-{k}.lock", timeout=0)

@@ -1,17 +1,18 @@
-"""Files of a token dataset, wherever it lies: a local folder, http(s)://, s3://, or what else fsspec knows.
+"""Reads the files of a token dataset, wherever it lies: a local folder, http(s)://, s3://, or another URL that fsspec
+supports.
 
 Local files are read where they are. Remote ones are fetched whole into a folder of this node, because documents are
-picked at random and a shard fetched at one go is several times faster than its random reads. The ranks and loader
-processes of a node share that cache:
+read in random order, and fetching a shard at once is several times faster than many random reads of it. The ranks and
+loader processes of a node share that cache:
 
     CACHE/shards/SHA256                a whole file, checked; named by its content, so that datasets can share it
-    CACHE/shards/SHA256.BYTES.partial  being fetched by the process that holds SHA256.lock; else left by a dead one
-    CACHE/shards/SHA256.lock           one process fetches, the others wait for it
-    CACHE/shards/SHA256.failed         why the last fetch failed; it is tried again after a pause
+    CACHE/shards/SHA256.BYTES.partial  a file that the process holding SHA256.lock fetches, or that a dead process left
+    CACHE/shards/SHA256.lock           held by the process that fetches, while the others wait for it
+    CACHE/shards/SHA256.failed         why the last fetch failed; the file is tried again after a pause
 
-Nothing else is ever counted or removed: CACHE may be a folder that holds other things, and what stands in CACHE/shards
-under another name, or is not a plain file, is left alone. A file may be evicted while another process reads it: POSIX
-keeps an unlinked file until its last descriptor is closed.
+Nothing else is ever counted or removed. CACHE may be a folder that holds other things, and files in CACHE/shards that
+have other names or are not plain files are left alone. A file may be evicted while another process reads it, because
+POSIX keeps an unlinked file until its last descriptor is closed.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_BYTES = 32 << 30
-_ASKING = 32  # sizes asked at once
+_ASKING = 32  # how many sizes are requested at the same time
 _CACHED = re.compile(r"([0-9a-f]{64})(?:\.([0-9]+)\.partial)?")  # names that the cache gives: sha256, bytes to come
 _TOO_SOON = 60.0  # seconds: a file evicted this soon after its last use will likely be wanted again
 
 
 class Stored(NamedTuple):
-    """A file as its manifest describes it. `bytes` is None where nobody knows."""
+    """A file as the manifest describes it. `bytes` is None where the size is unknown."""
 
     name: str
     sha256: str
@@ -63,16 +64,16 @@ class LocalFolder:
         return Path(self.location, name).read_bytes()
 
     def checked(self, file: Stored) -> bytes:
-        """The file's bytes. Raises ValueError where they are not what the manifest says, OSError where there are
-        none."""
+        """The file's bytes. Raises UserError where their checksum is not the manifest's, and OSError where the file
+        cannot be read."""
         data = self.read(file.name)
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise UserError("its checksum is not the manifest's: it is damaged. Copy it again.")
         return data
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Bytes of each file that is there. Raises PermissionError where one may not be read: training would only learn
-        of it much later."""
+        """The size in bytes of each file that exists. Raises PermissionError where one may not be read, because
+        otherwise training would fail much later."""
         paths = {name: Path(self.location, name) for name in names}
         for path in paths.values():
             if path.is_file() and not os.access(path, os.R_OK):
@@ -80,7 +81,7 @@ class LocalFolder:
         return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
     def open(self, file: Stored) -> int:
-        """A descriptor to read from. The whole file is read ahead."""
+        """A file descriptor to read from. The system is asked to read the whole file ahead."""
         descriptor = os.open(Path(self.location, file.name), os.O_RDONLY)
         _read_ahead(descriptor)
         return descriptor
@@ -89,36 +90,37 @@ class LocalFolder:
         try:
             descriptor = self.open(file)
         except OSError:
-            return  # whoever reads it will say so
+            return  # the error is raised again when the file is read
         os.close(descriptor)
 
     def used(self, descriptor: int) -> None:
-        """Nothing to note: there is no cache to keep it in."""
+        """Does nothing, because local files are in no cache."""
 
 
 class RemoteFolder:
-    """A folder that fsspec reaches, seen through a cache on this node.
+    """A remote folder that fsspec can reach, read through a cache on this node.
 
-    A fetch that fails, stalls for `timeout` seconds, ends early or brings other bytes than the manifest says is tried
-    `attempts` times with growing random waits; then no process of the node tries it again for `pause` seconds.
+    A fetch that fails, stalls for `timeout` seconds, ends early, or brings other bytes than the manifest says is tried
+    `attempts` times with growing random waits. After that no process of the node tries it again for `pause` seconds.
     Endpoints and credentials come from the environment (AWS_ENDPOINT_URL and the like, https_proxy) and from fsspec's
-    configuration. Raises ValueError where the protocol is unknown or its package is missing.
+    configuration. Raises UserError where the protocol is unknown or its package is missing.
     """
 
     def __init__(self, location: str, cache: Cache, attempts: int = 5, timeout: float = 60.0, pause: float = 60.0):
         self.location, self.cache = location.rstrip("/"), cache
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
         self._start = time.time()
-        self._reached: tuple[int, Any] | None = None  # both with the process they belong to
+        # Both begin with the id of the process to which they belong.
+        self._reached: tuple[int, Any] | None = None
         self._wanted: tuple[int, queue.SimpleQueue[Stored], set[str]] | None = None
-        _ = self._filesystem  # imports its packages here, in no thread and before any fork
+        _ = self._filesystem  # imports its packages now, in the main thread and before any fork
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reached": None, "_wanted": None}
 
     @property
     def _filesystem(self) -> Any:
-        """fsspec's object, one per process: its event loop does not survive a fork."""
+        """fsspec's filesystem. Each process has its own, because its event loop does not survive a fork."""
         if self._reached is None or self._reached[0] != os.getpid():
             self._reached = os.getpid(), _filesystem(self.location, self.timeout)
         return self._reached[1]
@@ -127,8 +129,8 @@ class RemoteFolder:
         return f"{self.location}/{quote(name) if self.location.startswith('http') else name}"
 
     def _retried(self, what: Callable[[Any], T]) -> T:
-        """what(filesystem), tried again while it fails. Raises OSError: at once where there is no such file, or no
-        permission."""
+        """The result of what(filesystem), which is tried again while it fails. Raises OSError after the last attempt,
+        and at once where the file does not exist or may not be read."""
         import tenacity
 
         def once() -> T:
@@ -140,7 +142,7 @@ class RemoteFolder:
                 if _absent(error):
                     raise FileNotFoundError("there is no such file") from error
                 raise OSError(f"{type(error.__cause__).__name__}: {error.__cause__}") from error
-            except Exception as error:  # each protocol has its own: of aiohttp, of botocore, ...
+            except Exception as error:  # each protocol has its own exceptions: those of aiohttp, of botocore, ...
                 raise OSError(f"{type(error).__name__}: {error}") from error
 
         return tenacity.Retrying(
@@ -151,11 +153,11 @@ class RemoteFolder:
         )(once)
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file whose checksum nobody knows: fetched each time, since no copy is known to be current."""
+        """The bytes of a file whose checksum is unknown. It is fetched each time, since a copy could be out of date."""
         return self._retried(lambda filesystem: filesystem.cat_file(self._url(name)))
 
     def checked(self, file: Stored) -> bytes:
-        """As `LocalFolder.checked`; a damaged copy in the cache is fetched again."""
+        """Does the same as `LocalFolder.checked`. A damaged copy in the cache is fetched again."""
         for _ in range(2):
             with os.fdopen(self.open(file), "rb") as opened:
                 data = opened.read()
@@ -165,8 +167,8 @@ class RemoteFolder:
         raise UserError(f"{self.cache.folder} changes what is written to it: use another cache folder")
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Bytes of each file that is there: from a listing, or asked one by one where a server has none (http).
-        None where the server does not say."""
+        """The size in bytes of each file that exists, or None where the server does not say it. Sizes come from a
+        listing; over http, which has no listings, they are requested one by one."""
         names = list(names)
         if not self.location.startswith("http"):
             listed = self._retried(lambda filesystem: filesystem.ls(self.location, detail=True))
@@ -183,8 +185,8 @@ class RemoteFolder:
             return dict(answer for answer in pool.map(ask, names) if answer is not None)
 
     def open(self, file: Stored) -> int:
-        """A descriptor to read from, once the file is in the cache. Raises OSError after the last attempt, and at once
-        where any process of the node has failed to fetch it within the last `pause` seconds."""
+        """A file descriptor to read from, after the file was brought into the cache. Raises OSError after the last
+        attempt, and at once where any process of the node has failed to fetch it within the last `pause` seconds."""
         descriptor = self.cache.open(file, self._fetch, max(self._start, time.time() - self.pause))
         _read_ahead(descriptor)
         return descriptor
@@ -195,14 +197,15 @@ class RemoteFolder:
             got = partial.stat().st_size
             if file.bytes not in (None, got):
                 raise OSError(f"{got} bytes came, the manifest says {file.bytes}")
-            # from the page cache, once it is whole: s3fs fetches the parts of a file side by side
+            # The checksum is computed afterwards, because s3fs fetches the parts of a file in parallel. The file is
+            # then still in the page cache.
             if sha256_of(partial) != file.sha256:
                 raise OSError("what came has another checksum than the manifest says")
 
         self._retried(once)
 
     def prefetch(self, file: Stored) -> None:
-        """Start fetching in the background, one file after another. Never raises: whoever opens the file learns."""
+        """Start fetching in the background, one file after another. Errors are raised only when the file is opened."""
         if self._wanted is None or self._wanted[0] != os.getpid():
             self._wanted = os.getpid(), queue.SimpleQueue(), set()
             threading.Thread(target=self._fetch_wanted, args=self._wanted[1:], daemon=True).start()
@@ -230,9 +233,11 @@ def default_cache() -> Path:
 
 
 class Cache:
-    """A folder of its own inside `folder`, with at most `limit` bytes of whole files, shared by the processes of a
-    node; the least recently used goes first. The default is $TMPDIR/mom-cache-UID. Raises UserError where the folder
-    is another user's or cannot be written."""
+    """A cache of whole files in the subfolder `shards` of `folder`, shared by the processes of a node.
+
+    It holds at most `limit` bytes, and evicts the least recently used files first. The default folder is
+    $TMPDIR/mom-cache-UID. Raises UserError where the folder belongs to another user or cannot be written.
+    """
 
     def __init__(self, folder: Path | None = None, limit: int = CACHE_BYTES):
         above = folder or default_cache()
@@ -250,8 +255,8 @@ class Cache:
         self._warned = False
 
     def open(self, file: Stored, fetch: Callable[[Stored, Path], None], since: float) -> int:
-        """A descriptor of the whole file, which `fetch(file, to)` brings where it is not here. Raises OSError where
-        that fails, or has failed after the time `since`."""
+        """A descriptor of the whole file. Where the cache lacks it, `fetch(file, path)` writes it to a path. Raises
+        OSError where the fetch fails, or has failed after the time `since`."""
         held = self._held(file)
         if held is not None:
             return held
@@ -271,7 +276,7 @@ class Cache:
 
     def _held(self, file: Stored) -> int | None:
         path = self.folder / file.sha256
-        if path.is_symlink():  # never the cache's own; the file that is fetched will take its place
+        if path.is_symlink():  # the cache never makes links; the fetched file will replace this one
             return None
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -309,7 +314,8 @@ class Cache:
         return descriptor
 
     def _reserve(self, file: Stored) -> Path:
-        """An empty temporary file whose name counts as the bytes it will have. The caller holds the file's lock."""
+        """Make an empty temporary file, whose name says how many bytes it will have so that they are counted already.
+        The caller holds the file's lock."""
         size = file.bytes or 0
         assert size <= self.limit, "TokenDataset refuses shards that the cache cannot hold"
         partial = self.folder / f"{file.sha256}.{size}.partial"
@@ -318,7 +324,7 @@ class Cache:
                 if self._make_room(size, own=file.sha256):
                     partial.touch()
                     return partial
-            time.sleep(0.2)  # the rest is being fetched by others; a fetch ends
+            time.sleep(0.2)  # other processes reserve the rest for their fetches, which end at some time
 
     def _make_room(self, size: int, own: str) -> bool:
         whole: list[tuple[float, int, Path]] = []
@@ -355,7 +361,7 @@ class Cache:
         return total <= self.limit
 
     def _abandoned(self, key: str) -> bool:
-        """Whether no process holds the lock: it goes with its process, however that ends."""
+        """Whether no process holds the lock. A lock is released when its process ends, however that happens."""
         try:
             with self._lock(key, timeout=0):
                 return True
@@ -375,14 +381,14 @@ def folder_at(
     timeout: float = 60.0,
     pause: float = 60.0,
 ) -> Folder:
-    """The folder at a path or URL; `cache` and what follows concern remote ones only (see `RemoteFolder`)."""
+    """The folder at a path or URL. All other arguments concern remote folders only (see `RemoteFolder`)."""
     if "://" not in str(location) or str(location).startswith("file://"):
         return LocalFolder(location)
     return RemoteFolder(str(location), Cache(cache, cache_bytes), attempts, timeout, pause)
 
 
 def _filesystem(location: str, timeout: float) -> Any:
-    """fsspec's filesystem for a URL, without retries of its own: they would multiply with ours."""
+    """fsspec's filesystem for a URL, without retries of its own, which would multiply with those made here."""
     import fsspec
 
     protocol = location.partition("://")[0]
@@ -400,7 +406,7 @@ def _filesystem(location: str, timeout: float) -> Any:
                     "read_timeout": timeout,
                     "retries": {"total_max_attempts": 1},
                 },
-                "default_block_size": 8 << 20,  # of each part of a shard in flight: memory
+                "default_block_size": 8 << 20,  # bytes of each part that is fetched in parallel, held in memory
                 "max_concurrency": 4,
                 "use_listings_cache": False,
             }
@@ -415,8 +421,8 @@ def _filesystem(location: str, timeout: float) -> Any:
 
 
 def _absent(error: FileNotFoundError) -> bool:
-    """Whether the other side said that there is no such file. To fsspec's HTTP, whatever becomes of a HEAD but an
-    answer means that."""
+    """Whether the server said that there is no such file. fsspec's HTTP filesystem raises FileNotFoundError for every
+    failure of a HEAD request."""
     cause = error.__cause__
     said = getattr(cause, "status", None) in (404, 410) or type(cause).__module__.startswith("botocore")
     return cause is None or said

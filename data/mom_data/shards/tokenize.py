@@ -1,10 +1,11 @@
-"""One part of a raw file becomes token shards: the same code, and the same bytes, ahead of training and during it.
+"""Makes token shards from one part of a raw file. The same code, which makes the same bytes, runs before training
+(tools/tokenize_shards.py) and during it (online.py).
 
     INPUT.tar  --index-->  parts (consecutive samples)  --tokenize_part-->  NAME-00000.tar, .idx, ..., and a record
 
-What a shard holds depends on the input, `part_bytes`, `shard_bytes` and the tokenizers, and on nothing else: not on
-the number of processes, nor on where one was killed. A model on another kind of processor may round otherwise, so
-pictures and speech give the same codes on the same kind of machine.
+The contents of a shard depend on the input, the settings and the tokenizers alone, not on the number of processes nor
+on when one was killed. A model on another kind of processor may round differently, so pictures and speech give the same
+codes only on the same kind of machine.
 """
 
 from __future__ import annotations
@@ -30,36 +31,39 @@ from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.files import write_whole
 
-_GROUP = 64  # documents encoded together,
-_GROUP_BYTES = 64 << 20  # as long as they have no more than this
-RECORDS = ".parts"  # folder, beside the shards, of the records of finished parts
-UNFORESEEN = "unforeseen"  # stands in the reason where a tokenizer failed in a way that nobody thought of
-_HOPELESS = 64  # documents one after another of which each fails so: the documents are not the matter
-READER = 4  # raised where the same raw file gives other documents than before: what was made of it is made again
+_GROUP = 64  # the most documents that are encoded together
+_GROUP_BYTES = 64 << 20  # a group also ends with the document by which it exceeds this size
+RECORDS = ".parts"  # the folder beside the shards that holds the records of finished parts
+UNFORESEEN = "unforeseen"  # stands in the reason where a tokenizer raised an unexpected exception
+_HOPELESS = 64  # after this many unexpected exceptions in a row the tokenizer is at fault, not the documents
+READER = 4  # raise this where the same raw file gives other documents than before, so that shards are made again
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the tokens, beside the input."""
+    """Everything that decides the tokens beside the input."""
 
     tokenizers: Path
     described: Mapping[str, Mapping[str, Any]]
-    """As `Tokenizers.describe` gives it."""
+    """The description of the tokenizers, as `Tokenizers.describe` gives it."""
     part_bytes: int = 256 << 20
-    """Of the raw file, unpacked: a part ends with the first document beyond. A file that is gzipped is one part."""
+    """The size of a part, in bytes of the unpacked raw file. A part ends with the first document that exceeds it. A
+    compressed file is one part."""
     shard_bytes: int | None = 128 << 20
-    """A part's shard ends with the first group of documents beyond. None: one shard a part."""
+    """The size of a shard. A shard ends with the first group of documents that exceeds it. None makes one shard of each
+    part."""
     split: str | None = None
-    """"train" or "val" takes one side of a hold-out by document key."""
+    """The side to take, "train" or "val", of a hold-out by document key. None takes all documents."""
     holdout: float = 0.03
+    """The share of documents that is val."""
     drop: tuple[str, ...] = ()
-    """Modalities left out."""
+    """Modalities to leave out."""
     limits: Limits = field(default_factory=Limits)
     reading: Reading = field(default_factory=Reading)
     keep_empty: bool = False
-    """A document without tokens (unreadable, too large, nothing left) keeps its place, without segments."""
+    """Whether a document without tokens (unreadable, too large, or empty) keeps its place as one without segments."""
     least: int | None = None
-    """Hash of the key that is val at any share, where the share alone takes nothing of the corpus: see `Holdout`."""
+    """The hash of the key that is val at any share, set where the share alone takes no document (see `Holdout`)."""
 
     @property
     def token_dtype(self) -> type:
@@ -67,13 +71,13 @@ class Settings:
         return np.uint16 if max(t["size"] for t in self.described.values()) <= 1 << 16 else np.uint32
 
     def wanted(self, key: str) -> bool:
-        """Whether a document belongs to the split: a share `holdout` of keys, by hash, is val and the rest train."""
+        """Whether a document belongs to the side of the split that is taken. The hash of its key decides the side."""
         return self.split is None or Holdout(self.holdout, self.least).held_out(key) == (self.split == "val")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One part of one input, and where its shards go."""
+    """The task to tokenize one part of one input into shards in the folder `output`."""
 
     source: Path
     name: str
@@ -81,14 +85,14 @@ class Job:
     settings: Settings
     output: Path
     content: str
-    """Of the source, as `content_of` gives it."""
+    """The sha256 of the source, as `content_of` gives it."""
 
     @property
     def record_file(self) -> Path:
         return self.output / RECORDS / f"{self.name}.json"
 
     def identity(self) -> dict[str, Any]:
-        """What a record must have been made from to be taken for this job's."""
+        """Everything that the result depends on. A record is reused only where its identity is the same."""
         settings = self.settings
         identity = {
             "source": self.source.name,
@@ -106,7 +110,7 @@ class Job:
         return json.loads(json.dumps(identity))
 
     def check_source(self) -> None:
-        """Raises UserError where the source is no longer what the job was planned from."""
+        """Raises UserError where the source has changed since the job was planned."""
         if content_of(self.source, self.output / RECORDS) != self.content:
             raise UserError(
                 f"{self.source}: damaged or changed since its headers were read. Put it back as it was, or start "
@@ -114,7 +118,7 @@ class Job:
             )
 
     def finished(self) -> dict[str, Any] | None:
-        """The record, where the part is done, with the same settings, and its shards are there."""
+        """The record of this part where it was finished with the same identity and its shards exist, or None."""
         if not self.record_file.exists():
             return None
         record = json.loads(self.record_file.read_text())
@@ -124,9 +128,9 @@ class Job:
 
 
 def names_of(sources: Sequence[Path]) -> list[str]:
-    """A name for each input's shards: its stem, with its folder's in front where that alone is not unique.
+    """A name for each input's shards: the stem of its file, or folder-stem where the stems alone are not unique.
 
-    No dots: webdataset would take them for extensions.
+    Names contain no dots, because webdataset would take them for extensions.
     """
     stems = [path.name.split(".")[0] for path in sources]
     if len(set(stems)) < len(stems):
@@ -143,14 +147,14 @@ def _unique(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Index:
-    """What the headers of an input tell: its parts, and the lowest hash of its keys (see `Holdout`)."""
+    """What the headers of an input say: its parts, and the lowest hash of its keys (see `Holdout`)."""
 
     parts: list[Part]
     lowest: int
 
 
 def known_index(source: Path, name: str, settings: Settings, output: Path) -> Index | None:
-    """The index of an input, where `index` has made it before."""
+    """The index of an input where `index` has made it before, or None."""
     file = output / RECORDS / f"{name}.index"
     if file.exists():
         known = json.loads(file.read_text())
@@ -160,7 +164,7 @@ def known_index(source: Path, name: str, settings: Settings, output: Path) -> In
 
 
 def index(source: Path, name: str, settings: Settings, output: Path) -> Index:
-    """The index of an input, remembered in the output folder."""
+    """The index of an input, which is made once and then remembered in the output folder."""
     file = output / RECORDS / f"{name}.index"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".index.lock")):
@@ -178,8 +182,8 @@ def index(source: Path, name: str, settings: Settings, output: Path) -> Index:
 
 
 def with_a_document_held_out(settings: Settings, indices: Sequence[Index]) -> Settings:
-    """Settings by which at least one document of the whole corpus is val, told from the index of every input. Where
-    they differ from those given, the inputs must be indexed again."""
+    """The settings, changed where necessary so that at least one document of the whole corpus is val. `indices` are
+    those of all inputs. Where the result differs from the given settings, the inputs must be indexed again."""
     if settings.split is None:
         return settings
     return replace(settings, least=least_held_out(settings.holdout, [index.lowest for index in indices]))
@@ -194,7 +198,8 @@ def _indexed_from(source: Path, settings: Settings) -> list[Any]:
 def jobs_of(
     sources: Sequence[Path], names: Sequence[str], parts: Sequence[Sequence[Part]], settings: Settings, output: Path
 ) -> list[Job]:
-    """A job for every part, in order. The shards of an input's only part bear its name alone."""
+    """A job for every part, in order. Where an input has a single part, its shards have the name of the input, without
+    the number of the part. Raises UserError where no document is on the side of the split that is taken."""
     jobs = [
         Job(source, name if len(own) == 1 else f"{name}-p{k:05d}", part, settings, output, content)
         for source, name, own in zip(sources, names, parts, strict=True)
@@ -214,8 +219,8 @@ def jobs_of(
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a document: its segments, or the reason why it is skipped. `guilty` names the member that could
-    not be read, `lost` the pictures of a page that goes on without them."""
+    """The result of encoding a document: its segments, or the `reason` why it is skipped. `guilty` names the member
+    that could not be read, and `lost` names the unreadable pictures of a web page that is kept without them."""
 
     segments: tuple[TokenSegment, ...] = ()
     reason: str | None = None
@@ -224,7 +229,7 @@ class Encoded:
 
 
 def encode_documents(documents: Sequence[Document], tokenizers: Tokenizers) -> Iterator[Encoded]:
-    """What became of each; pictures and recordings go through in batches."""
+    """The result for each document, in order. Pictures and recordings of all documents are encoded in batches."""
     modalities = tokenizers.modalities
     positions: dict[str, list[tuple[int, int]]] = {}
     encoded: dict[tuple[int, int], np.ndarray | Exception] = {}
@@ -248,7 +253,7 @@ def _encoded(document: Document, ids: Sequence[np.ndarray | Exception], modaliti
         if isinstance(values, ValueError) and document.page and segment.modality == "image" and "image" in modalities:
             lost.append(segment.member)
         elif isinstance(values, Exception):
-            # anything but a ValueError is what nobody foresaw
+            # A ValueError describes what is wrong with the data. Any other exception is unexpected.
             said = f"{values}" if isinstance(values, ValueError) else f"{UNFORESEEN} {type(values).__name__}: {values}"
             return Encoded((), f"{UNREADABLE}: segment {s} ({segment.modality}): {said}", segment.member)
         elif len(values):
@@ -262,13 +267,14 @@ def _encoded(document: Document, ids: Sequence[np.ndarray | Exception], modaliti
 def tokenize_part(
     job: Job, load: Callable[[], Tokenizers], progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, Any]:
-    """Tokenize one part into one or more shards; at once where that has been done. Returns {"identity", "shards" (as
-    in the manifest), "skipped" ({"shard", "key", "number", "reason"} of each document; its number counts the part's
-    wanted documents), "account" (`Account.as_json`)}.
+    """Tokenize one part into one or more shards, and return its record. Returns at once where that was done before.
 
-    `load` is called where there is work to do; `progress` is told of samples read and tokens written, as they come.
-    Safe to be killed at any moment and safe from other processes doing the same part. Raises ValueError where the
-    file itself is damaged.
+    The record is {"identity", "shards" (as in the manifest), "skipped" ({"shard", "key", "number", "reason"} of each
+    document, whose number counts the part's wanted documents), "account" (`Account.as_json`)}.
+
+    `load` is called only where there is work to do. `progress` is called with numbers of samples read and tokens
+    written. The process may be killed at any moment, and several processes may do the same part. Raises UserError where
+    the file itself is damaged.
     """
     settings = job.settings
     job.record_file.parent.mkdir(parents=True, exist_ok=True)
@@ -302,7 +308,7 @@ def tokenize_part(
                             try:
                                 writer.add(item.key, result.segments)
                                 tokens += sum(len(s.values) for s in result.segments)
-                            except ValueError as error:  # ids that its tokenizer cannot have
+                            except ValueError as error:  # an id is not below its tokenizer's size
                                 result = Encoded((), f"{UNREADABLE}: {error}")
                         if result.reason is not None:
                             entry = {"key": item.key, "number": number, "reason": result.reason}
@@ -336,8 +342,8 @@ def _account_for(account: Account, source: str, item: Document | BadSample, resu
 
 
 def _to_encode(job: Job, progress: Callable[[int, int], None], account: Account) -> Iterator[Document | BadSample]:
-    """The part's documents on the wanted side of the split, without dropped segments; BadSample for what is out. What
-    keeps no place is accounted for here."""
+    """The part's documents on the wanted side of the split, without segments of dropped modalities. A BadSample stands
+    for a document that is left out. Documents that are not yielded at all are accounted for here."""
     settings = job.settings
     for item in read_documents(job.source, job.part, settings.reading, account):
         progress(1, 0)
@@ -376,7 +382,8 @@ def _groups(stream: Iterator[Document | BadSample]) -> Iterator[list[Document | 
 
 
 def tokenizing(path: Path, device: str = "cpu") -> Tokenizers:
-    """The tokenizers of a process that encodes: loaded once, on one thread, whose sums are the same in any company."""
+    """The tokenizers of a process that encodes, loaded once. torch is set to one thread, so that sums are rounded the
+    same on any number of cores."""
     import torch
 
     torch.set_num_threads(1)

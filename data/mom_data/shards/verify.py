@@ -1,8 +1,8 @@
-"""Is a dataset whole? Everything of it is read and checked, and all that is wrong is found at once.
+"""Verifies that a dataset is whole: every byte of it is read and checked, and everything that is wrong is listed.
 
-A tar alone cannot tell: readers take a damaged header for the end of the archive and drop what follows without a word.
-So the tar is walked header by header, past damage too, and held against the index, the index against the blocks'
-tables, every document against its crc32, and the counts against the manifest.
+Reading the tars is not enough, because readers take a damaged header for the end of the archive and silently drop what
+follows. So each tar is walked header by header, beyond damage too, and compared with the index; the index is compared
+with the tables in the blocks, every document with its crc32, and the counts with the manifest.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mom_tokenizers.errors import UserError
 from mom_tokenizers.files import write_whole
 
 INDEX_BYTES = 40
-"""What an index should take per document at most; short shards pay more, for its header is paid once."""
+"""The most bytes per document that an index should take. In short shards it takes more, because of its header."""
 _COPY = "copy {} again from where it is whole, or delete it and run tools/tokenize_shards.py again"
 
 
 class Member(NamedTuple):
-    """A member of a tar: its header begins at `header`, its content is [start, end)."""
+    """A member of a tar. Its header begins at byte `header`, and its content is bytes [start, end)."""
 
     header: int
     name: str
@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """What is wrong with a tar at a byte of it; `hides`: stock readers take it for the end and drop the rest."""
+    """Something wrong at a byte of a tar. `hides` says that other tar readers take it for the end and drop the rest."""
 
     position: int
     what: str
@@ -51,7 +51,7 @@ class Damage(NamedTuple):
 
 @dataclass
 class ShardReport:
-    """What was found in one shard."""
+    """Everything that was found in one shard."""
 
     name: str
     documents: int = 0
@@ -62,9 +62,9 @@ class ShardReport:
 
 
 def walk_tar(content: bytes | mmap.mmap) -> Iterator[Member | Damage]:
-    """The members of a tar in order, and what is broken between them; it goes on at the next header that is sound.
+    """The members of a tar in order, and the damage between them. After damage it goes on at the next sound header.
 
-    Only what TarWriter makes is expected: plain files one after the other, then at least two blocks of zeros.
+    A tar is expected to be as TarWriter makes it: plain files one after the other, then at least two blocks of zeros.
     """
     at, size = 0, len(content)
     while at < size:
@@ -114,7 +114,7 @@ def _next_data(content: bytes | mmap.mmap, at: int) -> int | None:
 
 
 def _next_header(content: bytes | mmap.mmap, at: int) -> int:
-    """The first sound header at or after the block of byte `at`, -1 where there is none."""
+    """The byte of the first sound header in or after the block that contains byte `at`, or -1 where there is none."""
     at = at // TAR_HEADER * TAR_HEADER
     found = content.find(b"ustar", at)
     while found >= 0:
@@ -130,7 +130,8 @@ def _next_header(content: bytes | mmap.mmap, at: int) -> int:
 
 
 def _keys(content: bytes | mmap.mmap, start: int) -> list[str]:
-    """Keys of the documents of the block at `start`, from its safetensors header alone; none where that is damaged."""
+    """The keys of the documents of the block at byte `start`, from its safetensors header alone. The list is empty
+    where that header is damaged."""
     begin = start + 8
     try:
         header = json.loads(content[begin : begin + int.from_bytes(content[start:begin], "little")])
@@ -140,7 +141,7 @@ def _keys(content: bytes | mmap.mmap, start: int) -> list[str]:
 
 
 def document_keys(shard: Path) -> list[str]:
-    """The key of every document of a sound shard, in order; they stand in its blocks, not in the index."""
+    """The key of every document of a sound shard, in order. They are read from its blocks; the index has no keys."""
     with _opened(shard) as content:
         return [key for m in walk_tar(content) if isinstance(m, Member) for key in _keys(content, m.start)]
 
@@ -149,14 +150,14 @@ def document_keys(shard: Path) -> list[str]:
 def _opened(path: Path) -> Iterator[bytes | mmap.mmap]:
     with open(path, "rb") as file:
         if not path.stat().st_size:
-            yield b""  # which cannot be mapped
+            yield b""  # an empty file cannot be mapped
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield content
 
 
 def read_manifest(folder: Path) -> tuple[Manifest | None, list[Problem]]:
-    """The manifest of a folder, where it can be read, and what is wrong with it in itself."""
+    """(the manifest of a folder or None where it cannot be understood, everything that is wrong within it)."""
     try:
         _, manifest, problems = manifest_of(LocalFolder(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -166,9 +167,10 @@ def read_manifest(folder: Path) -> tuple[Manifest | None, list[Problem]]:
 
 
 def rebuild_index(folder: Path, record: ShardRecord) -> None:
-    """Write a shard's index again from the tar alone, the same bytes as the writer's.
+    """Write a shard's index again from its tar alone, with the same bytes that the writer made.
 
-    Raises ValueError where the tar is not the one of the manifest: an index of damaged data would hide the damage.
+    Raises UserError where the tar is not the one in the manifest, because an index of damaged data would hide the
+    damage.
     """
     tar = folder / record.name
     if not tar.is_file():
@@ -225,7 +227,7 @@ def verify_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Shard
 
 
 def _verified_index(path: Path, record: ShardRecord, report: ShardReport) -> dict[str, np.ndarray] | None:
-    """The index's arrays, where its bytes are those of the manifest."""
+    """The arrays of the index, or None where its checksum is not the manifest's. Problems are added to the report."""
     remedy = "run tools/verify_shards.py with --rebuild-index, which makes it from the tar, or copy it again"
     if not path.is_file():
         report.problems.append(Problem(path.name, "it is missing", remedy))
@@ -247,7 +249,8 @@ def _verify_blocks(
     manifest: Manifest,
     report: ShardReport,
 ) -> tuple[list[dict[str, np.ndarray]], dict[int, str]]:
-    """Walk the tar and hold every block against the index. The arrays of sound blocks, and the keys of documents."""
+    """Walk the tar and compare every block with the index. Returns (the `index_block` arrays of sound blocks, the keys
+    of documents by their number)."""
     blocks: list[dict[str, np.ndarray]] = []
     keys: dict[int, str] = {}
 
@@ -256,7 +259,7 @@ def _verify_blocks(
 
     def documents_between(start: int, end: int) -> slice:
         assert index is not None
-        # a last document without tokens begins where its block ends
+        # A document without tokens at the end of a block begins where the block ends.
         return slice(*np.searchsorted(index["token_offset"], [start, end + 1]).tolist())
 
     for item in walk_tar(content):
@@ -266,7 +269,7 @@ def _verify_blocks(
                 rest = documents_between(item.position, len(content))
                 lost = f"; tar readers stop here without a word and lose {rest.stop - rest.start:,} documents"
                 for d, key in enumerate(_keys(content, item.position + TAR_HEADER), rest.start):
-                    keys[d] = key  # the block behind a damaged header is often whole
+                    keys[d] = key  # the block after a damaged header is often whole
             problem(item.what + lost, item.position)
             continue
         block = content[item.start : item.end]
@@ -300,7 +303,8 @@ def _verify_blocks(
 
 
 def _bad_values(arrays: dict[str, np.ndarray], record: ShardRecord, manifest: Manifest) -> Iterator[str]:
-    """Whether a block's ids are those of its tokenizers, and its latents as wide as the manifest says."""
+    """What is wrong with a block's values: ids that are not below their tokenizer's size, tokens of another size in
+    bytes, or latents of another width than the manifest says."""
     modality, count, _, flags = arrays["segments"].T
     of_token = np.repeat(modality, np.where(flags, 0, count))
     for number, name in enumerate(manifest.modalities):
@@ -320,7 +324,7 @@ def _verify_documents(
     manifest: Manifest,
     report: ShardReport,
 ) -> None:
-    """crc32 of every document, read as the trainer reads it: by the index alone."""
+    """Check the crc32 of every document, which is read as the trainer reads it, by the index alone."""
     latent = index["segment_modality"] >= LATENT_BIT
 
     def bytes_of(mine: np.ndarray, size: int) -> np.ndarray:
