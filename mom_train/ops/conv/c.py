@@ -30,8 +30,8 @@ def forward(
     initial = initial if initial is None else initial.to(xr.dtype).contiguous()
     y = xr.new_empty(x.shape)
     library.mom_conv_forward(
-        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // SCAN_CHANNELS)), int(half),
-        pointer(xr), integer(xr.stride(0)), pointer(taps), pointer(bias), pointer(initial), pointer(order),
+        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // SCAN_CHANNELS)),
+        int(half), pointer(xr), integer(xr.stride(0)), pointer(taps), pointer(bias), pointer(initial), pointer(order),
         pointer(position), pointer(y), threads(),
     )  # fmt: skip
     return y.to(x.dtype)
@@ -50,8 +50,8 @@ def backward(
     gx, ginitial = xr.new_empty(x.shape), xr.new_empty(batch, K - 1, D)
     gweight, gbias = taps.new_empty(batch, K, D), taps.new_empty(batch, D)
     library.mom_conv_backward(
-        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // SCAN_CHANNELS)), int(half),
-        pointer(xr), integer(xr.stride(0)), pointer(taps), pointer(bias_c), pointer(initial), pointer(order),
+        integer(batch), integer(x.shape[0] // batch), integer(D), integer(K), integer(-(-D // SCAN_CHANNELS)),
+        int(half), pointer(xr), integer(xr.stride(0)), pointer(taps), pointer(bias_c), pointer(initial), pointer(order),
         pointer(position), pointer(gy), integer(gy.stride(0)), pointer(gx), pointer(gweight), pointer(gbias),
         pointer(None if initial is None else ginitial), threads(),
     )  # fmt: skip
