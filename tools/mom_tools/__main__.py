@@ -6,6 +6,8 @@ import difflib
 import sys
 from importlib import import_module
 
+from mom_tokenizers.errors import EXIT_USER_ERROR
+
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "runs": {
         "train": ("mom_train.__main__", "train one run in this process, or carry on with it"),
@@ -69,7 +71,7 @@ def main() -> None:
         near = difflib.get_close_matches(name, MODULES, 1)
         advice = f"did you mean '{near[0]}'?" if near else "mom --help lists the commands."
         print(f"mom: there is no command '{name}'; {advice}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
     module = MODULES[name]
     if module == "torchrun_launch.__main__":
         sys.argv = ["mom", name, *arguments]
