@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
 
-import argparse
 import ctypes
-import json
 import logging
 import math
 import statistics
@@ -30,8 +28,10 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.bench.suites import SUITES, Candidate, Sizes, draw
+from mom_tools.options import add_json, command_parser
+from mom_tools.output import write_json
 from mom_train.ops import native
 
 TOLERANCE = {"scan": (1e-5, 3e-2), "conv": (1e-5, 2e-2), "routing": (1e-5, 2e-2), "block": (1e-4, 8e-2)}
@@ -213,7 +213,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in SUITES:
         command = commands.add_parser(name, help=f"the {name}" if name != "block" else "a whole Mamba block")
@@ -237,7 +237,7 @@ def main() -> int:
 
         bench_step.add_arguments(step)
     for command in commands.choices.values():
-        command.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+        add_json(command)
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it says at length that a CPU has no CUDA
     with exit_clearly(parser.prog):
@@ -252,10 +252,7 @@ def main() -> int:
             s.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
             result = run(arguments.command, s, arguments.repetitions, arguments.without)
             text, failed = markdown(result), bool(result["wrong"])
-        if arguments.json:
-            output = json.dumps(result, indent=2) + "\n"
-            write_text(arguments.json, output)
-        if arguments.json != "-":
+        if write_json(arguments.json, result, indent=2):
             print(text)
     return int(failed)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
 
-import argparse
 import gc
 import json
 import multiprocessing
@@ -38,8 +37,10 @@ from mom_data.order.packing import Piece
 from mom_data.order.plan import Lane, Plan, Source
 from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import ShardWriter, TokenSegment, write_manifest
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.vocab import VocabLayout
+from mom_tools.options import add_json, command_parser
+from mom_tools.output import write_json
 
 SIZES = {"text": 32000, "image": 8192, "speech": 500}
 KINDS = ("text", "transfusion", "chameleon")
@@ -330,7 +331,7 @@ def report(name: str, format_: dict[str, float], rows: Sequence[Measured]) -> st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--data", nargs="+", type=Path, metavar="FOLDER", help="folders of token shards, on this machine"
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="loader workers (default 0 1 2)")
     parser.add_argument("--repeats", type=int, default=3, help="each is measured so often (default 3)")
     parser.add_argument("--litdata-python", metavar="PATH", help="a Python that has litdata, to measure it as well")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("bench_data"), tempfile.TemporaryDirectory() as scratch:
         for name in ("tokens", "length", "rows", "repeats"):
@@ -361,14 +362,8 @@ def main() -> None:
             print(f"{row.name}: {row.tokens / row.cpu / 1e6:.1f} M tokens per core-second", file=sys.stderr)
             measured.append(row)
         name = arguments.synthetic or ", ".join(map(str, folders))
-        if arguments.json:
-            values = {"data": name, "format": sizes(corpus), "measured": [row.figures() for row in measured]}
-            text = json.dumps(values, indent=2) + "\n"
-            if arguments.json == "-":
-                sys.stdout.write(text)
-            else:
-                write_text(arguments.json, text)
-        if arguments.json != "-":
+        figures = {"data": name, "format": sizes(corpus), "measured": [row.figures() for row in measured]}
+        if write_json(arguments.json, figures, indent=2):
             print(report(name, sizes(corpus), measured))
 
 

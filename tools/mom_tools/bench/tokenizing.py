@@ -8,10 +8,7 @@ Every stage runs once before it is measured.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +23,13 @@ from tqdm import tqdm
 from mom_data.documents.document import BadSample, Document, expand_inputs, read_documents
 from mom_data.shards.format import ShardWriter, TokenSegment
 from mom_tokenizers.bundle import PICTURES, READY, Tokenizers
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.image.autoencoder import preprocess
 from mom_tokenizers.media.pictures import decode_image
 from mom_tokenizers.media.recordings import decode_audio
 from mom_tokenizers.speech.units import SpeechTokenizer
+from mom_tools.options import add_input, add_json, command_parser
+from mom_tools.output import write_json
 
 AT_ONCE = 32  # values a batch, as Tokenizers.encode_many makes them
 
@@ -179,7 +178,7 @@ def bench(path: Path, files: Sequence[Path], documents: int) -> dict[str, Any]:
     return {"documents": len(drawn), "stages": stages + list(whole_path(tokenizers, drawn))}
 
 
-def table(found: dict[str, Any]) -> str:
+def stages_table(found: dict[str, Any]) -> str:
     lines = ["| modality | stage | CPU-s | per CPU-second (one core) |", "|---|---|---|---|"]
     for row in found["stages"]:
         rates = ", ".join(
@@ -192,13 +191,13 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--tokenizers", type=Path, required=True, help="tokenizers.yaml, as train_tokenizers.py writes it"
     )
-    parser.add_argument("--input", nargs="+", required=True, help="tars, JSON-lines files, globs or folders")
+    add_input(parser)
     parser.add_argument("--documents", type=int, default=200, help="over all inputs (default: %(default)s)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("bench_tokenizers"):
         if arguments.documents < 1:
@@ -207,12 +206,8 @@ def main() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         with threadpool_limits(1):  # idle threads of the linear algebra spin, and that counts as CPU-seconds
             found = bench(arguments.tokenizers, expand_inputs(arguments.input), arguments.documents)
-        if arguments.json == "-":
-            sys.stdout.write(json.dumps(found, indent=2) + "\n")
-            return
-        if arguments.json:
-            write_text(arguments.json, json.dumps(found, indent=2) + "\n")
-        print(f"{found['documents']} documents\n\n{table(found)}")
+        if write_json(arguments.json, found, indent=2):
+            print(f"{found['documents']} documents\n\n{stages_table(found)}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ so far (--window); validation losses are as logged; between points the loss is l
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,11 +24,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from tabulate import tabulate
 
 from mom_tokenizers.errors import exit_clearly, write_text
 from mom_tools.compare.curves import WINDOW, Comparison, Interval, Model, Run, compare, few_targets, first_reach, unlike
 from mom_tools.compare.published import Published, select
+from mom_tools.options import add_json, command_parser
+from mom_tools.output import markdown_table, write_json
 
 GREY, ORANGE = "#6b7280", "#e07b00"
 
@@ -76,9 +75,7 @@ HEADER = ["loss", "baseline", "candidate", "gain, %", "FLOPs to match, %", "pape
 def as_markdown(found: Mapping[str, Comparison], published: Sequence[Published] = ()) -> str:
     rows = [cells(name, result, published) for name, result in found.items()]
     width = len(HEADER) if published else len(HEADER) - 2
-    align = ("left", *["right"] * (width - 1))
-    rows = [row[:width] for row in rows]
-    return tabulate(rows, HEADER[:width], tablefmt="pipe", colalign=align, disable_numparse=True) + "\n"
+    return markdown_table(HEADER[:width], [row[:width] for row in rows]) + "\n"
 
 
 def as_csv(found: Mapping[str, Comparison]) -> str:
@@ -181,7 +178,7 @@ def _draw_one(above: Axes, below: Axes, sides: Mapping[str, Sequence[Run]], name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--baseline", nargs="+", type=Path, required=True, metavar="RUN", help="seeds of the dense model"
     )
@@ -190,7 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--window", type=float, default=WINDOW, help="smooths training losses (%(default)s; 0: none)")
     parser.add_argument("--paper", metavar="TABLE:ROW", help="put published figures beside, such as 7:1.5B or 4:163M")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="figures as JSON, to OUT or stdout")
+    add_json(parser)
     parser.add_argument("--csv", type=Path, metavar="OUT")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="the table (printed in any case)")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="curves and loss matching: .png, .svg or .pdf")
@@ -206,9 +203,7 @@ def main() -> None:
         if (warning := few_targets(counts)) is not None:
             table += f"\nWARNING: {warning}\n"
         print(table, file=sys.stderr if arguments.json == "-" else sys.stdout)
-        if arguments.json:
-            text = json.dumps(as_json(found, published), indent=1) + "\n"
-            write_text(arguments.json, text)
+        write_json(arguments.json, as_json(found, published))
         if arguments.csv:
             write_text(arguments.csv, as_csv(found))
         if arguments.markdown:

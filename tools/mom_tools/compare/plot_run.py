@@ -7,7 +7,6 @@ A RUN/unigram.json, where there is one, is drawn as the baseline.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +17,7 @@ import matplotlib.pyplot as plt
 
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.compare.curves import AXES, WINDOW, Run, smoothed
+from mom_tools.options import command_parser
 from mom_train.baseline import read_baseline
 
 
@@ -36,7 +36,7 @@ def draw(axes: Axes, run: Run, modality: str, axis: str, colour: str, label: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .svg or .pdf")
     parser.add_argument("--x", choices=AXES, default="tokens", help="(default: %(default)s)")

@@ -9,7 +9,6 @@ with, as tools/match_loss.py does. What a run's directory lacks is left out.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import itertools
 import json
@@ -29,6 +28,7 @@ from mom_tokenizers.errors import UserError, exit_clearly, write_text
 from mom_tools.compare.charts import PALETTE, Series, chart
 from mom_tools.compare.curves import AXES, WINDOW, Run, compare, smoothed, tokens_of
 from mom_tools.compare.match_loss import HEADER, cells, notes
+from mom_tools.options import command_parser
 from mom_train.baseline import read_baseline, unigram, write_baseline
 from mom_train.config.files import load_config
 from mom_train.distributed.status import read_status
@@ -51,8 +51,8 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
     return {prefix[:-1]: "" if values is None else str(values)}
 
 
-def read_json(path: Path) -> Any:
-    """None where there is no such file, or one that a crash cut short."""
+def json_or_none(path: Path) -> Any:
+    """The value in a file; None where there is no such file, or where a crash has cut it short."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -81,7 +81,7 @@ def middle(run: Run, name: str) -> float | None:
 def facts(run: Run, price: float | None) -> dict[str, Any]:
     """What the tables say of a run."""
     last: dict[str, float] = next((line for line in reversed(run.lines) if tokens_of(line)), {})
-    environment = read_json(run.path / "environment.json") or {}
+    environment = json_or_none(run.path / "environment.json") or {}
     world = environment.get("world_size") if isinstance(environment, dict) else None
     tokens, spent = tokens_of(last), seconds_of(run)
     # the last checkpoint's is logged until the next one
@@ -107,7 +107,7 @@ def facts(run: Run, price: float | None) -> dict[str, Any]:
         "cost": None if price is None else price * hours,
         "cost_per_billion": price * hours * 1e9 / total if price is not None and total else None,
         "environment": flat(environment) if environment else {},
-        "incident": read_json(run.path / "incident.json"),
+        "incident": json_or_none(run.path / "incident.json"),
         "rollbacks": rollbacks(run.path / "rollbacks.jsonl"),
         "stacks": sorted(p.name for p in run.path.glob("stacks/*.txt") if p.stat().st_size),
     }
@@ -308,7 +308,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the first is the baseline")
     parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html, or report.html of several)")
     parser.add_argument("--price", type=float, help="of one device (rank) for an hour, in any currency")

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
 
-import argparse
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -25,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.image.autoencoder import VQImageTokenizer
+from mom_tools.options import add_json, command_parser
+from mom_tools.output import write_json
 
 LEFT_OUT = ("loss.", "model_ema.")  # needed by training alone
 
@@ -160,11 +160,11 @@ def convert(tensors: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help=".ckpt, .pt or .safetensors")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the tokenizer's folder")
     parser.add_argument("--resolution", type=int, default=512, help="side of pictures in pixels (default: %(default)s)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("convert_vqgan"):
         tensors = read_checkpoint(arguments.checkpoint)
@@ -180,11 +180,8 @@ def main() -> None:
             "without_place": homeless,
             "fingerprint": tokenizer.fingerprint(),
         }
-        if arguments.json == "-":
-            print(json.dumps(figures))
+        if not write_json(arguments.json, figures, indent=None):
             return
-        if arguments.json:
-            write_text(arguments.json, json.dumps(figures) + "\n")
         print(
             f"{arguments.output}: {figures['parameters']:,} parameters in {figures['tensors']} tensors, "
             f"{tokenizer.size:,} codes, {tokenizer.codes_per_image:,} a picture of {arguments.resolution} pixels"

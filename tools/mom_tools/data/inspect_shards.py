@@ -9,7 +9,6 @@ given), counts and lengths by modality, padding, and sources.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
 import io
@@ -26,13 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 from mom_data.order.forecast import first_rows, measure, tokens_of
-from mom_data.order.plan import Piece, Plan, Source, hashed
+from mom_data.order.plan import Piece, Plan, hashed
 from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import LATENT_BIT, TokenSegment
 from mom_data.shards.verify import document_keys
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
-from mom_tools.data.pack_stats import configured
+from mom_tools.data.pack_stats import configured, unconfigured
+from mom_tools.options import add_packing, command_parser
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")  # matplotlib's cycle; text first
 _TEXT = 1200  # characters shown of a text
@@ -253,13 +253,11 @@ def page(plan: Plan, tokenizers: Tokenizers | None, rows: int, documents: int, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("dataset", nargs="*", help="folders of token shards (default: the config's data.train)")
     parser.add_argument("--output", type=Path, required=True, help="the page to write")
     parser.add_argument("--config", type=Path, help="a run's config: its row length, packing, seed and tokenizers")
-    parser.add_argument("--length", type=int, default=1024, help="positions in a row, without a config (%(default)s)")
-    parser.add_argument("--lanes", type=int, default=4, help="without a config (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=1024, help="pieces packed together, likewise (%(default)s)")
+    add_packing(parser, length=1024, lanes=4)
     parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml, to decode documents (default: the config's)")
     parser.add_argument("--rows", type=int, default=24, help="packed rows to draw (default: %(default)s)")
     parser.add_argument("--documents", type=int, default=12, help="documents to show (default: %(default)s)")
@@ -277,8 +275,7 @@ def main() -> None:
             plan, _ = configured(arguments.config, overrides)
             path = path or load_config(arguments.config, overrides).tokenizers
         elif arguments.dataset:
-            sources = tuple(Source(TokenDataset(d), 1.0) for d in arguments.dataset)
-            plan = Plan(sources, arguments.length, arguments.lanes, arguments.window, arguments.seed)
+            plan = unconfigured(arguments.dataset, arguments)
         else:
             raise UserError("give a DATASET folder, or --config with data.train")
         tokenizers = Tokenizers.load(path) if path is not None else None

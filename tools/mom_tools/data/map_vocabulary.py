@@ -9,13 +9,13 @@ tokens, and reserved tokens where Chameleon has none.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.vocab import chameleon_layout, read_vocabulary
+from mom_tools.options import add_json, command_parser
+from mom_tools.output import write_json
 
 
 def pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
@@ -30,14 +30,14 @@ def pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("tokenizer", type=Path, help="tokenizer.json or vocab.json")
     parser.add_argument("--output", type=Path, required=True, help="the layout's file")
     parser.add_argument("--special", nargs="+", default=(), metavar="NAME=TOKEN", help="e.g. null=<reserved08705>")
     parser.add_argument(
         "--further", nargs="+", default=(), metavar="MODALITY=SIZE", help="ids appended, e.g. speech=500"
     )
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("map_vocabulary"):
         further = pairs(arguments.further, "--further")
@@ -53,11 +53,7 @@ def main() -> None:
             "size": layout.size,
             "specials": {special: [id_, names.get(id_)] for special, id_ in layout.specials.items()},
         }
-        if arguments.json == "-":
-            print(json.dumps(figures))
-        else:
-            if arguments.json:
-                write_text(arguments.json, json.dumps(figures) + "\n")
+        if write_json(arguments.json, figures, indent=None):
             print(f"{arguments.output}: {layout.size:,} ids, {dict(layout.sizes)}")
             for special, (id_, token) in figures["specials"].items():  # type: ignore[attr-defined]
                 print(f"  {special:5} {id_:6} {token or '(appended)'}")

@@ -11,7 +11,6 @@ times.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from typing import Any
 from mom_data.order.forecast import predict
 from mom_data.order.plan import Plan, Source
 from mom_data.shards.dataset import TokenDataset
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.options import add_json, add_packing, command_parser
+from mom_tools.output import write_json
 
 
 def text(found: dict[str, Any]) -> str:
@@ -57,16 +58,20 @@ def configured(config: Path, overrides: Sequence[str]) -> tuple[Plan, int]:
     return plan, run.training.steps * run.training.batch
 
 
+def unconfigured(folders: Sequence[str], arguments: argparse.Namespace) -> Plan:
+    """A plan over whole folders of token shards, with the options of `add_packing` and --seed."""
+    sources = tuple(Source(TokenDataset(folder), 1.0) for folder in folders)
+    return Plan(sources, arguments.length, arguments.lanes, arguments.window, arguments.seed)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("config", nargs="*", metavar="CONFIG key=value", help="a run's config, and overrides of it")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="token shards, in place of a config")
-    parser.add_argument("--length", type=int, default=4096, help="positions in a row, with --data (%(default)s)")
-    parser.add_argument("--lanes", type=int, default=16, help="with --data (%(default)s)")
-    parser.add_argument("--window", type=int, default=1024, help="pieces packed together, with --data (%(default)s)")
+    add_packing(parser, length=4096, lanes=16)
     parser.add_argument("--seed", type=int, default=0, help="of the order, with --data (%(default)s)")
     parser.add_argument("--sequences", type=int, default=2048, help="rows to plan (default: %(default)s)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="the figures as JSON, to OUT or to stdout")
+    add_json(parser)
     arguments = parser.parse_intermixed_args()
     with exit_clearly("pack_stats"):
         if bool(arguments.config) == bool(arguments.data):
@@ -76,16 +81,10 @@ def main() -> None:
         if arguments.config:
             plan, run_sequences = configured(Path(arguments.config[0]), arguments.config[1:])
         else:
-            sources = tuple(Source(TokenDataset(folder), 1.0) for folder in arguments.data)
-            plan = Plan(sources, arguments.length, arguments.lanes, arguments.window, arguments.seed)
-            run_sequences = None
+            plan, run_sequences = unconfigured(arguments.data, arguments), None
         found = predict(plan, arguments.sequences, run_sequences)
-        if arguments.json == "-":
-            print(json.dumps(found, indent=1))
-            return
-        if arguments.json:
-            write_text(arguments.json, json.dumps(found, indent=1) + "\n")
-        print(text(found))
+        if write_json(arguments.json, found):
+            print(text(found))
 
 
 if __name__ == "__main__":

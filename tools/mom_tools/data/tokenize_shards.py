@@ -52,8 +52,10 @@ from mom_data.shards.tokenize import (
     with_a_document_held_out,
 )
 from mom_tokenizers.bundle import READY, Tokenizers
-from mom_tokenizers.errors import UserError, exit_clearly, user_path, write_text
+from mom_tokenizers.errors import UserError, exit_clearly, user_path
 from mom_tokenizers.media.pictures import MAX_PIXELS
+from mom_tools.options import add_input, add_json
+from mom_tools.output import write_json
 
 _REPORTED = 256  # samples between two touches of the shared counters
 _progress: Any = None  # shared counters of documents and tokens, set in each worker
@@ -331,7 +333,7 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cluster], allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, required=True, help="tokenizers.yaml, as train_tokenizers.py writes it")
-    parser.add_argument("--input", nargs="+", required=True, help="tars, JSON-lines files, globs or folders")
+    add_input(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of models; one worker a GPU")
@@ -352,7 +354,7 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
     parser.add_argument("--shard-mib", type=positive, default=128, help="start a new shard at this size (%(default)s)")
     parser.add_argument("--stripe", type=stripe, metavar="K/N", help="do every N-th part from K on; commit nothing")
     parser.add_argument("--index-only", action="store_true", help="read the headers (of the stripe's inputs) and stop")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="figures as JSON, to OUT or stdout")
+    add_json(parser)
     arguments = parser.parse_args()
     options, rest = cluster.parse_known_args()
     return arguments, options, rest
@@ -423,10 +425,7 @@ def main() -> None:
             return
         figures = commit(jobs, records, account, arguments.max_bad_fraction)
         figures["seconds"] = round(time.perf_counter() - start, 3)
-        if arguments.json:
-            text = json.dumps(figures, indent=1) + "\n"
-            write_text(arguments.json, text)
-        if arguments.json != "-":
+        if write_json(arguments.json, figures):
             print(account.text())
             print(
                 f"{output}: {figures['documents']:,} documents in {figures['shards']} shards, "

@@ -9,7 +9,6 @@ already, from the same config, inputs and seed, is not repeated.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -38,6 +37,7 @@ from mom_tokenizers.media.pictures import decode_image
 from mom_tokenizers.media.recordings import Waveform, decode_audio
 from mom_tokenizers.speech.units import SpeechTokenizer, read_centroids
 from mom_tokenizers.text import TextTokenizer
+from mom_tools.options import add_input, command_parser
 
 STAGES = ("text", "image", "speech")
 
@@ -277,9 +277,9 @@ def _finished(directory: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="sizes and steps, e.g. configs/demo_tokenizers.yaml")
-    parser.add_argument("--input", nargs="+", required=True, help="raw documents: files, globs or folders")
+    add_input(parser)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU where there is one (%(default)s)")

@@ -10,8 +10,6 @@ tars, to the same bytes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -26,7 +24,9 @@ from tqdm import tqdm
 from mom_data.shards.format import sha256_of
 from mom_data.shards.manifest import Manifest, Problem, ShardRecord
 from mom_data.shards.verify import INDEX_BYTES, ShardReport, read_manifest, rebuild_index, verify_shard
-from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly, write_text
+from mom_tokenizers.errors import EXIT_USER_ERROR, UserError, exit_clearly
+from mom_tools.options import add_json, command_parser
+from mom_tools.output import write_json
 
 _BYTES_PER_PROCESS = 128 << 20  # less is read before another process has started
 
@@ -58,11 +58,11 @@ def verify(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("dataset", type=Path, help="folder of token shards")
     parser.add_argument("--rebuild-index", action="store_true", help="make lost or damaged index files from the tars")
     parser.add_argument("--workers", type=int, help="processes (default: as the cores and the data are worth)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="the findings as JSON, to OUT or to stdout")
+    add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("verify_shards"):
         folder: Path = arguments.dataset
@@ -100,11 +100,7 @@ def main() -> None:
             "bytes": sum(r.bytes for r in reports),
             "index_bytes_per_document": round(per_document, 2),
         }
-        if arguments.json == "-":
-            print(json.dumps(found, indent=1))
-        else:
-            if arguments.json:
-                write_text(arguments.json, json.dumps(found, indent=1) + "\n")
+        if write_json(arguments.json, found):
             for name in found["rebuilt"]:
                 print(f"{name}: made again from its tar, as the manifest has it")
             for problem in problems:

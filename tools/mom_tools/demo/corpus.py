@@ -9,7 +9,6 @@ Written as raw WebDataset shards in the "segments" convention of `mom_data.docum
 
 from __future__ import annotations
 
-import argparse
 import ast
 import ctypes
 import hashlib
@@ -34,6 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.options import command_parser
 
 DOCUMENTED_PACKAGES = ("scipy", "sklearn", "numpy")
 SAMPLE_RATE = 16_000
@@ -387,7 +387,7 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for train/, val/ and summary.json")
     parser.add_argument("--documents", type=int, default=4800, help="documents in all (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")

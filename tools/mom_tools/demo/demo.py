@@ -26,6 +26,7 @@ from mom_data.documents.inputs import files_of_side, modalities_at_the_head
 from mom_data.shards.content import keep_inputs
 from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
 from mom_tools.data.mixture import sources
+from mom_tools.options import command_parser
 from mom_train.baseline import unigram, write_baseline
 from mom_train.config.files import load_config
 from mom_train.config.run import RunConfig
@@ -103,7 +104,7 @@ def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--corpus", type=Path, help="folder of raw tars (with train/ and val/ inside, if it has them)")
     parser.add_argument("--work", type=Path, help="folder for everything made (default: runs/demo[-CORPUS])")
     parser.add_argument("--config", default="configs/demo.yaml", help="the run (default: %(default)s)")

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
 
-import argparse
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
-from mom_tools.model.export_model import FORMATS, export
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.model.export_model import add_options, export
+from mom_tools.options import add_json, command_parser
+from mom_tools.output import write_json
 from mom_train.config.preflight import check_run, check_writable, is_local
 from mom_train.distributed.run_lock import RunLock
 
@@ -61,7 +61,7 @@ def describe(checkpoint: Checkpoint, latest: Checkpoint | None, best: Checkpoint
     return entry
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def as_text(entries: list[dict[str, Any]]) -> str:
     lines = [f"{'step':>10} {'MB':>10}  state"]
     for e in entries:
         words = ["committed" if e["committed"] else "not committed"]
@@ -93,20 +93,17 @@ def held(run: str, checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", help="run directory, or URL")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("list", "verify"):
         command = commands.add_parser(name)
-        command.add_argument("--json", nargs="?", const="-", metavar="OUT", help="to OUT, or standard output")
+        add_json(command)
     command.add_argument("--step", type=int, help="this one (default: all committed)")
     command = commands.add_parser("prune")
     command.add_argument("--keep", type=int, required=True, help="how many of the newest stay")
     command = commands.add_parser("export")
-    command.add_argument("--out", type=Path, required=True, help="folder")
-    command.add_argument("--step", type=int, help="(default: the newest)")
-    command.add_argument("--ema", action="store_true", help="the average of the weights")
-    command.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    add_options(command)
     arguments = parser.parse_args()
     with exit_clearly("checkpoint"):
         check_run(arguments.run)
@@ -137,11 +134,9 @@ def main() -> None:
             for entry, checkpoint in zip(entries, chosen, strict=True):
                 entry["problems"] = verify(checkpoint)
                 entry["verified"] = not entry["problems"]
-        text = json.dumps(entries, indent=1) if arguments.json else table(entries)
-        if arguments.json and arguments.json != "-":
-            write_text(arguments.json, text + "\n")
-        else:
-            print(text)
+        write_json(arguments.json, entries)
+        if arguments.json is None:
+            print(as_text(entries))
         damaged = [e["path"] for e in entries if e.get("verified") is False]
         if damaged:
             raise UserError(f"damaged: {', '.join(damaged)}")

@@ -9,16 +9,13 @@ Everything is a formula of mom_train/cost: no weight is made. Memory is predicte
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.options import add_configs, add_json, command_parser, configs_and_overrides
+from mom_tools.output import markdown_table, write_json
 from mom_train.config.files import load_config
 from mom_train.config.run import RunConfig
 from mom_train.cost.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
@@ -71,12 +68,6 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
     }
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, readable as it stands: the first column to the left, figures to the right."""
-    align = ("left", *["right"] * (len(header) - 1))
-    return tabulate(rows, header, tablefmt="pipe", colalign=align, disable_numparse=True)
-
-
 def _millions(n: float) -> str:
     return f"{n / 1e6:,.1f}"
 
@@ -93,7 +84,7 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         f"{name}: {d['architecture']}, {d['layers']} layers ({d['blocks']} blocks) of width {d['dim']}, vocabulary "
         f"{d['vocabulary']:,} ({', '.join(d['modalities'])}), decoupled: {decoupled}",
         "",
-        table(
+        markdown_table(
             ("parameters (M)", "total", "active"),
             [(part, _millions(n), _millions(counts["active_by_part"][part])) for part, n in counts["by_part"].items()]
             + [("all", _millions(counts["total"]), _millions(counts["active"]))],
@@ -105,7 +96,7 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
     for title, counted in tokens.items():
         rows = [(part, _millions(n), _millions(TRAINING_FACTOR * n)) for part, n in counted["by_part"].items()]
         rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
-        said += ["", table((title, "forward", "training"), rows)]
+        said += ["", markdown_table((title, "forward", "training"), rows)]
     names = ("without_checkpointing", "with_selective_checkpointing", "with_checkpointing")
     kinds = [mem[name] for name in names]
     memory_rows = [
@@ -119,7 +110,7 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
     header = ("predicted GB per rank", "no checkpointing", "selective", "activation checkpointing")
     chosen = mem["chosen"].replace("_", " ")
     note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {chosen}"
-    said += ["", table(header, memory_rows), "", note]
+    said += ["", markdown_table(header, memory_rows), "", note]
     return "\n".join(said)
 
 
@@ -141,33 +132,26 @@ def overview(described: Mapping[str, Mapping[str, Any]]) -> str:
             )
         )
     header = ["config", "total (M)", "active (M)", "forward (MFLOPs/token)", "training (MFLOPs/token)"]
-    return table([*header, "tokens per batch", "ranks", "predicted GB per rank"], rows)
+    return markdown_table([*header, "tokens per batch", "ranks", "predicted GB per rank"], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for all CONFIGs")
+    parser = command_parser(__doc__)
+    add_configs(parser)
     parser.add_argument("--ranks", type=int, help="ranks that share the model (default: batch / micro_batch)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    add_json(parser)
     parser.add_argument("--by-part", action="store_true", help="several configs in detail too, not a row for each")
     arguments = parser.parse_intermixed_args()
     with exit_clearly("describe_model"):
-        names = [a for a in arguments.config if "=" not in a or Path(a).suffix in (".yaml", ".yml")]
-        overrides = [a for a in arguments.config if a not in names]
         if arguments.json and Path(arguments.json).suffix in (".yaml", ".yml"):
             raise UserError(f"--json {arguments.json} would overwrite a config: put --json last, or name its file")
+        names, overrides = configs_and_overrides(arguments.config)
         if arguments.ranks is not None and arguments.ranks < 1:
             raise UserError(f"--ranks {arguments.ranks}: at least 1")
-        if not names:
-            raise UserError("no CONFIG among the arguments")
         described = {name: describe(load_config(name, overrides), arguments.ranks) for name in names}
         if arguments.json:
             objects = [{"config": name} | d for name, d in described.items()]
-            text = json.dumps(objects[0] if len(objects) == 1 else objects, indent=2) + "\n"
-            if arguments.json == "-":
-                sys.stdout.write(text)
-            else:
-                write_text(arguments.json, text)
+            write_json(arguments.json, objects[0] if len(objects) == 1 else objects, indent=2)
         elif len(described) == 1 or arguments.by_part:
             print("\n\n".join(by_part(name, d) for name, d in described.items()))
         else:

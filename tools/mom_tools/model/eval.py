@@ -16,15 +16,16 @@ from __future__ import annotations
 import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its threads wait
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.compare.curves import few_targets
+from mom_tools.options import add_json, add_tokenizers, command_parser
+from mom_tools.output import write_json
 from mom_train.config.files import validated
 from mom_train.config.preflight import check_datasets, check_run, check_there
 from mom_train.config.run import RunConfig
@@ -60,15 +61,15 @@ def sharded(config: RunConfig, checkpoint: Checkpoint, weights: Weights, ranks: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", help="run directory, or a checkpoint's folder or URL")
     parser.add_argument("--shards", nargs="+", required=True, metavar="PATH", help="folders or URLs of token shards")
     parser.add_argument("--step", help="checkpoint: a number, or 'best' (default: the newest)")
     parser.add_argument("--weights", choices=["model", "ema"], default="model", help="ema: their average")
     parser.add_argument("--sequences", type=int, help="only the first so many rows of each set (default: all of them)")
     parser.add_argument("--batch", type=int, help="sequences per process and forward pass (default: the run's)")
-    parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml, for bits per byte (default: the run's)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="to OUT, or standard output")
+    add_tokenizers(parser, ", for bits per byte")
+    add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("eval"):
         if any(n is not None and n < 1 for n in (arguments.sequences, arguments.batch)):
@@ -169,11 +170,8 @@ def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConf
 
 
 def write(figures: dict[str, Any], out: str | None) -> None:
-    if out == "-":
-        print(json.dumps(figures, indent=1))
+    if not write_json(out, figures):
         return
-    if out is not None:
-        write_text(out, json.dumps(figures, indent=1) + "\n")
     print(f"{figures['checkpoint']}, {figures['weights']} weights\n")
     names = list(dict.fromkeys(name for values in figures["sets"].values() for name in values))
     width = max(12, *(len(name) + 2 for name in figures["sets"]))

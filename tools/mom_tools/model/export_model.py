@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.options import add_weights, command_parser
 from mom_train.config.migrations import SCHEMA
 from mom_train.config.preflight import check_run, check_writable
 
@@ -69,13 +70,17 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
     print(f"{out}: {len(values)} tensors, {size / 1e6:.1f} MB, {', '.join(texts)}")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `export` has to be told, apart from the run."""
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    add_weights(parser)
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="(default: %(default)s)")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--out", type=Path, required=True, help="folder")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--ema", action="store_true", help="the average of the weights (training.ema_decay)")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    add_options(parser)
     arguments = parser.parse_args()
     with exit_clearly("export_model"):
         check_run(arguments.run)

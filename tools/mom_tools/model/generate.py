@@ -17,21 +17,21 @@ import math
 from pathlib import Path
 
 from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.options import add_device, add_tokenizers, add_weights, command_parser
 from mom_train.config.files import checked
 from mom_train.config.preflight import check_run, check_there, check_writable
 from mom_train.config.run import PromptConfig, SamplingConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--prompt", default="", help="text to start from")
     parser.add_argument("--start", metavar="MODALITY", help="open a span, such as image or speech, after the prompt")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--ema", action="store_true", help="with the average of the weights (training.ema_decay)")
+    add_weights(parser)
     parser.add_argument("--samples", type=int, default=1, help="documents (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder (default: RUN/samples)")
-    parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml (default: the run's)")
+    add_tokenizers(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=0.9, help="0: the likeliest id (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s)")
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--denoising-steps", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--denoised-limit", type=float, default=4.0, help="(default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="of latent pictures; 1: none (default)")
-    parser.add_argument("--device", help="(default: a GPU where there is one)")
+    add_device(parser)
     arguments = parser.parse_args()
     with exit_clearly("generate"):
         generate(arguments)

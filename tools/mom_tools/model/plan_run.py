@@ -17,15 +17,14 @@ collective takes (S - 1) / S x bytes / bandwidth, an all-reduce twice that; --la
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
-from mom_tools.model.describe_model import table
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.options import add_configs, add_json, command_parser, configs_and_overrides
+from mom_tools.output import markdown_table, write_json
 from mom_train.config.files import load_config
 from mom_train.cost.step_time import GPUS, INTERCONNECTS, Assumptions, plan
 
@@ -57,7 +56,7 @@ def describe(name: str, plans: Sequence[dict[str, Any]]) -> str:
             + ", ".join(f"{k} {v / 1e6:,.1f} MB in {calls[k]} calls" for k, v in sent.items() if calls[k]),
             f"assumed: {', '.join(f'{k} {v}' for k, v in first['assumed'].items() if k != 'network_bytes_per_s')}",
             "",
-            table(["", *(p["interconnect"] for p in plans)], [[name, *cells] for name, cells in rows.items()]),
+            markdown_table(["", *(p["interconnect"] for p in plans)], [[name, *cells] for name, cells in rows.items()]),
         ]
     )
 
@@ -80,12 +79,12 @@ def overview(plans: Sequence[tuple[str, dict[str, Any]]]) -> str:
         for name, p in plans
     ]
     header = ["predicted", "nodes x GPUs", "network", "GB per rank", "s per step", "MFU", "M tokens per GPU-hour"]
-    return table([*header, "G tokens", "days", "GPU-hours"], rows)
+    return markdown_table([*header, "G tokens", "days", "GPU-hours"], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for all CONFIGs")
+    parser = command_parser(__doc__)
+    add_configs(parser)
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as need no accumulation")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="%(choices)s (%(default)s)")
@@ -104,13 +103,10 @@ def main() -> None:
         "--patch-share", type=float, default=0.5, help="ASSUMED, of tokens, with diffusion (%(default)s)"
     )
     parser.add_argument("--price", type=float, help="of a GPU's hour, in any currency")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
+    add_json(parser)
     given = parser.parse_intermixed_args()
     with exit_clearly("plan_run"):
-        names = [a for a in given.config if "=" not in a or Path(a).suffix in (".yaml", ".yml")]
-        overrides = [a for a in given.config if a not in names]
-        if not names:
-            raise UserError("no CONFIG among the arguments")
+        names, overrides = configs_and_overrides(given.config)
         for flag, value in {"--mfu": given.mfu, "--efficiency": given.efficiency}.items():
             if not 0 < value <= 1:
                 raise UserError(f"{flag} {value}: a share between 0 and 1")
@@ -131,8 +127,7 @@ def main() -> None:
                 found.append((name, plan(config, nodes, given.gpus_per_node, given.gpu, network, assumed)))
         if given.json:
             objects = [{"config": name} | p for name, p in found]
-            text = json.dumps(objects[0] if len(objects) == 1 else objects, indent=2) + "\n"
-            write_text(given.json, text)
+            write_json(given.json, objects[0] if len(objects) == 1 else objects, indent=2)
         elif len(names) == 1:
             print(describe(names[0], [p for _, p in found]))
         else:

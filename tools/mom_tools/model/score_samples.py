@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.model import scores
 from mom_tools.model.pairs import FEWEST, Pair, chosen_pairs, originals
 from mom_tools.model.scores import Score
+from mom_tools.options import add_device, add_json, add_tokenizers, add_weights, command_parser
+from mom_tools.output import write_json
 
 if TYPE_CHECKING:
     from mom_tokenizers.bundle import Tokenizers
@@ -260,7 +262,7 @@ def parsed(part: str | None) -> tuple[int, int] | None:
     return int(numbers[0]), int(numbers[1])
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def as_text(figures: Mapping[str, Any]) -> str:
     from tabulate import tabulate
 
     rows = []
@@ -273,7 +275,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", help="run directory")
     parser.add_argument("--shards", required=True, metavar="PATH", help="folder or URL of held-out token shards")
     parser.add_argument("--raw", nargs="+", metavar="PATH", help="the documents that these were made from: originals")
@@ -284,9 +286,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="at most, of each modality (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=LONGEST, help="longest recording (default: %(default)s)")
     parser.add_argument("--part", metavar="K/N", help="only make every N-th sample, from the K-th on; no figures")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--ema", action="store_true", help="with the average of the weights")
-    parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml (default: the run's)")
+    add_weights(parser)
+    add_tokenizers(parser)
     parser.add_argument("--out", type=Path, help="folder of the samples (default: RUN/scores/step-N)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, help="this and what follows: as of tools/generate.py")
@@ -294,9 +295,9 @@ def main() -> None:
     parser.add_argument("--patches", type=int, help="codes or patches of a picture")
     parser.add_argument("--denoising-steps", type=int)
     parser.add_argument("--guidance", type=float)
-    parser.add_argument("--device", help="(default: a GPU where there is one)")
+    add_device(parser)
     parser.add_argument("--batch", type=int, default=32, help="pictures looked at together (default: %(default)s)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="to OUT, or standard output")
+    add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("score_samples"):
         if arguments.samples < FEWEST or arguments.batch < 1:
@@ -310,12 +311,8 @@ def main() -> None:
         figures = score(arguments, part)
         if part is not None:
             print(f"part {arguments.part} is done: {figures['samples']}", file=sys.stderr)
-        elif arguments.json == "-":
-            print(json.dumps(figures, indent=1))
-        else:
-            if arguments.json is not None:
-                write_text(arguments.json, json.dumps(figures, indent=1) + "\n")
-            print(table(figures))
+        elif write_json(arguments.json, figures):
+            print(as_text(figures))
 
 
 if __name__ == "__main__":

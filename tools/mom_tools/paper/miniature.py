@@ -36,6 +36,7 @@ from mom_data.shards.content import keep_inputs
 from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
 from mom_tools.compare.curves import Run
 from mom_tools.data.mixture import sources
+from mom_tools.options import command_parser
 from mom_tools.paper.plan import (
     EVALUATIONS,
     EXPERIMENTS,
@@ -330,7 +331,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--corpus", type=Path, help="your raw tars, in train/ and val/ or not")
     parser.add_argument("--output", type=Path, default=Path("runs/paper-mini"), help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=240, help="of training, over all starts (%(default)s)")

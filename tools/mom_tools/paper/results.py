@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from mom_tools.compare.curves import WINDOW, Comparison, Run, compare
 from mom_tools.compare.match_loss import as_json, cells, draw, label, notes, percent
 from mom_tools.compare.published import TABLES, Published, read
 from mom_tools.compare.report import page
+from mom_tools.output import markdown_table
 from mom_tools.paper.plan import (
     ABLATION,
     DENSE,
@@ -75,16 +74,15 @@ def compared(
     return common, compare(runs_of(output, setting, DENSE, common), runs_of(output, setting, variant, common))
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table: its header first, its first `left` columns aligned left."""
-    align = ["left"] * left + ["right"] * (len(rows[0]) - left)
-    return [tabulate(rows[1:], rows[0], tablefmt="pipe", colalign=align, disable_numparse=True), ""]
+def table_lines(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of the report: a Markdown table, whose header is the first row, and an empty line."""
+    return [markdown_table(rows[0], rows[1:], left), ""]
 
 
 def main_table(found: dict[str, Comparison], published: list[Published]) -> list[str]:
     head = ["loss", "dense", "mixture", "gain, %", "FLOPs to match, %", "verdict", "paper: gain, %", "paper: FLOPs, %"]
     rows = [cells(name, result, published) for name, result in found.items()]
-    return table([head, *([*r[:5], verdict(found[r[0]]), *r[5:]] for r in rows)])
+    return table_lines([head, *([*r[:5], verdict(found[r[0]]), *r[5:]] for r in rows)])
 
 
 def transformer_table(found: dict[str, Comparison]) -> list[str]:
@@ -101,7 +99,7 @@ def transformer_table(found: dict[str, Comparison]) -> list[str]:
         gain = percent(x.gain_percent, x.gain_interval, sign=True)
         flops = percent(x.relative_flops_percent, x.relative_flops_interval)
         rows.append([name, *losses, gain, flops, verdict(x), ", ".join(beside)])
-    return table(rows)
+    return table_lines(rows)
 
 
 def ablation(output: Path, state: State, seeds: int) -> tuple[list[list[str]], dict[str, Any]]:
@@ -171,7 +169,14 @@ def experiments_section(output: Path, state: State, seeds: int) -> tuple[list[st
         }
     if not figures:
         return [], {}
-    lines = ["## Experiments: Chameleon + Speech", "", EXPERIMENTS_SAID, "", *table(losses, left=2), *table(models)]
+    lines = [
+        "## Experiments: Chameleon + Speech",
+        "",
+        EXPERIMENTS_SAID,
+        "",
+        *table_lines(losses, left=2),
+        *table_lines(models),
+    ]
     return lines, figures
 
 
@@ -226,7 +231,7 @@ def cost_section(output: Path, state: State, seeds: int) -> list[str]:
             speed = f"{statistics.median(speeds):,.0f}"
             flops = f"{last['flops/total']:.3g}"
             rows.append([f"{setting}/{variant}", f"{rate:g} ({others})", str(len(done)), flops, speed, seen])
-    return table(rows, left=2)
+    return table_lines(rows, left=2)
 
 
 def write_report(output: Path, state: State, seeds: int, complete: bool) -> None:
@@ -243,7 +248,7 @@ def write_report(output: Path, state: State, seeds: int, complete: bool) -> None
     if "chameleon_speech" in state.settings:
         rows, figures = ablation(output, state, seeds)
         if len(rows) > 1:
-            lines += ["## Table 3 in miniature: ablation, Chameleon + Speech", "", *table(rows)]
+            lines += ["## Table 3 in miniature: ablation, Chameleon + Speech", "", *table_lines(rows)]
             lines += [
                 "Gains here divide by the dense loss, as everywhere in this report; the paper's Table 3 divides by the "
                 "mixture's. Published figures: 443M.",

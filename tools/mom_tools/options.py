@@ -1,0 +1,63 @@
+"""The options that several commands have, each defined once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mom_tokenizers.errors import UserError
+
+
+def command_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help prints the docstring of the command's module as it is written there."""
+    return argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json [OUT]; `mom_tools.output.write_json` does what it asks for."""
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="OUT", help="write the figures as JSON to OUT, or to standard output"
+    )
+
+
+def add_configs(parser: argparse.ArgumentParser) -> None:
+    """Add one or more configs with overrides, in any order; `configs_and_overrides` tells them apart."""
+    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for every CONFIG")
+
+
+def configs_and_overrides(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The configs and the overrides among the arguments. Raises UserError where there is no config."""
+    configs = [one for one in given if "=" not in one or Path(one).suffix in (".yaml", ".yml")]
+    if not configs:
+        raise UserError("no CONFIG among the arguments")
+    return configs, [one for one in given if one not in configs]
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add --step and --ema, which choose weights of a run."""
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="take the average of the weights (training.ema_decay)")
+
+
+def add_tokenizers(parser: argparse.ArgumentParser, purpose: str = "") -> None:
+    """Add --tokenizers, the file that names a tokenizer for each modality."""
+    parser.add_argument("--tokenizers", type=Path, help=f"tokenizers.yaml{purpose} (default: the run's)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="where the model computes (default: a GPU where there is one)")
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """Add --input, the raw documents."""
+    parser.add_argument("--input", nargs="+", required=True, help="raw documents: tars, JSON lines, globs or folders")
+
+
+def add_packing(parser: argparse.ArgumentParser, length: int, lanes: int) -> None:
+    """Add what decides how token shards are packed where no config says it. The arguments are default values."""
+    parser.add_argument("--length", type=int, default=length, help="positions in a row, without a config (%(default)s)")
+    parser.add_argument("--lanes", type=int, default=lanes, help="lanes of the order, without a config (%(default)s)")
+    parser.add_argument(
+        "--window", type=int, default=1024, help="pieces that are packed together, without a config (%(default)s)"
+    )

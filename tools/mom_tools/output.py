@@ -1,0 +1,27 @@
+"""How commands write what they have found: as JSON for programs, as Markdown for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from mom_tokenizers.errors import write_text
+
+
+def write_json(out: str | None, figures: Any, indent: int | None = 1) -> bool:
+    """Write `figures` as --json asks: to the file `out`, to standard output where `out` is "-", nowhere where it is
+    None. Returns whether standard output is still free for a text. Raises UserError where the file cannot be written.
+    """
+    if out is not None:
+        write_text(out, json.dumps(figures, indent=indent) + "\n")
+    return out != "-"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table that is readable as it stands: the first `left` columns aligned left, the others, which hold figures,
+    aligned right."""
+    align = ["left"] * left + ["right"] * (len(header) - left)
+    return tabulate(rows, header, tablefmt="pipe", colalign=align, disable_numparse=True)
