@@ -45,9 +45,9 @@ def forward(
     library.mom_scan_forward(
         integer(batch), integer(L), integer(Dn), integer(chunk_length(batch, L, Dn, N)),
         integer(-(-Dn // SCAN_CHANNELS)), int(half), pointer(xc), integer(xc.stride(0)), pointer(dtc),
-        integer(dtc.stride(0)), pointer(A), pointer(Bc), pointer(Cc), integer(Bc.stride(0)), pointer(D), pointer(zc), integer(zc.stride(0)), pointer(dt_bias),
-        pointer(order), pointer(modality), pointer(position), pointer(h0), pointer(y), pointer(hT),
-        pointer(states if keep else None), threads(),
+        integer(dtc.stride(0)), pointer(A), pointer(Bc), pointer(Cc), integer(Bc.stride(0)), pointer(D), pointer(zc),
+        integer(zc.stride(0)), pointer(dt_bias), pointer(order), pointer(modality), pointer(position), pointer(h0),
+        pointer(y), pointer(hT), pointer(states if keep else None), threads(),
     )  # fmt: skip
     return y.to(x.dtype), hT, states
 
