@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and the fingerprint that its files have."""
+"""The interface of every tokenizer, and the fingerprint of a tokenizer's files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from mom_tokenizers.errors import UserError
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers. A value is a str, a PIL picture, (waveform, rate), or the bytes of a .npy; it
-    becomes ids (n,) uint32, or latent patches (n, width) float16, for which `size` is 1."""
+    """The interface of every tokenizer.
+
+    A value is a str, a PIL picture, (waveform, rate), or the bytes of a .npy file. It is encoded as ids (n,) uint32,
+    which are below `size`, or as latent patches (n, width) float16, and then `size` is 1.
+    """
 
     kind: str
     size: int
@@ -29,7 +32,7 @@ class Tokenizer(Protocol):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError naming the file."""
+    """The JSON object in a file. Raises a UserError that names the file where it holds anything else."""
     value = errors.read_json(file)
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object")
@@ -37,9 +40,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def fingerprint_files(kind: str, files: Mapping[str, Path]) -> str:
-    """16 hex digits of a sha256 over names and contents of config and weight files.
+    """16 hexadecimal digits of a sha256 over the names and contents of config and weight files.
 
-    JSON counts by value, without keys that name the writer's library version or path.
+    JSON files are compared by value, without the keys that hold the library version or path of their writer.
     """
     digest = hashlib.sha256(kind.encode())
     for name in sorted(files):
@@ -56,6 +59,7 @@ def fingerprint_files(kind: str, files: Mapping[str, Path]) -> str:
 
 
 def resolved_device(device: str) -> str:
+    """The device itself, or for "auto" a GPU where there is one and otherwise the CPU."""
     if device != "auto":
         return device
     import torch

@@ -1,12 +1,12 @@
-"""The tokenizers of a data set, named in a tokenizers.yaml:
+"""The tokenizers of a data set, which a tokenizers.yaml names:
 
     text:   {kind: bpe, path: text}
-    image:  {kind: vq, path: image}         # codes, also emu3 and janus; or kind kl: latents, for diffusion
+    image:  {kind: vq, path: image}         # codes, as with kinds emu3 and janus; kind kl makes latents for diffusion
     speech: {kind: units, path: speech}
-    music:  {kind: ids, size: 2048, made_by: "EnCodec, 32 kHz, first codebook"}    # made elsewhere, in the documents
+    music:  {kind: ids, size: 2048, made_by: "EnCodec, 32 kHz, first codebook"}    # ready-made ids in the documents
 
-Paths are relative to the file; a text's may be "hf://owner/name" of the Hugging Face hub. Models are loaded when first
-used, so a reader of one modality, or of the fingerprints alone, pays for nothing else.
+Paths are relative to the file. A text's path may be "hf://owner/name" on the Hugging Face hub. A model is loaded when
+it is first used, so that a program which needs one modality, or the fingerprints alone, loads nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mom_tokenizers import ready
 from mom_tokenizers.base import Tokenizer, fingerprint_files, resolved_device
 from mom_tokenizers.errors import UserError, user_path
 
-# kind -> module and class, imported when used: torch and diffusers take seconds
+# kind -> module and class. They are imported when first used, because importing torch and diffusers takes seconds.
 KINDS = {
     "bpe": ("mom_tokenizers.text", "TextTokenizer"),
     "vq": ("mom_tokenizers.image.autoencoder", "VQImageTokenizer"),
@@ -38,25 +38,25 @@ KINDS = {
 PICTURES = ("vq", "emu3", "janus", "kl")
 
 
-READY = "ids"  # the kind that has no files: all of it is declared
+READY = "ids"  # the kind that has no files, because it is declared completely in tokenizers.yaml
 
 
-DECODED_AT_ONCE = 32  # pictures held in full size
+DECODED_AT_ONCE = 32  # the most pictures held in memory in full size
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Modality -> tokenizer, text first."""
+    """The tokenizer of each modality, text first."""
 
-    entries: tuple[tuple[str, str, Path], ...]  # modality, kind, path (of ready-made ids: the file that declares them)
+    entries: tuple[tuple[str, str, Path], ...]  # (modality, kind, path); for ready-made ids the path of the declaration
     device: str = "cpu"
     _loaded: dict[str, Tokenizer] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> Tokenizers:
-        """From a tokenizers.yaml; models go to `device`, "auto" being a GPU where there is one.
+        """Read a tokenizers.yaml. Models are put on `device`; "auto" means a GPU where there is one.
 
-        Raises ValueError for unknown kinds or keys, and for missing folders.
+        Raises UserError for unknown kinds or keys, and for missing folders.
         """
         path = Path(path)
         try:
@@ -91,11 +91,11 @@ class Tokenizers:
 
     @property
     def by_modality(self) -> dict[str, Tokenizer]:
-        """All of them, loaded."""
+        """All tokenizers by modality, each loaded."""
         return {modality: self.tokenizer(modality) for modality in self.modalities}
 
     def tokenizer(self, modality: str) -> Tokenizer:
-        """One of them, loaded when first asked for. Raises ValueError for a modality that has none."""
+        """The tokenizer of a modality, loaded when first wanted. Raises UserError for a modality that has none."""
         if modality not in self._loaded:
             kind, path = self._entry(modality)
             on = () if kind == "bpe" else (resolved_device(self.device),)
@@ -103,15 +103,16 @@ class Tokenizers:
         return self._loaded[modality]
 
     def describe(self) -> dict[str, dict[str, str | int | float]]:
-        """{modality: {"kind", "fingerprint", "size"}}, from the files, without building a model.
+        """{modality: {"kind", "fingerprint", "size"}}, read from the files without building a model.
 
-        With latents also "patch_width", "latent_scale" and "latent_shift": a model reads (latents - shift) * scale.
-        With speech also "units_per_second", with ready-made ids "made_by".
+        For latents there are also "patch_width", "latent_scale" and "latent_shift"; a model reads
+        (latents - latent_shift) * latent_scale. For speech there is "units_per_second", and for ready-made ids
+        "made_by".
         """
         return {modality: self._described(modality, kind, path) for modality, kind, path in self.entries}
 
     def fingerprints(self) -> dict[str, str]:
-        """{modality: fingerprint}, from the files, with no package that only encoding and decoding need."""
+        """{modality: fingerprint}, read from the files without the packages that only encoding and decoding need."""
         return {modality: self._fingerprint(modality, kind, path) for modality, kind, path in self.entries}
 
     def _fingerprint(self, modality: str, kind: str, path: Path) -> str:
@@ -133,13 +134,13 @@ class Tokenizers:
         }
 
     def encode(self, modality: str, data: str | bytes) -> np.ndarray:
-        """uint32 ids of a text, or of an encoded picture or recording; float16 patches of a picture where its
-        tokenizer makes latents. Raises ValueError for unreadable data."""
+        """The uint32 ids of a text, or of the file bytes of a picture or recording. A picture's tokenizer that makes
+        latents gives float16 patches. Raises UserError for unreadable data."""
         return self.tokenizer(modality).encode(self._decoded(modality, data))
 
     def encode_many(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | Exception]:
-        """As `encode` of each, pictures and short recordings in batches. One that fails gives its error in its place, a
-        ValueError where it is unreadable: whatever is the matter with it, the others do not suffer."""
+        """The result of `encode` for each item, with pictures and short recordings encoded in batches. For an item that
+        fails, the exception stands in its place, a ValueError where it is unreadable. The others are not affected."""
         results: list[np.ndarray | Exception] = []
         for start in range(0, len(data), DECODED_AT_ONCE):
             results += self._encode_some(modality, data[start : start + DECODED_AT_ONCE])
@@ -199,14 +200,15 @@ def _ready(path: Path, modality: str, entry: Mapping[str, Any]) -> ready.ReadyId
 
 
 def _joins_a_batch(kind: str, value: Any) -> bool:
-    """Pictures, and recordings of up to half a minute: a longer one is a batch of windows by itself."""
+    """Whether a value is encoded in a batch with others: pictures, and recordings of up to half a minute. A longer
+    recording is a batch of windows by itself."""
     return kind in PICTURES or (kind == "units" and len(value[0]) <= 30 * value[1])
 
 
 def _each(tokenizer: Tokenizer, values: Sequence[Any]) -> list[np.ndarray | Exception]:
     try:
         return list(tokenizer.encode_batch(values)) if values else []
-    except Exception as error:  # one of them is the matter, e.g. too short: the others must not suffer
+    except Exception as error:  # one value fails, such as a recording that is too short; the others are encoded again
         if len(values) == 1:
             return [error]
         return [result for value in values for result in _each(tokenizer, [value])]

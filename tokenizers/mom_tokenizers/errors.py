@@ -1,6 +1,6 @@
-"""Exit codes, the one channel for mistakes that a user can mend, and how a program ends when something fails.
+"""Exit codes, the exception for mistakes that a user can mend, and how a program ends when something fails.
 
-This module stands in the lowest package, so that every package can raise `UserError`.
+This module is in the lowest package, so that every package can raise `UserError`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_FAILED = 1
-"""Something failed that is no user's mistake: a bug, the machine, another rank. Starting again may help."""
+"""Something failed that is not the user's mistake: a bug, the machine, another rank. Starting again may help."""
 EXIT_USER_ERROR = 2
-"""The message says what the user can mend. Starting again without that would end in the same way."""
+"""A user's mistake; the message says how to mend it. Without that, starting again would end in the same way."""
 EXIT_INCIDENT = 3
-"""Training steps stayed bad (incident.json). Starting again would end in the same way."""
+"""Training ended because steps stayed bad (see incident.json). Starting again would end in the same way."""
 EXIT_PREEMPTED = 75
-"""The run was asked to end and has saved everything. Starting again carries on. (EX_TEMPFAIL)"""
+"""The run was asked to end and has saved everything. Starting it again continues it. (EX_TEMPFAIL of sysexits.h)"""
 NOT_RESTARTED = (EXIT_USER_ERROR, EXIT_INCIDENT)
 """Codes after which no launcher starts the ranks again."""
 
@@ -34,28 +34,29 @@ _MENDABLE = {
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+    """A mistake that the user can mend. The message says what is wrong, where, and what to do.
 
-    It is a ValueError, so that code which tries a thing and falls back need not know of users.
+    It is a ValueError, so that code which tries something and falls back can catch it as one.
     """
 
 
 class AgreedError(UserError):
-    """A UserError that all ranks of a distributed program raise with the same message, so that rank 0 alone says it."""
+    """A UserError that all ranks of a distributed program raise with the same message, so that only rank 0 prints
+    it."""
 
 
 def mendable(error: BaseException) -> bool:
-    """Whether a user can mend it: a UserError, or an OSError such as no such file, no permission, no space."""
-    known = (UserError, FileNotFoundError, PermissionError)  # an object store's client gives the latter two no number
+    """Whether a user can mend the error: a UserError, or an OSError such as no such file, no permission, no space."""
+    known = (UserError, FileNotFoundError, PermissionError)  # clients of object stores raise these without an errno
     return isinstance(error, known) or (isinstance(error, OSError) and error.errno in _MENDABLE)
 
 
 @contextmanager
 def user_path(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A block that opens, reads or writes `path`, which a user has named.
+    """A context for code that opens, reads or writes `path`, which a user has named.
 
     An OSError that the user can mend (no such file, no permission, no space, ...) becomes a UserError that names the
-    path and the reason. Other ones, such as an input/output error or a network that is away, stay as they are.
+    path and the reason. Other errors, such as an input/output error or a lost network, stay as they are.
     """
     try:
         yield
@@ -81,8 +82,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write what a user asked for to the place that the user named, "-" being standard output. Raises UserError where
-    that cannot be written."""
+    """Write text to a path that the user named; "-" means standard output. Raises UserError where it cannot be
+    written."""
     if str(path) == "-":
         sys.stdout.write(text)
         return
@@ -92,11 +93,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextmanager
 def exit_clearly(program: str) -> Iterator[None]:
-    """The end of a program: a UserError becomes one message on stderr and exit code 2.
+    """A context for the whole of a program. It turns a UserError into one message on stderr and exit code 2.
 
-    Every other exception keeps its traceback and ends the program with exit code 1. One rank of several says which rank
-    it is, and ends at once, because the others may be waiting for it in a collective. MOM_DEBUG=1 gives a UserError's
-    traceback as well.
+    Every other exception keeps its traceback and ends the program with exit code 1. A rank of a distributed program
+    also prints its number, and ends at once, because the other ranks may be waiting for it in a collective. With
+    MOM_DEBUG=1 the traceback of a UserError is printed as well.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     prefix = f"[rank {rank}] " if rank else ""
@@ -113,7 +114,7 @@ def exit_clearly(program: str) -> Iterator[None]:
     except BrokenPipeError:
         if not _reader_has_left():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush succeeds
         raise SystemExit(EXIT_FAILED) from None
     except Exception:
         if ranks == 1:
@@ -123,7 +124,7 @@ def exit_clearly(program: str) -> Iterator[None]:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End this process without its destructors: those of a process group can wait for the other ranks."""
+    """End this process without running destructors, because those of a process group may wait for the other ranks."""
     for process in multiprocessing.active_children():
         process.terminate()
     for stream in (sys.stdout, sys.stderr):
@@ -133,7 +134,7 @@ def end_at_once(code: int) -> NoReturn:
 
 
 def _reader_has_left() -> bool:
-    """Whether standard output is the pipe that broke, as of `program | head`."""
+    """Whether the broken pipe is standard output, as with `program | head`."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Files that are replaced whole."""
+"""Replaces files in one step, so that nobody reads a partly written file."""
 
 from __future__ import annotations
 

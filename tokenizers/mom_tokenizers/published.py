@@ -1,4 +1,5 @@
-"""Published models, whole, from folders on this machine: nothing is fetched, and no code there runs."""
+"""Loads published models from folders on this machine. Nothing is downloaded, no code from the folders is run, and a
+model is accepted only where its weights are complete."""
 
 from __future__ import annotations
 
@@ -10,19 +11,20 @@ from mom_tokenizers.errors import UserError
 
 
 def load_published(folder: Path, library: str, name: str, **options: Any) -> Any:
-    """Class `name` of "transformers" or "diffusers" with the weights of `folder`, only to be evaluated.
+    """A model of class `name` of "transformers" or "diffusers" with the weights of `folder`, in evaluation mode.
 
-    Raises UserError for a folder that is no such model, for weights that lack tensors, and for weights that hold more
-    of one of the model's parts than config.json says there is. Other parts, such as a head for a task, are left out.
+    Raises UserError where the folder does not hold such a model, where tensors are missing from the weights, and where
+    the weights hold more tensors for a part of the model than its config.json describes. Weights of other parts, such
+    as a head for a task, are ignored.
     """
     try:
         model, info = getattr(import_module(library), name).from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, **options
         )
-    except Exception as error:  # whatever the libraries below raise
+    except Exception as error:  # the libraries raise many kinds of exceptions
         weights = "safetensors (or tensors in a .bin)" if options.get("weights_only") else "safetensors"
         raise UserError(f"{folder}: not a {library} {name} folder with {weights}: {error}") from error
-    # both libraries leave such weights random, with a warning at most; the mask's embedding is for training
+    # Both libraries leave missing weights random, with at most a warning. The embedding of masks is for training only.
     if lacking := sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")):
         raise UserError(f"{folder}: the weights lack {len(lacking)} tensors of {name}, e.g. {lacking[0]}")
     parts, prefix = {part for part, _ in model.named_children()}, getattr(model, "base_model_prefix", "") or ""

@@ -1,8 +1,8 @@
-"""Ids that were made elsewhere: a modality of any kind, whose tokenizer this project need not know.
+"""Ready-made ids: a modality of any kind whose ids were made by another program, with a tokenizer unknown here.
 
     music: {kind: ids, size: 2048, made_by: "MusicGen's EnCodec, 32 kHz, first codebook"}
 
-Documents bring them as .npy parts, or as lists that become such.
+Documents hold them as .npy members, or as JSON lists, which are converted to .npy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LARGEST = 1 << 31
 
 
 def as_npy(ids: Sequence[int]) -> bytes:
-    """A list of ids as the bytes of a .npy. Raises ValueError for anything but whole numbers of 32 bits."""
+    """A list of ids as the bytes of a .npy file. Raises UserError for anything but whole numbers of 32 bits."""
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 32 for i in ids):
         raise UserError("'ids' must be a list of whole numbers from 0 on")
     file = io.BytesIO()
@@ -34,9 +34,9 @@ def as_npy(ids: Sequence[int]) -> bytes:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The array (n,) of integers in the bytes of a .npy. Never unpickles, and takes no more memory than the bytes.
+    """The array (n,) of integers in the bytes of a .npy file. It never unpickles, and takes no memory beyond the bytes.
 
-    Raises ValueError for anything else.
+    Raises UserError for anything else.
     """
     if not data.startswith(MAGIC):
         raise UserError("not a .npy file, which is how ready-made ids come")
@@ -44,7 +44,7 @@ def read_npy(data: bytes) -> np.ndarray:
     try:
         version = npy.read_magic(file)
         header = npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
-    except Exception as error:  # of a header's text, whatever Python's parser has to say of it
+    except Exception as error:  # the header is parsed as Python text, which can raise many kinds of exceptions
         raise UserError(f"not a .npy file that can be read: {error}") from error
     shape, _, dtype = header
     if dtype.kind not in "iu" or len(shape) != 1:
@@ -55,12 +55,13 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 class ReadyIds:
-    """The bytes of a .npy -> its ids, checked. There is nothing to decode them with."""
+    """The tokenizer for ready-made ids: it reads and checks the ids in the bytes of a .npy file. It cannot decode."""
 
     kind = "ids"
 
     def __init__(self, size: int, made_by: str):
-        """`size`: ids run from 0 to below it. `made_by` says what made them; another one is another tokenizer."""
+        """All ids are from 0 to below `size`. `made_by` says in words what made them; where it differs, the ids belong
+        to another tokenizer."""
         if type(size) is not int or not 0 < size <= _LARGEST:
             raise UserError(f"size must be a whole number from 1 to {_LARGEST}, got {size!r}")
         if not isinstance(made_by, str) or not made_by.strip():
@@ -68,7 +69,7 @@ class ReadyIds:
         self.size, self.made_by = size, made_by
 
     def encode(self, value: bytes) -> np.ndarray:
-        """uint32 (n,). Raises ValueError for an id that is not below `size`."""
+        """The ids, uint32 (n,). Raises UserError for an id that is not below `size`."""
         ids = read_npy(value)
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
         if low < 0 or high >= self.size:
@@ -82,7 +83,7 @@ class ReadyIds:
         raise UserError(f"made by {self.made_by}, which is not here to decode them")
 
     def fingerprint(self) -> str:
-        """16 hex digits of a sha256 over what was declared."""
+        """16 hexadecimal digits of a sha256 over the declared kind, size and maker."""
         declared = json.dumps([self.kind, self.size, self.made_by])
         return hashlib.sha256(declared.encode()).hexdigest()[:16]
 

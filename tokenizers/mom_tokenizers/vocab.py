@@ -1,9 +1,9 @@
-"""One vocabulary for every modality: consecutive spans of ids, padded to a multiple of 64.
+"""The vocabulary of a model: the ids of all modalities in consecutive spans, padded to a multiple of 64.
 
     text [0, T) | special [T, T+S) | image [..) | speech [..) | ... | unused padding
 
-A modality may instead be *mapped*: its codes, and some specials, are ids inside the text's span, by a table. So it is
-in Chameleon's vocabulary of 65,536, whose 8,192 image ids stand among the words.
+A modality may instead be *mapped*: a table gives each of its codes an id inside the text's span, and some special
+tokens have ids there too. Chameleon's vocabulary of 65,536 is like this, with 8,192 image ids among the words.
 
 Token shards store *modality-local* ids, so this layout can change without rewriting data.
 """
@@ -27,9 +27,9 @@ _BRACKETS = {"image": ("boi", "eoi"), "speech": ("bosp", "eosp")}
 MULTIPLE = 64
 
 CHAMELEON_SPECIALS = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "boi": "<racm3:break>", "eoi": "<eoss>"}
-"""Special -> token of Chameleon's vocabulary."""
+"""Which token of Chameleon's vocabulary serves as each special token."""
 _CHAMELEON_TAKEN = ("<reserved08706>", "<reserved08707>")
-"""End of turn, and Transformers' placeholder of a picture."""
+"""Reserved tokens with a use of their own: the end of a turn, and Transformers' placeholder of a picture."""
 _CODE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
 
 
@@ -37,10 +37,12 @@ _CODE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
 class VocabLayout:
     """Where each modality's ids lie in the model's vocabulary.
 
-    `sizes` maps modality name to the number of its ids, text first; the order of the mapping numbers the
-    modalities (0 text, 1 image, 2 speech, ...). A further modality is one more entry. `mapped` gives a modality's ids
-    by local id, instead of a span of its own; `placed` gives the ids of specials that the text's span holds already.
-    Text's size counts those ids too. Specials belong to text. Raises ValueError for what cannot be laid out.
+    `sizes` maps the name of each modality to the number of its ids, text first. The order of the mapping numbers the
+    modalities (0 text, 1 image, 2 speech, ...). A further modality is one more entry.
+
+    `mapped` gives, for a modality without a span of its own, the id of each of its local ids. `placed` gives the ids
+    of special tokens that the text's span holds already. The size of text counts the ids of both. Special tokens belong
+    to text. Raises UserError for a layout that is not possible.
     """
 
     sizes: tuple[tuple[str, int], ...]
@@ -86,7 +88,7 @@ class VocabLayout:
 
     @classmethod
     def of(cls, vocabulary: Mapping[str, int] | str | Path) -> VocabLayout:
-        """As a run's config says it: sizes by modality, or a file that `save` wrote."""
+        """The layout that a run's config names: sizes by modality, or the path of a file that `save` wrote."""
         return cls(vocabulary) if isinstance(vocabulary, Mapping) else cls.load(vocabulary)
 
     @property
@@ -102,7 +104,7 @@ class VocabLayout:
 
     @cached_property
     def specials(self) -> dict[str, int]:
-        """Name of a special token -> its id."""
+        """The id of each special token by its name."""
         ids, free = dict(self.placed), self.sizes[0][1]
         for name in self._special_names:
             if name not in ids:
@@ -112,7 +114,7 @@ class VocabLayout:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Modality -> id of its local token 0. A mapped modality has none: see `ids`."""
+        """The id of each modality's local id 0. A mapped modality has no offset; see `ids`."""
         offsets, start = {"text": 0}, self._text_and_specials
         for name, size in self.sizes[1:]:
             if name not in self._tables:
@@ -129,7 +131,7 @@ class VocabLayout:
         return {name: np.array(table, np.int64) for name, table in self.mapped}
 
     def ids(self, modality: str, codes: np.ndarray) -> np.ndarray:
-        """int64: the vocabulary's ids of a modality's local ones, which must lie below its size."""
+        """The vocabulary's ids, int64, of a modality's local ids, which must be below its size."""
         table = self._tables.get(modality)
         return table[codes] if table is not None else np.add(codes, self.offsets[modality], dtype=np.int64)
 
@@ -142,30 +144,31 @@ class VocabLayout:
         return inverse
 
     def codes(self, modality: str, ids: np.ndarray) -> np.ndarray:
-        """int64: the inverse of `ids`, for ids of this modality only."""
+        """The local ids, int64, of a modality's ids in the vocabulary: the inverse of `ids`. All must be ids of this
+        modality."""
         inverse = self._codes.get(modality)
         return inverse[ids] if inverse is not None else np.subtract(ids, self.offsets[modality], dtype=np.int64)
 
     @cached_property
     def used(self) -> int:
-        """Number of ids that mean something."""
+        """The number of ids that stand for a token, without the padding."""
         return self._text_and_specials + sum(size for name, size in self.sizes[1:] if name not in self._tables)
 
     @property
     def size(self) -> int:
-        """Rows of the embedding: `used`, padded to a multiple of 64."""
+        """The number of rows of the embedding: `used`, rounded up to a multiple of 64."""
         return -(-self.used // MULTIPLE) * MULTIPLE
 
     @cached_property
     def modality_of_id(self) -> np.ndarray:
-        """uint8[size]: the modality number of every id (specials and padding are text)."""
+        """The modality number of every id, uint8 (size,). Special tokens and padding are text."""
         table = np.zeros(self.size, np.uint8)
         for number, (name, size) in enumerate(self.sizes[1:], start=1):
             table[self.ids(name, np.arange(size))] = number
         return table
 
     def brackets(self, modality: str) -> tuple[int, int]:
-        """Ids that open and close a span of a modality other than text."""
+        """The ids of the tokens that open and close a span of a modality other than text."""
         opening, closing = self._bracket_names(modality)
         return self.specials[opening], self.specials[closing]
 
@@ -177,7 +180,7 @@ class VocabLayout:
         values = {"sizes": dict(self.sizes), "specials": self.specials, "size": self.size}
         if self.mapped or self.placed:
             values |= {"mapped": dict(self.mapped), "placed": dict(self.placed)}
-        # a key a line: a table of 8,192 ids is one, not as many
+        # One key on each line, so that a table of 8,192 ids takes one line.
         return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}"
 
     def save(self, path: str | Path) -> None:
@@ -185,7 +188,7 @@ class VocabLayout:
 
     @classmethod
     def load(cls, path: str | Path) -> VocabLayout:
-        """Raises ValueError that names the file."""
+        """Read a layout that `save` wrote. Raises a UserError that names the file."""
         values = _read_object(path)
         for key in ("sizes", "mapped", "placed"):
             if not isinstance(values.get(key, {}), dict):
@@ -201,12 +204,13 @@ class VocabLayout:
 def chameleon_layout(
     vocabulary: Mapping[str, int], specials: Mapping[str, str] | None = None, further: Mapping[str, int] | None = None
 ) -> VocabLayout:
-    """The layout of a vocabulary (token -> id) that names its image codes as Chameleon does: IMGIMG, the code's decimal
-    digits as letters (A for 0, ... J for 9), Z.
+    """The layout of a vocabulary (token -> id) whose image codes are named as in Chameleon: IMGIMG, the decimal digits
+    of the code as letters (A for 0, ..., J for 9), and Z.
 
-    `specials` (special -> token) adds to CHAMELEON_SPECIALS. One that neither names becomes a <reserved.....> token,
-    the highest first, and is appended where none is left. `further` modalities (name -> size) stand behind. Raises
-    ValueError for codes that are not 0, 1, 2, ... and for tokens that are not there.
+    `specials` (special token -> token of the vocabulary) adds to CHAMELEON_SPECIALS. Every other special token takes a
+    <reserved.....> token, the highest first; where none is left, it gets an id after the text. `further` modalities
+    (name -> size) follow after these. Raises UserError for codes that are not 0, 1, 2, ..., and for tokens that the
+    vocabulary lacks.
     """
     codes = {}
     for token, id_ in vocabulary.items():
@@ -233,7 +237,8 @@ def chameleon_layout(
 
 
 def read_vocabulary(path: str | Path) -> dict[str, int]:
-    """Token -> id of a Hugging Face tokenizer.json (its added tokens too) or vocab.json. Raises ValueError."""
+    """The id of each token in a Hugging Face tokenizer.json, including its added tokens, or in a vocab.json. Raises
+    UserError for other files."""
     values = _read_object(path)
     model = values.get("model")
     tokens: Any = model.get("vocab") if isinstance(model, dict) else values
