@@ -1,1 +1,6 @@
-"""Encoded pictures and recordings: which formats are read, and what they decode to."""
+"""Decodes the files of pictures and recordings.
+
+pictures    decodes pictures with Pillow, and refuses damaged ones
+recordings  decodes recordings with soundfile, and mixes their channels
+containers  checks that the file of a recording is whole before it is decoded
+"""

@@ -1,7 +1,7 @@
-"""Encoded pictures: which formats are read, how large one is, and the decoded picture.
+"""Decodes the files of pictures: which formats are read, how large a picture is, and its pixels.
 
-Only what is named here is read. Pillow knows many more formats, among them some that start other programs
-(Ghostscript for EPS) or that have no fixed size, and it goes by the content, whatever the file is called.
+Only the formats named here are read. Pillow knows many more, and chooses among them by a file's content, not its name.
+Some of those start other programs (Ghostscript for EPS) or have no fixed size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 64_000_000
-# Pillow's name of a format -> the extensions under which such pictures are found
+# Pillow's name of a format -> the extensions of such files
 FORMATS = {
     "JPEG": ("jpg", "jpeg", "jfif", "jpe"),
     "PNG": ("png", "apng"),
@@ -35,57 +35,58 @@ FORMATS = {
     "PPM": ("ppm", "pgm", "pbm", "pnm"),
 }
 IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
-# Colour types of a PNG
+# The colour types in the header of a PNG
 GREY, RGB = 0, 2
 
 
 class TooManyPixels(UserError):
-    """The header of a picture promises more pixels than are ever unpacked."""
+    """The header of a picture says that it has more pixels than are ever decoded."""
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture with nothing but its header read. Raises UserError for bytes that are no picture."""
+    """The picture with only its header read. Raises UserError for bytes that are not a picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures, which the callers measure, and of odd metadata
-            Image.init()  # knows all plug-ins from here on; one that this Pillow was built without is left out
+            warnings.simplefilter("ignore")  # about large pictures, which the callers check, and about odd metadata
+            Image.init()  # loads all plug-ins; formats that this Pillow was built without are left out below
             with Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN]) as image:
                 yield image
     except (MemoryError, UserError):
         raise
     except Image.DecompressionBombError as error:
         raise TooManyPixels(str(error)) from None
-    except UnidentifiedImageError:  # its own message names the buffer's address, different each time
+    except UnidentifiedImageError:  # its own message contains the buffer's address, which differs each time
         raise UserError(f"not a readable picture: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's plug-ins raise struct.error, SyntaxError, KeyError and more
         raise UserError(f"not a readable picture: {error}") from error
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels as the header says. Raises UserError for bytes that are no picture."""
+    """(width, height) in pixels, as the header says. Raises UserError for bytes that are not a picture."""
     with _opened(_png_pixels(data)) as image:
         return image.size
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded bytes -> RGB picture, upright, what is transparent on white; of several frames or pages the first.
+    """The RGB picture in the bytes of a file, turned upright, with transparent parts on white. Of several frames or
+    pages it is the first.
 
-    Raises UserError for bytes that are no picture, that are cut, or that hold too large a picture, or one whose values
-    have no fixed scale.
+    Raises UserError for bytes that are not a picture or are cut off, for a picture of more than `max_pixels` pixels,
+    and for one whose values have no fixed scale.
     """
     from PIL import ImageFile
 
     data = _png_pixels(data)
     with _opened(data) as image:
-        # The header says the size: nothing is decompressed before it is found small enough.
+        # The header says the size, so nothing is decompressed before it is known to be small enough.
         if image.width * image.height > max_pixels:
             raise TooManyPixels(f"not a readable picture: {image.width} x {image.height} is above {max_pixels} pixels")
         if image.format in ("JPEG", "MPO"):
             _check_jpeg(data)
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # some library may have asked for grey in place of what is missing
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library may have set this, and then missing parts would be grey
         image.load()
         if image.format == "PNG":
             image = _with_png_key(image, data)
@@ -95,8 +96,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """8-bit RGB of a picture in any of Pillow's modes, what is transparent on white. Raises UserError for a mode whose
-    values have no fixed scale."""
+    """A picture in any of Pillow's modes as 8-bit RGB, with transparent parts on white. Raises UserError for a mode
+    whose values have no fixed scale."""
     from PIL import Image
 
     key = image.info.get("transparency")
@@ -117,8 +118,8 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says, where that can be read. (Pillow's own `exif_transpose` writes the rest of the block anew,
-    and fails where it is malformed.)"""
+    """The picture turned as its EXIF block says, where that can be read. (Pillow's own `exif_transpose` also rewrites
+    the rest of the block, and fails where that is malformed.)"""
     from PIL import ExifTags, Image
 
     turns = {
@@ -134,34 +135,37 @@ def _upright(image: Image.Image) -> Image.Image:
         turn = turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
-    except Exception:  # a malformed block, of which the pixels know nothing
+    except Exception:  # a malformed EXIF block does not affect the pixels
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
-# ------------------------------------------------------------------------------------- what Pillow reads without a word
+# ------------------------------------------------------------------- damage that Pillow does not report, by file format
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Every scan must be followed by another marker, up to the one that ends the picture: where a file is cut and
-    filled up, libjpeg would paint the rest grey."""
+    """Check that every scan is followed by another marker, up to the one that ends the picture. Where a file was cut
+    off and filled up, libjpeg would make the rest grey."""
     at = 2
     while (found := _JPEG_MARKER.search(data, at)) and (marker := found[1][0]) != 0xD9:
         at = found.end()
-        if marker != 0x01:  # all others bring their length
+        if marker != 0x01:  # all other markers are followed by a length
             at += int.from_bytes(data[at : at + 2], "big")
     if found is None:
         raise UserError("not a readable picture: this JPEG is cut: nothing marks its end. Fetch the file again.")
 
 
-# FF, any number of fill bytes FF, and a marker; FF 00 and FF D0 to FF D7 lie within a scan
+# FF, any number of fill bytes FF, and a marker. FF 00 and FF D0 to FF D7 occur within a scan.
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 
 
 def _png_pixels(data: bytes) -> bytes:
-    """A PNG's chunks that make the pixels, up to the last, and those that may say which side is up: Pillow refuses a
-    whole picture for what is malformed in any other. Their checksums must be right: Pillow leaves those out, and what
-    lies behind an error of zlib is black. Anything but a PNG is given back as it is."""
+    """A PNG with only the chunks that make the pixels and those that may say which side is up, because Pillow refuses a
+    whole picture where any other chunk is malformed. Data of another format is returned as it is.
+
+    Raises UserError where the checksum of a chunk of pixels is wrong. Pillow does not check these, and leaves all
+    pixels after damaged data black.
+    """
     if not data.startswith(_PNG):
         return data
     kept = [_PNG]
@@ -182,11 +186,12 @@ def _png_pixels(data: bytes) -> bytes:
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_METADATA = (b"Raw profile type ", b"XML:com.adobe.xmp\0")  # texts in which others keep an EXIF block
+_PNG_METADATA = (b"Raw profile type ", b"XML:com.adobe.xmp\0")  # text chunks in which some programs keep EXIF data
 
 
 def _with_png_key(image: Image.Image, data: bytes) -> Image.Image:
-    """The picture with its key colour (tRNS) in the scale of its pixels: Pillow leaves it in that of the file."""
+    """The picture with its transparent colour (tRNS) in the scale of its pixels. Pillow leaves that colour in the scale
+    of the file."""
     from PIL import Image
 
     depth, colour, key = data[24], data[25], image.info.get("transparency")
@@ -195,7 +200,7 @@ def _with_png_key(image: Image.Image, data: bytes) -> Image.Image:
     if colour == GREY:
         image.info["transparency"] = key * 255 // ((1 << depth) - 1)
         return image
-    # Of 16 bits, Pillow keeps the high 8; read in the other byte order, they are the low 8.
+    # Of 16 bits, Pillow keeps the high 8. When the file is read in the other byte order, it keeps the low 8.
     with Image.open(io.BytesIO(data), formats=["PNG"]) as low:
         low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
         values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
@@ -206,7 +211,8 @@ def _with_png_key(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _check_tiff(image: Image.Image) -> None:
-    """Pillow takes grey of 12 bits for 16, of 32 bits for any scale, and leaves grey of 16 bits inverted."""
+    """Raises UserError for kinds of grey that Pillow reads wrongly: it takes 12 bits for 16, gives 32 bits no fixed
+    scale, and leaves inverted 16 bits inverted."""
     tags: Any = image
     bits, photometric = tags.tag_v2.get(258, (1,)), tags.tag_v2.get(262, 1)
     if image.mode == "I" or (image.mode.startswith("I") and (bits[0] != 16 or photometric == 0)):

@@ -1,6 +1,6 @@
-"""Encoded recordings: which formats are read, how long one lasts, and its samples.
+"""Decodes the files of recordings: which formats are read, how long a recording lasts, and its samples.
 
-soundfile is imported where a recording is opened: whoever only asks for the extensions does without it.
+soundfile is imported only when a recording is opened, so that the extensions can be read without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mom_tokenizers.media.containers import Container, whole
 if TYPE_CHECKING:
     import soundfile
 
-# The name of a format -> the extensions under which such recordings are found
+# The name of a format -> the extensions of such files
 FORMATS = {
     "WAV": ("wav", "wave", "rf64"),
     "FLAC": ("flac",),
@@ -33,14 +33,14 @@ FORMATS = {
 }
 SPEECH_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
-# libsndfile's own count where a file does not tell its length is the largest that there is.
+# Where a file does not say its length, libsndfile gives the largest possible count, which is above this.
 UNKNOWN = 1 << 62
 MOST_CHANNELS = 32
-# Sound decoded from a lossy format passes 1 a little; samples that were written as whole numbers pass it by far.
+# Sound decoded from a lossy format exceeds 1 a little. Samples written as whole numbers exceed it by far.
 LOUDEST = 16.0
-# Channels cancel where their sum has less than this share of the energy that it has where they are unrelated ...
+# Channels cancel in a second where their sum has less than this share of the energy that unrelated channels would give.
 CANCELLED = 0.2
-# ... in seconds that hold more than this share of the recording's energy.
+# This counts where such seconds hold more than this share of the recording's energy.
 CANCELLED_SHARE = 0.01
 
 Waveform = tuple[np.ndarray, int]
@@ -48,8 +48,8 @@ Waveform = tuple[np.ndarray, int]
 
 @cache
 def _stream() -> type[soundfile.SoundFile]:
-    """soundfile's reader without its seeks: after every block it jumps to where it stands already, which fails where
-    the length is unknown and is inexact in an MP3; and it reads no further than libsndfile's guess of the length."""
+    """soundfile's reader without seeking. After every block soundfile seeks to the place where it already is, which
+    fails where the length is unknown and is inexact in an MP3. It also stops at libsndfile's guess of the length."""
     import soundfile
 
     class Stream(soundfile.SoundFile):
@@ -69,26 +69,29 @@ def _opened(container: Container) -> Iterator[soundfile.SoundFile]:
                 raise UserError(f"recording of {file.channels} channels; at most {MOST_CHANNELS} are mixed into one")
             yield file
     except soundfile.SoundFileError as error:
-        reason = getattr(error, "error_string", error)  # without the buffer's address, different each time
+        reason = getattr(error, "error_string", error)  # without the buffer's address, which differs each time
         raise UserError(f"not a readable recording: {reason or 'its content is damaged or cut'}") from error
 
 
 def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """float32 (samples, channels) of a second after the other, until nothing comes."""
-    # about a second; a damaged header may name any rate
+    """Blocks of about a second, float32 (samples, channels), until the end of the recording."""
+    # The block's length is bounded, because a damaged header may name any rate.
     while len(block := file.read(min(max(file.samplerate, 8_000), 192_000), dtype="float32", always_2d=True)):
         yield block
 
 
 def _mixed(container: Container, signs: np.ndarray | None) -> tuple[np.ndarray, int, np.ndarray]:
-    """(float32 mean of the channels, each times its sign; rate; float64 (seconds, channels, channels) products of every
-    two channels, summed over each second). Raises UserError where more or fewer samples come than are promised."""
+    """(the mean of the channels, each times its sign, float32; the rate; the products of every two channels, summed
+    over each second, float64 (seconds, channels, channels)).
+
+    Raises UserError where there are more or fewer samples than the header says.
+    """
     mixed, products, read = [], [], 0
-    with _opened(container) as file, np.errstate(all="ignore"):  # what is no number is found by the caller
+    with _opened(container) as file, np.errstate(all="ignore"):  # the caller refuses values that are not finite
         promised = file.frames if container.samples is None else container.samples
         file.read(container.skipped, dtype="float32")
         rate, channels = file.samplerate, file.channels
-        # a second at a time, so that a long recording is never held with all its channels
+        # The channels are mixed second by second, so that a long recording is never held with all its channels.
         for block in _blocks(file):
             read += len(block)
             if read > promised:
@@ -104,14 +107,15 @@ def _mixed(container: Container, signs: np.ndarray | None) -> tuple[np.ndarray, 
 
 
 def _cancel(products_SCC: np.ndarray, signs_C: np.ndarray) -> bool:
-    """Whether the channels, each times its sign, cancel in a part of the recording that counts."""
+    """Whether the channels, each times its sign, cancel in an important part of the recording."""
     energy_S = np.trace(products_SCC, axis1=1, axis2=2)
     sum_S = np.einsum("c,scd,d->s", signs_C, products_SCC, signs_C)
     return bool(energy_S[sum_S < CANCELLED * energy_S].sum() > CANCELLED_SHARE * energy_S.sum())
 
 
 def recording_seconds(data: bytes) -> float:
-    """Length in seconds, without decoding where the container tells it. Raises UserError as decode_audio() does."""
+    """The length of a recording in seconds. It is decoded only where its header does not say the length. Raises
+    UserError for bytes that are not a whole recording."""
     container = whole(data)
     with _opened(container) as file:
         samples = container.samples or file.frames
@@ -121,10 +125,11 @@ def recording_seconds(data: bytes) -> float:
 
 
 def decode_audio(data: bytes) -> Waveform:
-    """Encoded recording -> (float32 mono waveform in [-1, 1], sample rate in Hz): the mean of its channels, of which
-    those that oppose the loudest are turned first, so that they do not cancel.
+    """(mono waveform in about [-1, 1], float32 (samples,); sample rate in Hz) of the bytes of a recording's file.
 
-    Raises UserError for bytes that are no recording, are damaged or cut, or hold no sample.
+    The waveform is the mean of the channels. Where they would cancel each other, those with the opposite sign of the
+    loudest channel are inverted first. Raises UserError for bytes that are not a recording, are damaged or cut off, or
+    hold no sample, and for channels that cancel in either case.
     """
     container = whole(data)
     waveform, rate, products_SCC = _mixed(container, None)
