@@ -1,4 +1,5 @@
-"""The model on batches: losses and gradients of a step, and one pass to see whether memory suffices."""
+"""Forward and backward passes: the losses and gradients of a step, and a trial step that shows whether memory
+suffices."""
 
 from __future__ import annotations
 
@@ -25,18 +26,19 @@ from mom_train.model.objective import Counts, drop_conditions, noised_patches, r
 
 @dataclass(frozen=True)
 class Scored:
-    """One micro-batch after its forward pass, on the device."""
+    """The results of one forward pass over one micro-batch, on the device."""
 
     losses: Losses
     sums: Tensor
-    """(M+1,) float64: cross-entropy by modality of the target, squared error of patches; no gradient."""
+    """(M+1,) float64 without gradient: the cross-entropy by modality of the target, then the squared error of
+    patches."""
     labels_T: Tensor
-    """In row order, as `losses.tokens_T`."""
+    """(T,) the labels in row order, as `losses.tokens_T`."""
     patches: NoisedPatches | None
 
 
 class Passes:
-    """Forward and backward passes of one rank. Holds nothing of the run's progress."""
+    """Runs the forward and backward passes of one rank. It keeps nothing of the run's progress."""
 
     def __init__(
         self, config: RunConfig, vocab: VocabLayout, ranks: Ranks, model: LanguageModel, context: Context | None = None
@@ -48,20 +50,24 @@ class Passes:
         self._on_device = self._modality_of_id.to(ranks.device)
 
     def prepared(self, batch: PackedBatch) -> PackedBatch:
-        """The batch as it is trained on, before anything of it is counted."""
+        """Returns the batch as it is trained on: some conditions of pictures may be dropped. Call it before
+        counting."""
         diffusion = self.config.objective.diffusion
         if diffusion is None:
             return batch
         return drop_conditions(batch, self.config.seed, diffusion, self.vocab)
 
     def targets(self, batch: PackedBatch) -> Tensor:
-        """Targets of the cross-entropy by modality (M,) int64."""
+        """The number of cross-entropy targets by modality, (M,) int64."""
         valid = batch.labels[batch.labels >= 0]
         return torch.bincount(self._modality_of_id[valid], minlength=len(self.modalities))
 
     def forward_backward(self, step_batches: Sequence[PackedBatch], counts: Counts) -> Tensor:
-        """Accumulate the gradient of the mean loss over the step, whichever rank or micro-batch holds its targets.
-        Returns this rank's sums (M+1,) float64: cross-entropy by modality of the target, squared error of patches."""
+        """Accumulates the gradient of the mean loss over the step, whichever rank or micro-batch holds its targets.
+
+        Returns the sums of this rank, (M+1,) float64: the cross-entropy by modality of the target, then the squared
+        error of patches.
+        """
         self.model.train()
         sums = torch.zeros(len(self.modalities) + 1, dtype=torch.float64, device=self.ranks.device)
         for i, batch in enumerate(step_batches):
@@ -72,7 +78,7 @@ class Passes:
         return sums
 
     def score(self, batch: PackedBatch, noise_seed: int) -> Scored:
-        """The forward pass over this rank's slice of the rows; pictures are noised as `noise_seed` says."""
+        """Runs the forward pass over this rank's slice of the rows. `noise_seed` decides the noise of pictures."""
         diffusion, device = self.config.objective.diffusion, self.ranks.device
         patches = None
         if diffusion is not None:
@@ -100,7 +106,7 @@ class Passes:
         return Scored(losses, torch.stack([*sums, losses.patches.detach().double()]), labels_T, patches)
 
     def _sent(self, t: Tensor) -> Tensor:
-        """On the device; a copy from memory that is not pinned would wait for it."""
+        """Copies a tensor to the device without waiting, which needs pinned memory."""
         return (t.pin_memory() if self.ranks.device.type == "cuda" else t).to(self.ranks.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -109,7 +115,7 @@ class Passes:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def total(self, sums: Tensor, counts: Counts) -> Tensor:
-        """The loss that is trained on, without its regularisers, from all ranks' sums (M+1,): a scalar on their
+        """The loss that is trained on, without its regularisers, from the sums of all ranks (M+1,). A scalar on their
         device."""
         loss = sums[:-1].sum() / max(1, int(counts.targets_M.sum()))
         diffusion = self.config.objective.diffusion
@@ -118,8 +124,8 @@ class Passes:
         return loss
 
     def means(self, prefix: str, sums: Tensor, counts: Counts) -> dict[str, float]:
-        """Mean losses from all ranks' sums: in total, and by modality of the target (cross-entropy in nats; for
-        continuous pictures the squared error per channel). A modality without targets is left out."""
+        """The mean losses from the sums of all ranks, in total and by modality of the target: cross-entropy in nats,
+        and for continuous pictures the squared error per channel. A modality without targets is left out."""
         *entropy, squares = sums.tolist()
         targets = counts.targets_M.tolist()
         values = {m: s / n for m, s, n in zip(self.modalities, entropy, targets, strict=True) if n}
@@ -130,11 +136,11 @@ class Passes:
         return {f"{prefix}loss/total": total} | {f"{prefix}loss/{m}": v for m, v in values.items()}
 
     def dry_run(self, optimizer: torch.optim.Optimizer) -> float:
-        """A step on full rows of every modality that leaves weights and moments as they were. Returns the peak memory
-        in GiB, 0 where the device does not say.
+        """Runs one step on full rows of every modality, and leaves weights and moments as they were. Returns the peak
+        memory in GiB, or 0 where the device does not tell.
 
         Raises UserError where memory does not suffice. The passes hold collectives, so a rank without enough memory
-        cannot tell the others before it raises: it ends, and its end is what ends them (`parallel.process_group`).
+        cannot tell the others before it raises: it ends, and its end is what ends them (`ranks.process_group`).
         """
         try:
             batch = self._full_batch()
@@ -153,8 +159,8 @@ class Passes:
         return torch.cuda.max_memory_allocated() / 2**30
 
     def _full_batch(self) -> PackedBatch:
-        """A micro-batch without padding, its positions dealt evenly to the modalities, pictures of patches among
-        them."""
+        """Makes a micro-batch without padding. Its positions are divided evenly among the modalities, and include
+        pictures made of patches where the objective has them."""
         B, L, M = self.config.training.micro_batch, self.config.data.sequence_length, len(self.modalities)
         diffusion = self.config.objective.diffusion
         tokens = torch.zeros(B, L, dtype=torch.int64)

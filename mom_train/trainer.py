@@ -1,4 +1,4 @@
-"""The training loop: batch -> agree -> forward_backward -> step -> record -> maybe_checkpoint."""
+"""The training loop: read batches, agree with the other ranks, forward and backward, update, record, checkpoint."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run on one rank: model, optimiser, data, state."""
+    """A run on one rank. It holds the model, the optimiser, the data and the state, and has the loop that changes
+    them."""
 
     def __init__(self, config: RunConfig, ranks: Ranks):
-        """Collective. Raises AgreedError, on all ranks alike, for everything that a user can mend."""
+        """Prepares the run: every rank is to call this. Raises AgreedError, on all ranks alike, for what a user can
+        mend."""
         self.ranks, self.vocab, self.modalities = ranks, config.layout, config.layout.modalities
         self.accumulation = agreed(lambda: config.accumulation(ranks.world_size))
         agreed(lambda: check_wandb(config))
@@ -78,7 +80,8 @@ class Trainer:
         self.stepped = False
 
     def _fill_weights(self, start: Checkpoint | None) -> None:
-        """Give the model its initial values, or those of init_from, or all of a checkpoint; begin their average."""
+        """Gives the model its initial values, or those of init_from, or those of a checkpoint, and begins their
+        average."""
         config = self.config
         if start is None:
             self.checkpointer.restore_best({})
@@ -92,7 +95,7 @@ class Trainer:
             self._load(start)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        """Everything as it was there; the data goes on behind what a rollback to there has left out."""
+        """Restores model, optimiser and state from a checkpoint. The data continues after what a rollback left out."""
         saved = agreed(lambda: read_train_state(checkpoint))
         self.checkpointer.load(checkpoint, self.model, self.optimizer, self.ema)
         state = self.state
@@ -107,8 +110,8 @@ class Trainer:
     # ---- the run ------------------------------------------------------------------------------------------
 
     def run(self, stop: Stop) -> tuple[RunState, str]:
-        """Train from where the state is to `training.steps`, or to `training.stop_at`; go back and leave data out where
-        steps stay bad. Returns how it ended and why."""
+        """Trains from the present step to `training.steps` or `training.stop_at`. Where steps stay bad, it goes back
+        to a checkpoint and leaves the data of those steps out. Returns how the run ended, and why."""
         with self.checkpointer, self.watch:
             self.watch.begin(self.config.parallel.first_step_timeout)
             dry_run = self.config.parallel.dry_run
@@ -121,7 +124,7 @@ class Trainer:
             return outcome
 
     def _train(self, stop: Stop) -> tuple[RunState, str] | None:
-        """The loop. Returns how it ended, or None where steps stay bad."""
+        """Runs the loop. Returns how it ended, or None where steps stay bad."""
         config, state = self.config, self.state
         last = min(config.training.stop_at or config.training.steps, config.training.steps)
         record = agreed(lambda: Record(config, self.state.step, last) if self.ranks.main else None)
@@ -201,9 +204,9 @@ class Trainer:
     # ---- one step -----------------------------------------------------------------------------------------
 
     def agree(self, step_batches: Sequence[PackedBatch], stop: Stop) -> Agreement:
-        """Count the step over all ranks; agree on whether to stop or to save, and on how the last save went.
+        """Counts the step over all ranks, and agrees on whether to stop, whether to save, and how the last save went.
 
-        Raises ValueError, on all ranks, when too many documents were damaged or too many checkpoints failed.
+        Raises AgreedError, on all ranks, when too many documents were damaged or too many checkpoints failed.
         """
         mine = StepCount.empty(len(self.modalities))
         if self.context.rank == 0:  # a row's first rank counts for all that share it
@@ -226,7 +229,9 @@ class Trainer:
     def step(
         self, sums: Tensor, counts: Counts, step_batches: Sequence[PackedBatch], detailed: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Clip, update unless the step is bad, clear. Returns all ranks' sums (M+1,), and norms of the gradient before
+        """Clips the gradient, updates the weights unless the step is bad, and clears the gradient.
+
+        Returns the sums of all ranks (M+1,), and norms of the gradient before
         clipping: in total, and where `detailed` by kind of projection and by modality.
 
         Whether it is bad is decided on the device from values that all ranks share; the host learns it a step later.
@@ -275,7 +280,7 @@ class Trainer:
     # ---- what is said and kept ----------------------------------------------------------------------------
 
     def values(self, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:
-        """What is logged of a step."""
+        """The figures of a step that are logged."""
         return self.passes.means("", sums, counts) | {
             **{f"grad_norm/{part}": norm.item() for part, norm in norms.items()},
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -287,11 +292,11 @@ class Trainer:
         }
 
     def evaluated(self) -> AbstractContextManager[None]:
-        """Inside, the model computes with the average of its weights where `validation.ema` asks for it."""
+        """Within this context the model computes with the average of its weights, where `validation.ema` is set."""
         return self.ema.applied() if self.ema is not None and self.config.validation.ema else nullcontext()
 
     def validate(self, stop: Stop) -> dict[str, float]:
-        """Losses on the validation sets; nothing where a rank is asked to end meanwhile."""
+        """Computes the losses on the validation sets. Returns nothing where a rank is asked to end meanwhile."""
         with self.evaluated():
             values = validate(self.passes, self.validation_plans, self.text_bytes, lambda: bool(largest(stop.code)))
         if values:
@@ -299,8 +304,8 @@ class Trainer:
         return values
 
     def _validate_before(self, record: Record | None, stop: Stop, last: int) -> None:
-        """The validation before the first step; or the one that was due where a resumed run stands, and was cut short
-        by the request to end."""
+        """Validates before the first step. In a resumed run, it makes up for a validation that was due at this step and
+        that a request to end cut short."""
         step = self.state.step
         if self.state.validated == step or not (step == 0 or self.due(self.config.validation.every, step, last)):
             return
@@ -317,7 +322,7 @@ class Trainer:
             record.samples(self.state.step, documents)
 
     def save(self) -> None:
-        """Begin a checkpoint. The seconds that training stood still for it are logged with the next step."""
+        """Begins to write a checkpoint. The seconds that training waited for it are logged with the next step."""
         known: list[dict[str, Any]] = [{}] * self.ranks.world_size
         dist.all_gather_object(known, self.state.lanes)
         self.state.lanes = newest(*known)
@@ -326,7 +331,7 @@ class Trainer:
 
 
 def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | None, TrainState]:
-    """The run's checkpoints, the one that it carries on from, and the state that is saved there. Collective."""
+    """Returns the run's checkpoints, the one that it continues from, and the state saved there. Collective."""
     checkpoints = agreed(lambda: Checkpoints(config.checkpoint.path or config.run_dir))
     checkpointer = Checkpointer(checkpoints, config.checkpoint)
     if (start := checkpointer.newest()) is None:
@@ -336,7 +341,7 @@ def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | Non
 
 
 def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:
-    """The model of the config, dealt to the ranks, with memory for its weights but no values. Collective."""
+    """Builds the model of the config, sharded over the ranks. Its weights have memory but no values. Collective."""
     mesh = agreed(lambda: model_mesh(ranks, config.parallel.shard_ranks))
     model = shard(build_model(config), mesh, config.training.compile, config.parallel.cpu_offload)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
@@ -344,7 +349,7 @@ def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:
 
 
 def _begin(trainer: Trainer, machines: Sequence[Any]) -> None:
-    """Say what begins, and write what RUN keeps of it. Raises UserError where that cannot be written."""
+    """Logs what begins, and writes the files that describe it into RUN. Raises UserError where that is impossible."""
     config, ranks, step = trainer.config, trainer.ranks, trainer.state.step
     with user_path(config.run_dir):
         write_environment(config.run_dir, machines, ranks, step)
@@ -367,7 +372,7 @@ def _begin(trainer: Trainer, machines: Sequence[Any]) -> None:
 
 
 def _end(config: RunConfig, outcome: RunState, step: int, reason: str) -> None:
-    """Say how the run ended, in the log in any case."""
+    """Logs how the run ended, and writes it to status.json where that is possible."""
     steps = config.training.steps
     log.info("%s: %s at step %d of %d%s", config.run_dir, outcome, step, steps, f": {reason}" if reason else "")
     try:
@@ -378,8 +383,11 @@ def _end(config: RunConfig, outcome: RunState, step: int, reason: str) -> None:
 
 
 def train(config: RunConfig) -> int:
-    """Run `config` to its end, from its latest checkpoint where it has one. Returns the exit code: 0; 75 where it was
-    asked to end before, but 0 from torchrun, which would start it again at once; 3 where steps stayed bad."""
+    """Runs `config` to its end, from its latest checkpoint where it has one, and returns the exit code.
+
+    0: finished, or stopped at training.stop_at. 75: it was asked to end before; under torchrun this is 0 as well,
+    because torchrun would start the run again at once. 3: steps stayed bad.
+    """
     stop = Stop(config.training.time_limit)
     with (
         process_group(config.parallel.first_step_timeout) as ranks,

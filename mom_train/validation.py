@@ -1,5 +1,7 @@
-"""Validation: one pass over a set, every document once, with the same rows and noise at every step, in every run, at
-any number of ranks."""
+"""Validation: one pass over a set, in which every document comes once.
+
+Rows and noise are the same at every step, in every run, and at any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +27,25 @@ _NOISE = -1  # its own seed
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over one set, and what to divide them by."""
+    """The sums of the losses over one set, and the counts to divide them by."""
 
     sums: Tensor
-    """(M+1,) float64: cross-entropy by modality of the target, squared error of patches."""
+    """(M+1,) float64: the cross-entropy by modality of the target, then the squared error of patches."""
     counts: Counts
     text_nats: float
-    """Cross-entropy of the targets that are text proper: not of specials, which stand for no byte."""
+    """The cross-entropy of text targets, without special tokens, which stand for no byte."""
     text_bytes: int
-    """UTF-8 bytes of those targets; 0 where the tokenizer is not known."""
+    """The number of UTF-8 bytes of those targets. It is 0 where the tokenizer is not known."""
     rows: int
-    """Packed rows of the set that were scored."""
+    """The number of packed rows that were scored."""
     squares_Q: Tensor
-    """(4,) float64: squared error of patches by quarter of the timesteps."""
+    """(4,) float64: the squared error of patches by quarter of the timesteps."""
     patches_Q: Tensor
-    """(4,) int64: their number."""
+    """(4,) int64: the number of patches in each quarter."""
 
     def figures(self, prefix: str, passes: Passes) -> dict[str, float]:
-        """`loss/...` as in training; `bits_per_byte/text`, which does not depend on the text tokenizer; `mse/t0` to
-        `mse/t3`, squared error per channel. What has no target is left out."""
+        """The figures that are logged: `loss/...` as in training; `bits_per_byte/text`, which does not depend on the
+        text tokenizer; `mse/t0` to `mse/t3`, the squared error per channel. A figure without targets is left out."""
         values = passes.means(prefix, self.sums, self.counts)
         if self.text_bytes:
             values[f"{prefix}bits_per_byte/text"] = self.text_nats / math.log(2) / self.text_bytes
@@ -56,7 +58,7 @@ class Scores:
 
 
 def rows_of(plan: Plan, limit: int | None) -> tuple[int, bool]:
-    """(rows of one pass over a set, `limit` at most; whether there are more). Planning alone."""
+    """Returns (the number of rows of one pass over a set, at most `limit`; whether there are more). It only plans."""
     rows = sum(1 for _ in islice(Lane(plan, 0), None if limit is None else limit + 1))
     return (rows, False) if limit is None or rows <= limit else (limit, True)
 
@@ -69,9 +71,9 @@ def score(
     bytes_of_id: np.ndarray | None,
     interrupted: Callable[[], bool] = bool,
 ) -> Scores | None:
-    """One pass over a set, or its first `sequences` rows, with as many forward passes on every rank: rows behind the
-    last one are padding without targets. None once `interrupted` is true, which it must be on all ranks alike and is
-    asked before each forward pass. `bytes_of_id` (V,): see `data.text_bytes`."""
+    """Scores one pass over a set, or its first `sequences` rows. Every rank runs as many forward passes: rows after the
+    last one are padding without targets. Returns None once `interrupted` is true, which it must be on all ranks alike
+    and is asked before each forward pass. `bytes_of_id` (V,): see `data.text_bytes`."""
     passes.model.eval()
     ranks, config, M = passes.ranks, passes.config, len(passes.modalities)
     context, micro_batch = passes.context, config.training.micro_batch
@@ -117,7 +119,7 @@ def score(
 def validate(
     passes: Passes, plans: Mapping[str, Plan], bytes_of_id: np.ndarray | None, interrupted: Callable[[], bool]
 ) -> dict[str, float]:
-    """The figures of each set as val/SET/...; nothing once all ranks know that one was `interrupted`."""
+    """Returns the figures of each set as val/SET/..., or nothing once all ranks know that one was `interrupted`."""
     values: dict[str, float] = {}
     for name, plan in plans.items():
         scores = score(passes, plan, passes.config.validation.sequences, bytes_of_id, interrupted)

@@ -40,7 +40,7 @@ _OURS_WHOLE = {theirs: ours for ours, theirs in _WHOLE.items()} | {"backbone.emb
 
 
 def mamba_name(name: str) -> str:
-    """Our name of a dense model's parameter -> Transformers'."""
+    """Turns our name of a dense model's parameter into the name that Transformers has for it."""
     if name in _WHOLE:
         return _WHOLE[name]
     found = re.fullmatch(r"blocks\.(\d+)\.block\.(norm\.weight|mixer\.(.+))", name)
@@ -51,7 +51,7 @@ def mamba_name(name: str) -> str:
 
 
 def our_name(name: str) -> str | None:
-    """A published tensor's name -> our parameter's, or None where Mamba-1 as it is here has no such parameter."""
+    """Turns a published tensor's name into our parameter's, or None where our Mamba-1 has no such parameter."""
     found = re.fullmatch(r"backbone\.layers\.(\d+)\.(norm\.weight|mixer\.(.+))", name)
     if found is None:
         return _OURS_WHOLE.get(name)
@@ -62,14 +62,14 @@ def our_name(name: str) -> str | None:
 
 
 def to_mamba(name: str, value: Tensor) -> Tensor:
-    """One of our parameters in the shape that Transformers keeps it in."""
+    """Gives one of our parameters the shape that it has in Transformers."""
     if name.endswith("conv_weight"):
         return value.unsqueeze(1)
     return value.squeeze(0) if name.endswith("dt_bias") else value
 
 
 def our_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The inverse of what `to_mamba` does to the shape of our parameter `name`."""
+    """The shape of our parameter `name`, from the shape in which it is published: the inverse of `to_mamba`."""
     if name.endswith("conv_weight") and len(shape) == 3 and shape[1] == 1:
         return shape[0], shape[2]
     return (1, *shape) if name.endswith("dt_bias") else shape
@@ -95,7 +95,7 @@ _STATED = {
     "ssm_cfg.dt_rank": "rank",
 }
 _DEFAULTS = {"norm_eps": 1e-5, "state": 16, "conv": 4, "expand": 2}
-"""What both libraries take where config.json does not say it."""
+"""The values that both libraries assume where config.json does not state them."""
 # Key -> the values with which the model computes what ours does.
 _NEEDED: dict[str, tuple[Any, ...]] = {
     "model_type": ("mamba", None),
@@ -122,7 +122,7 @@ _OF_VOCABULARY = ("vocab_size", "pad_vocab_size_multiple", "tie_word_embeddings"
 
 
 def other_kind(config: Mapping[str, Any]) -> str | None:
-    """What a config.json describes in place of a Mamba-1, whose keys cannot be compared at all; None for a Mamba-1."""
+    """The kind of model that a config.json describes where it is not a Mamba-1; None for a Mamba-1."""
     kind = config.get("model_type")
     if kind == "mamba" or (kind is None and {"d_model", "n_layer"} <= set(config)):
         return None
@@ -134,8 +134,8 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
 
 
 def differences(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
-    """What a published Mamba-1's config.json says that `model` is not, or that this package does not have: a line for
-    each, which names the key, and the setting that would be right where there is one."""
+    """One line for each key of a published Mamba-1's config.json in which `model` differs, or that this package does
+    not have. The line names the key, and the setting that would be right where there is one."""
     values = {key: value for key, value in config.items() if key != "ssm_cfg"}
     values |= {f"ssm_cfg.{key}": value for key, value in (config.get("ssm_cfg") or {}).items()}
     ours = model.model_dump() | {"blocks": model.blocks, "inner": model.inner, "rank": model.rank}
@@ -176,14 +176,14 @@ def _advice(field: str, value: Any) -> str:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the head is the embedding, as both libraries assume where it says nothing."""
+    """Whether the head is tied to the embedding. Both libraries assume so where config.json says nothing."""
     return bool(config.get("tie_word_embeddings", config.get("tie_embeddings", True)))
 
 
 def transformers_config(
     model: ModelConfig, vocabulary: int, bos_token_id: int, eos_token_id: int, pad_token_id: int
 ) -> str:
-    """config.json of a dense Mamba of ours, of so many ids, for Transformers' MambaForCausalLM."""
+    """The config.json of a dense Mamba of ours, with this many ids, for Transformers' MambaForCausalLM."""
     if model.architecture != "mamba" or model.decoupled:
         raise UserError("only a dense Mamba has a counterpart in Transformers; export the mixture as safetensors")
     values = {

@@ -74,7 +74,7 @@ class MixtureOfMambaForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Weights come from a checkpoint."""
+        """Does nothing, because the weights come from a checkpoint."""
 
     @cached_property
     def _modality_of_id(self) -> Tensor:

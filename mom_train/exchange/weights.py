@@ -1,4 +1,5 @@
-"""Weights from elsewhere: our checkpoints, safetensors in our names, or published Mamba-1 (mamba_ssm, Transformers).
+"""Weights of other runs and programs: our checkpoints, safetensors in our names, published Mamba-1 models (mamba_ssm,
+Transformers).
 
 A source is accounted for in full before anything is filled: each of its tensors goes into a parameter, each parameter
 has a tensor, and what the source says of itself (its config) is what this model is. All that does not fit is one error,
@@ -39,48 +40,50 @@ _EXPORTED = "mixture_of_mamba"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: nothing of it is held until it is read."""
+    """A tensor in a file. It is not in memory until it is read."""
 
     name: str
-    """As the file has it."""
+    """Its name in the file."""
     shape: tuple[int, ...]
-    """As our parameter has it."""
+    """Its shape in our parameter."""
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a source holds, and what it says of itself."""
+    """The tensors of a source, and what the source says about its model."""
 
     tensors: Mapping[str, Stored]
-    """By our parameters' names."""
+    """Name of our parameter -> the stored tensor."""
     model: ModelConfig | None = None
-    """Of a model of ours; None: it is not said."""
+    """The config of the model, where the source states one in our form."""
     vocabulary: VocabLayout | None = None
-    """Which rows of the embedding are which ids; None: it is not said."""
+    """Which rows of the embedding belong to which ids, where the source states it."""
     diffusion: DiffusionConfig | None = None
     published: Mapping[str, Any] | None = None
-    """config.json of a published Mamba-1."""
+    """The config.json of a published Mamba-1."""
     foreign: bool = False
-    """Whether its names are a published Mamba-1's."""
+    """Whether its tensors have the names of a published Mamba-1."""
     problems: tuple[str, ...] = ()
-    """What has no place in any model of ours."""
+    """Tensors that have no place in any model of ours."""
     assumed: tuple[str, ...] = ()
-    """What the source does not say, and is taken to be as the config of this run says."""
+    """What the source does not state, and what is therefore assumed to be as the config of this run says."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """Where a stored tensor goes."""
+    """How a stored tensor becomes a parameter."""
 
     stored: Stored
     copies: int = 1
-    """The parameter is so many copies of it, one behind the other."""
+    """The parameter consists of this many copies of it, one after the other."""
     modalities: tuple[int, ...] = ()
-    """The parameter's blocks, one for each modality, in numbers of the stored one's; (): as they are."""
+    """For each modality of the parameter, the number of the stored block that it takes; (): the blocks stay as they
+    are."""
     rows: tuple[Tensor, Tensor] | None = None
-    """Rows of the parameter, and the stored rows that they take; the others stay. None: all."""
+    """Rows of the parameter, and the stored rows that they take. Other rows keep their values. None: all rows are
+    taken."""
 
 
 # ---- opening ----------------------------------------------------------------------------------------------
@@ -208,7 +211,7 @@ def _open_checkpoint(checkpoint: Checkpoint) -> Weights:
 
 
 def _of_run(config: Mapping[str, Any], source: object, vocabulary: VocabLayout | None) -> Weights:
-    """What a run's config, in today's form, says of its model; the tensors are to be added."""
+    """What a run's config, in today's form, says about its model. The tensors are added afterwards."""
     diffusion = (config.get("objective") or {}).get("diffusion")
     try:
         return Weights(
@@ -286,7 +289,7 @@ def match(
 
 
 def _differences(model: LanguageModel, weights: Weights, vocabulary: VocabLayout | None) -> list[str]:
-    """Settings that the source states and this model does not share, a line for each."""
+    """One line for each setting that the source states and in which this model differs."""
     problems = []
     if weights.published is not None:
         problems += published_mamba.differences(weights.published, model.config)
@@ -325,7 +328,8 @@ def _differences(model: LanguageModel, weights: Weights, vocabulary: VocabLayout
 def _move_of_rows(
     stored: Stored, shape: tuple[int, ...], weights: Weights, vocabulary: VocabLayout | None
 ) -> Move | str:
-    """Embedding or head: each id's row goes where the same id of this vocabulary is; or what keeps it from there."""
+    """For an embedding or a head: each id's row goes to the row of the same id in this vocabulary. Returns a text where
+    something prevents that."""
     rows, config = stored.shape[0], weights.published or {}
     ids, multiple = config.get("vocab_size") or rows, config.get("pad_vocab_size_multiple") or 1
     if rows not in (ids, -(-ids // multiple) * multiple):
@@ -355,7 +359,8 @@ def _apart(stored: Stored, shape: tuple[int, ...]) -> str:
 
 
 def _same_ids(old: VocabLayout, new: VocabLayout) -> tuple[Tensor, Tensor]:
-    """(ids of `new`, ids of `old` that mean the same): the common ids of each modality, and special tokens by name."""
+    """Pairs (ids of `new`, ids of `old`) with the same meaning: the common ids of each modality, and special tokens by
+    name."""
     here: list[int] = []
     there: list[int] = []
     sizes = dict(new.sizes)
@@ -374,7 +379,8 @@ def _same_ids(old: VocabLayout, new: VocabLayout) -> tuple[Tensor, Tensor]:
 def _move_of_copies(
     stored: Stored, shape: tuple[int, ...], dense: tuple[int, ...], weights: Weights, vocabulary: VocabLayout | None
 ) -> Move | str:
-    """A parameter that may have a copy for each modality, where `dense` is the shape of one; or what keeps it apart."""
+    """For a parameter that may have a copy for each modality, where `dense` is the shape of one copy. Returns a text
+    where the stored tensor does not fit."""
     if stored.shape == shape:
         old, new = weights.vocabulary, vocabulary
         if shape == dense or old is None or new is None or old.modalities == new.modalities:
@@ -386,7 +392,8 @@ def _move_of_copies(
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names in one line: those that differ in the number of their block alone are one, with how many there are."""
+    """Lists names in one line. Names that differ only in the number of their block appear once, with how many there
+    are."""
     count = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     return ", ".join(f"{name} ({n} of them)" if "*" in name else name for name, n in count.items())
 
@@ -395,13 +402,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def load_weights(model: LanguageModel, weights: Weights, source: Path, vocabulary: VocabLayout | None = None) -> None:
-    """`match` and `fill`: every parameter of `model` from `weights`, or one UserError and nothing filled."""
+    """Fills every parameter of `model` from `weights`, by `match` and `fill`; or raises one UserError and fills
+    nothing."""
     fill(model, match(model, weights, source, vocabulary))
 
 
 @torch.no_grad()
 def fill(model: LanguageModel, moves: Mapping[str, Move]) -> None:
-    """Fill `model`, sharded or not, one parameter at a time. Collective where a vocabulary has grown."""
+    """Fills `model`, sharded or not, one parameter at a time. It is collective where a vocabulary has grown."""
     for name, parameter in model.named_parameters():
         if name not in moves:
             continue

@@ -29,28 +29,29 @@ from mom_train.ops.layout import RowLayout
 @dataclass(frozen=True)
 class Sampling:
     temperature: float = 0.9
-    """0 takes the likeliest id."""
+    """The temperature of the softmax. 0 always takes the most likely id."""
     top_p: float = 0.95
-    """Sample from the likeliest ids that together have this probability."""
+    """Ids are sampled from the most likely ones, which together have this probability."""
     max_tokens: int = 512
-    """End of the document at the latest after so many positions."""
+    """The document ends after this many positions at the latest."""
     patches_per_picture: int = 64
-    """Codes, or latent patches, of a picture."""
+    """The number of codes, or of latent patches, of a picture."""
     max_units: int = 250
-    """Longest speech span (25 units a second)."""
+    """The longest span of speech, in units (25 a second)."""
     denoising_steps: int = 50
-    """Of DDIM (or of Euler's method, for a rectified flow)."""
+    """The number of steps of DDIM, or of Euler's method for a rectified flow."""
     denoised_limit: float = 4.0
-    """DDIM's estimates of the clean, scaled latents are clipped to plus or minus this: where all is noise, the first
-    steps divide by almost zero, and a small error of the model would blow up."""
+    """DDIM's estimates of the clean, scaled latents are clipped to plus or minus this. At the first steps nearly all is
+    noise; they divide by almost zero, and a small error of the model would become large."""
     sizes: Mapping[str, int] | None = None
-    """Ids that each modality's tokenizer really has, where the vocabulary's spans are wider: no others are sampled."""
+    """The number of ids that each modality's tokenizer really has, where the vocabulary's spans are wider. No other
+    ids are sampled."""
     guidance: float = 1.0
-    """Classifier-free guidance of pictures: 1 is none. Needs a model trained with objective.diffusion.
-    condition_dropout."""
+    """The strength of classifier-free guidance of pictures. 1 means none; other values need a model that was trained
+    with objective.diffusion.condition_dropout."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for what nothing can be sampled with."""
+        """Raises UserError for settings with which nothing can be sampled."""
         same = ("temperature", "top_p", "max_tokens", "denoising_steps", "guidance")
         checked(SamplingConfig, {name: getattr(self, name) for name in same})
         for name in ("patches_per_picture", "max_units", "denoised_limit"):
@@ -59,7 +60,7 @@ class Sampling:
 
 
 class Sampler:
-    """One document being written: the ids so far and the model's state after them."""
+    """Writes one document: it holds the ids so far and the model's state after them."""
 
     def __init__(self, model: LanguageModel, vocab: VocabLayout, sampling: Sampling, seed: int):
         self.model, self.vocab, self.sampling = model, vocab, sampling
@@ -67,7 +68,7 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
         self.state: LayerStates = model.empty_state(1)
         self.unconditional: LayerStates = model.empty_state(1)
-        """After the same positions without their condition: the other side of classifier-free guidance."""
+        """The state after the same positions without their condition, which classifier-free guidance compares with."""
         self.position = 0
         self.logits_V = torch.empty(0)
 
@@ -75,7 +76,7 @@ class Sampler:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], modality: int = 0) -> None:
-        """Take in ids of one modality; none of them changes nothing."""
+        """Lets the model read ids of one modality. An empty list changes nothing."""
         if not ids:
             return
         layout = self._layout(len(ids), modality)
@@ -91,7 +92,7 @@ class Sampler:
         return self.sampling.guidance != 1.0 and self.model.patch_head is not None
 
     def _layout(self, length: int, modality: int, picture: bool = False) -> RowLayout:
-        """A chunk of one row and one modality, continuing the document."""
+        """The layout of a chunk of one row and one modality that continues the document."""
         shape = (1, length)
         return RowLayout.sort(
             torch.full(shape, modality, dtype=torch.uint8, device=self.device),
@@ -104,7 +105,7 @@ class Sampler:
     # ---- writing ------------------------------------------------------------------------------------------
 
     def choose(self, allowed: Tensor) -> int:
-        """An id among `allowed` (V,) bool, by temperature and top-p."""
+        """Samples an id among `allowed` (V,) bool, by temperature and top-p."""
         logits_V = self.logits_V.masked_fill(~allowed, -torch.inf)
         if self.sampling.temperature == 0:
             return int(logits_V.argmax())
@@ -113,8 +114,8 @@ class Sampler:
         return int(ids[torch.multinomial(p, 1, generator=self.generator)])
 
     def spans(self) -> Iterator[tuple[str, list[int] | Tensor]]:
-        """(modality, local ids) or ("image", latents (P, W)) of the spans that follow what was read, until EOS or
-        `max_tokens`."""
+        """Yields the spans that follow what was read, until EOS or `max_tokens`: (modality, local ids), or ("image",
+        latents (P, W))."""
         vocab, specials = self.vocab, self.vocab.specials
         openings = {vocab.brackets(m)[0]: m for m in vocab.modalities[1:]}
         free = torch.zeros(vocab.size, dtype=torch.bool)
@@ -148,7 +149,7 @@ class Sampler:
         return min(span, (self.sampling.sizes or {}).get(modality, span))
 
     def codes(self, modality: str) -> list[int]:
-        """Local ids of one span: a whole picture, or units until the closing bracket."""
+        """Samples the local ids of one span: a whole picture, or units until the closing bracket."""
         number = self.vocab.modalities.index(modality)
         allowed = torch.zeros(self.vocab.size, dtype=torch.bool)
         allowed[torch.from_numpy(self.vocab.ids(modality, np.arange(self._size(modality))))] = True
@@ -166,7 +167,8 @@ class Sampler:
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        """Latents (P, W) of one picture, denoised from the state after its opening bracket; then taken in, clean."""
+        """Denoises the latents (P, W) of one picture from the state after its opening bracket, then reads them,
+        clean."""
         config = self.model.diffusion
         assert config is not None
         P = self.sampling.patches_per_picture
@@ -198,7 +200,7 @@ class Sampler:
 
 
 def timesteps(config: DiffusionConfig, steps: int) -> list[tuple[int, int]]:
-    """(t, next t) from T-1 down to -1, which stands for no noise: "trailing" spacing."""
+    """Pairs (t, next t) from T-1 down to -1, which stands for no noise, with "trailing" spacing."""
     at = [round(config.steps - i * config.steps / steps) - 1 for i in range(steps)]
     return list(zip(at, [*at[1:], -1], strict=True))
 
@@ -206,8 +208,8 @@ def timesteps(config: DiffusionConfig, steps: int) -> list[tuple[int, int]]:
 def denoise(
     x: Tensor, predicted: Tensor, t: int, following: int, config: DiffusionConfig, limit: float = math.inf
 ) -> Tensor:
-    """One deterministic step from timestep `t` to `following`: DDIM (eta = 0) with its estimate of x_0 clipped to
-    plus or minus `limit`, or Euler for a rectified flow."""
+    """Takes one deterministic step from timestep `t` to `following`: DDIM (eta = 0) with its estimate of x_0 clipped to
+    plus or minus `limit`, or Euler's method for a rectified flow."""
     if config.prediction == "flow":
         return x - (t - following) / config.steps * predicted
     table = cosine_alpha_bar(config.steps)
@@ -238,8 +240,9 @@ def check_prompt(prompt: Sequence[TokenSegment], sampling: Sampling, diffusion: 
 def sample_document(
     model: LanguageModel, vocab: VocabLayout, prompt: Sequence[TokenSegment], sampling: Sampling, seed: int
 ) -> Iterator[tuple[str, list[int] | Tensor]]:
-    """What the model writes after BOS and a prompt of segments (modality numbers of the vocabulary, local ids). A
-    prompt that names a modality with no ids opens its span: the model fills it. Raises UserError as `check_prompt`."""
+    """Yields what the model writes after BOS and a prompt of segments (modality numbers of the vocabulary, local
+    ids). A last segment without ids opens a span of its modality, which the model fills. Raises UserError as
+    `check_prompt`."""
     check_prompt(prompt, sampling, model.diffusion)
     sampler = Sampler(model, vocab, sampling, seed)
     sampler.read([vocab.specials["bos"]])

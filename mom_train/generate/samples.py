@@ -1,4 +1,4 @@
-"""Documents that a model writes, as files to look at and listen to; and those that it writes while it trains."""
+"""Sampled documents as files that people can look at and listen to, and the samples of a model in training."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Span:
-    """One span of a document, on the disk."""
+    """One span of a sampled document, as it was saved."""
 
     name: str
-    """Of its files."""
+    """The name of its files, without extension."""
     modality: str
     markdown: str
-    """Its text; or a line that names its file, and says why it is not to be seen or heard where it is not."""
+    """Its text, or a line that names its file. Where the span cannot be shown or played, the line says why."""
     decoded: Any = None
-    """str, PIL picture, or (float32 waveform (n,), rate in Hz)."""
+    """The decoded value: a str, a PIL picture, or (float32 waveform (n,), rate in Hz)."""
 
 
 def settings(tokenizers: Tokenizers, patches: int | None = None, **chosen: Any) -> Sampling:
-    """How to sample what these tokenizers can decode."""
+    """The sampling settings for what these tokenizers can decode."""
     if patches is None and "image" in tokenizers.modalities:
         image = tokenizers.tokenizer("image")
         patches = getattr(image, "patches_per_image" if image.kind == "kl" else "codes_per_image", None)
@@ -54,7 +54,7 @@ def settings(tokenizers: Tokenizers, patches: int | None = None, **chosen: Any) 
 
 
 def prompt_segments(prompt: PromptConfig, tokenizers: Tokenizers, vocab: VocabLayout) -> list[TokenSegment]:
-    """What a document begins with, in ids. Raises UserError for a span that the model cannot write."""
+    """The prompt as segments of ids. Raises UserError for a span that the model cannot write."""
     if prompt.start is not None and prompt.start not in vocab.modalities[1:]:
         further = ", ".join(vocab.modalities[1:]) or "none"
         raise UserError(f"this run has no spans of '{prompt.start}' to open; the modalities beside text are: {further}")
@@ -67,7 +67,7 @@ def prompt_segments(prompt: PromptConfig, tokenizers: Tokenizers, vocab: VocabLa
 
 
 def write_span(folder: Path, name: str, modality: str, values: list[int] | Tensor, tokenizers: Tokenizers) -> Span:
-    """Save a span as NAME.png, NAME.wav, and its ids as NAME.json or latents as NAME.npy; text is not saved."""
+    """Saves a span as NAME.png or NAME.wav, and its ids as NAME.json or its latents as NAME.npy. Text is not saved."""
     if modality == "text":
         text = str(tokenizers.tokenizer("text").decode(values))  # type: ignore[arg-type]
         return Span(name, modality, text, text)
@@ -95,8 +95,8 @@ def write_span(folder: Path, name: str, modality: str, values: list[int] | Tenso
 
 
 class TrainingSampler:
-    """Samples of a model that is being trained, and sharded: rank 0 writes them with a copy of the whole model, the
-    others wait. Tokenizers are loaded at once, so that what is wrong with them shows at the start."""
+    """Writes samples of a sharded model in training. Rank 0 samples with a copy of the whole model while the others
+    wait. Tokenizers are loaded by the constructor, so that what is wrong with them shows at the start of the run."""
 
     def __init__(self, config: RunConfig, ranks: Ranks):
         assert config.tokenizers is not None
@@ -118,7 +118,8 @@ class TrainingSampler:
                 check_prompt(segments, self._sampling, config.objective.diffusion)
 
     def sample(self, model: LanguageModel, step: int, interrupted: Callable[[], bool] = bool) -> list[list[Span]]:
-        """The spans of each prompt's document, its own text first, saved in RUN/samples/step-N; none on other ranks.
+        """Samples a document for each prompt, saves it in RUN/samples/step-N, and returns its spans, the prompt's text
+        first. Ranks other than 0 return nothing.
         `interrupted`, asked on rank 0 alone, leaves the rest out. Collective. What goes wrong is logged and does not
         end the run."""
         documents: list[list[Span]] = []
@@ -133,7 +134,7 @@ class TrainingSampler:
 
     @torch.no_grad()
     def _whole(self, model: LanguageModel) -> LanguageModel | None:
-        """Rank 0: a copy with nothing sharded. Gathered one parameter at a time."""
+        """Returns on rank 0 a copy of the model that is not sharded. It is gathered one parameter at a time."""
         whole = None
         if self._ranks.main:
             try:

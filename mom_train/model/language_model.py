@@ -31,18 +31,19 @@ LayerStates = list[MambaState | AttentionState]
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over this batch: divide by the counts of the whole step."""
+    """The losses of this batch as sums, which are to be divided by the counts of the whole step."""
 
     tokens: Tensor
-    """Cross-entropy (and z-loss) of all targets, scalar, carries the gradient."""
+    """The cross-entropy (and z-loss) of all targets: a scalar that carries the gradient."""
     tokens_T: Tensor
-    """Cross-entropy of each row, fp32 nats, 0 where there is no label; no gradient."""
+    """(T,) the cross-entropy of each row in nats, fp32 without gradient; 0 where there is no label."""
     patches: Tensor
-    """Squared error over all patches and channels, scalar, carries the gradient."""
+    """The squared error over all patches and channels: a scalar that carries the gradient."""
     balance: Tensor
-    """Mean load-balance loss of the routers, times rows, scalar, carries the gradient; 0 without routers."""
+    """The mean load-balance loss of the routers times the rows: a scalar that carries the gradient; 0 without
+    routers."""
     patches_P: Tensor
-    """Squared error of each patch over its channels, fp32; no gradient."""
+    """(P,) the squared error of each patch over its channels, fp32 without gradient."""
 
 
 class Block(nn.Module):
@@ -82,13 +83,14 @@ _SEQUENCE_OPERATORS = (
 
 
 def _dear(rank: int, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep scan, attention, and products whose every element takes more than `rank` multiply-adds: all but dt_proj."""
+    """Decides what selective checkpointing keeps: scan, attention, and products of which each element takes more than
+    `rank` multiply-adds, which are all products but dt_proj."""
     keep = operator in _SEQUENCE_OPERATORS or (operator in _PRODUCTS and args[0].shape[1] > rank)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Head(nn.Module):
-    """Untied output embedding [V, dim]."""
+    """The output embedding [V, dim]; it is not tied to the input embedding."""
 
     def __init__(self, dim: int, vocabulary: int, z_loss: float):
         super().__init__()
@@ -102,7 +104,7 @@ class Head(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """`vocabulary` ids, `modalities` >= 1; with `diffusion`, pictures are latent patches.
+    """A language model over `vocabulary` ids and `modalities` >= 1. With `diffusion`, pictures are latent patches.
 
     Build it under torch.device("meta"), shard it, then call `to_empty` and `initialize`: no rank ever holds the
     whole model.
@@ -135,7 +137,7 @@ class LanguageModel(nn.Module):
         labels_T: Tensor | None = None,
         patches: NoisedPatches | None = None,
         state: LayerStates | None = None,
-    ) -> Any:
+    ) -> Losses | tuple[Tensor, Tensor | None]:
         """tokens (T,) int64 and labels (T,) int64 (-100 for none) in row order.
 
         With labels: Losses. Without: (logits (T, V), predictions for the patches (P, W) fp32 or None). A `state`
@@ -171,7 +173,8 @@ class LanguageModel(nn.Module):
         return Losses(tokens, tokens_T, squares, balance, squares_P.detach())
 
     def empty_state(self, batch: int) -> LayerStates:
-        """The state before the first token of `batch` rows, for `forward` chunk by chunk or token by token."""
+        """The state before the first token of `batch` rows, with which `forward` reads chunk by chunk or token by
+        token."""
         return [block.block.empty_state(batch) for block in self.blocks]  # type: ignore[union-attr, operator]
 
 
