@@ -137,7 +137,7 @@ class BadSteps:
         odd = [
             f"{', '.join(r['not_finite'])} not finite on rank {r['rank']}" for r in named["ranks"] if r["not_finite"]
         ]
-        why = "; ".join(odd) or "its gradient norm is not finite, or it or the loss spikes"
+        why = "; ".join(odd) or "its gradient norm is not finite, or its gradient norm or loss is too large"
         log.warning("BAD STEP %d, its update is skipped: %s", step, why)
         return len(self._in_a_row) >= self._config.anomaly.skips
 
@@ -191,7 +191,7 @@ class BadSteps:
             return None
         agreed(partial(self._write_rollback, target.step, sequence, bad))
         checkpointer.fall_back(target)
-        log.warning("%d bad steps in a row: back to step %d, and on with sequence %d", len(bad), target.step, sequence)
+        log.warning("%d bad steps in a row: back to step %d, then sequence %d", len(bad), target.step, sequence)
         return target
 
     def _write_rollback(self, step: int, sequence: int, bad: list[dict[str, Any]]) -> None:

@@ -121,10 +121,10 @@ def training_plan(
         if not data.new_phase:
             raise UserError(
                 f"the order of the data has changed since the run's checkpoint was made (it is version {PLAN_VERSION} "
-                "now), and the old order cannot be gone on with. To carry the run on in a new order, add "
-                f"data.new_phase=true: from sequence {sequence} on every document then comes once per epoch, those too "
-                "that the checkpoint's last epoch has had already. Or finish the run with the version of this program "
-                "that began it; or use another run_dir."
+                "now), and the old order cannot be continued. To continue the run in a new order, add "
+                f"data.new_phase=true: from sequence {sequence} on, every document then comes once per epoch, even "
+                "if the last epoch before the checkpoint has had it already. Or finish the run with the version of "
+                "this program that began it, or use another run_dir."
             )
         return plan({**now, "since": sequence}, None), [{**now, "since": sequence}]
     since = saved[-1]["since"] if saved else 0
@@ -136,9 +136,9 @@ def training_plan(
         return same, [*earlier, {**now, "since": since}]
     if not data.new_phase:
         raise UserError(
-            f"the run's checkpoint counts its data in plan {fingerprint}, the config's is {same.fingerprint} (was -> "
-            f"is):\n  {_what_changed(was, config)}\nRestore that; or, to go on with other sources, weights or packing "
-            "from here, add data.new_phase=true; or use another run_dir."
+            f"the order of the data in the config (plan {same.fingerprint}) is not that of the run's checkpoint (plan "
+            f"{fingerprint}). What was -> what is:\n  {_what_changed(was, config)}\nRestore that; or, to continue with "
+            "other sources, weights or packing from here on, add data.new_phase=true; or use another run_dir."
         )
     before = chain(saved)
     assert before is not None
@@ -160,7 +160,7 @@ def _what_changed(was: Mapping[str, Any] | None, config: RunConfig) -> str:
         return {k: values.get("data", {}).get(k.removeprefix("data.")) if "." in k else values.get(k) for k in order}
 
     lines = differences(pick(before), pick(now)) if was else []
-    return "\n  ".join(lines) or "no key of the config, so the shards are others than they were"
+    return "\n  ".join(lines) or "no key of the config differs, so the shards have changed"
 
 
 def _check_latents(sources: Iterable[Source]) -> None:
@@ -169,7 +169,7 @@ def _check_latents(sources: Iterable[Source]) -> None:
         raise UserError(
             "objective.diffusion denoises latents of pictures, and no source of data.train holds any: "
             f"{', '.join(source.dataset.location for source in sources)}. Tokenize them with a tokenizer of latents "
-            "(kind: kl), or leave objective.diffusion out: pictures as codes need none."
+            "(kind: kl), or leave objective.diffusion out: pictures as codes do not need it."
         )
 
 
@@ -202,7 +202,7 @@ def log_forecast(config: RunConfig, plan: Plan, validation: Mapping[str, Plan]) 
 
 
 def log_validated_rows(config: RunConfig, plans: Mapping[str, Plan]) -> None:
-    """Say which validation sets are not scored whole."""
+    """Logs which validation sets are not evaluated whole."""
     for name, plan in plans.items():
         rows, more = rows_of(plan, config.validation.sequences)
         if more:
@@ -249,24 +249,25 @@ def text_bytes(config: RunConfig) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class RunData:
-    """The data of one run, planned and checked."""
+    """The data of one run, after its order has been planned and everything has been checked."""
 
     config: RunConfig
-    """The run's config with what the datasets add to it: the scale and shift of their latents."""
+    """The config of the run, with the scale and shift of latents from the datasets."""
     plan: Plan
-    """The order that is trained on."""
+    """The order of the training data."""
     phases: list[Phase]
     """The phases of that order."""
     validation_plans: dict[str, Plan]
+    """The plan of each validation set."""
     text_bytes: np.ndarray | None
-    """(V,) int64: see `text_bytes`."""
+    """(V,) int64; see the function `text_bytes`."""
 
 
 def open_data(config: RunConfig, saved: TrainState, *, say: bool) -> RunData:
-    """Open the datasets of a run that stands at `saved`, plan their order, and check that all fits together.
+    """Opens the datasets of a run whose state is `saved`, plans their order, and checks that everything fits together.
 
-    With `say`, log what the run will see of its data, and what a person would want to change. Holds no collective.
-    Raises UserError for everything that does not fit.
+    With `say`, logs how much of its data the run will see, and warns of settings that one would want to change.
+    Contains no collective operation. Raises UserError if something does not fit.
     """
     datasets = Datasets(config)
     validation = validation_plans(config, datasets)

@@ -202,7 +202,7 @@ class Checkpointer:
             lines = sorted({line for of_rank in found for line in of_rank})
             if not lines:
                 if damaged:
-                    log.warning("carrying on from %s, an older checkpoint", checkpoint)
+                    log.warning("continuing from %s, an older checkpoint", checkpoint)
                     self.fall_back(checkpoint)
                 return checkpoint
             log.warning("DAMAGED CHECKPOINT %s: %s", checkpoint, "; ".join(lines))
@@ -266,7 +266,7 @@ class Checkpointer:
         if figure is None or not values:
             return False
         if figure not in values:
-            raise AgreedError(f"checkpoint.best={figure}: the validation has no such figure, only {', '.join(values)}")
+            raise AgreedError(f"checkpoint.best={figure}: validation has no such figure, only {', '.join(values)}")
         value = values[figure]
         if not value < self.best.get("value", math.inf):  # so that NaN is not the best
             return False
@@ -286,7 +286,7 @@ class Checkpointer:
             model, optimizer, model_state_dict=values["model"], optim_state_dict=values["optimizer"] | groups
         )
         if ema is not None and not averaged:
-            log.warning("%s holds no average of the weights: training.ema_decay starts from its weights", checkpoint)
+            log.warning("%s holds no average of the weights: the new one starts from its weights", checkpoint)
             ema.restart()
         self.committed_step = checkpoint.step
 
@@ -353,8 +353,8 @@ class Checkpointer:
         if self._failures >= self.config.max_failures:
             raise (AgreedError if self._mendable else RuntimeError)(
                 f"{self._failures} checkpoints in a row could not be written (checkpoint.max_failures="
-                f"{self.config.max_failures}), the last because of {self._error}. The newest committed one is of step "
-                f"{self.committed_step}; the run carries on from there when started again."
+                f"{self.config.max_failures}), the last because of {self._error}. The newest committed checkpoint is "
+                f"of step {self.committed_step}; the run continues from there when it is started again."
             )
 
     def wait(self) -> None:
@@ -381,7 +381,7 @@ class Checkpointer:
                     self.checkpoints.point_at_best(self.checkpoints[self._step])
                 self.checkpoints.prune(self._step, self.config.keep, self.config.keep_every)
             except Exception as error:  # any error, also of the client of an object store: the save itself is committed
-                log.warning("BEST could not be written, or older checkpoints removed: %s", error)
+                log.warning("BEST could not be written, or older checkpoints could not be removed: %s", error)
 
 
 def _described(error: BaseException | None) -> str | None:

@@ -176,7 +176,7 @@ class Checkpoint:
                 raise UserError(f"{path}: '{key}' is not a tensor but a pickle, which could run code; not loaded")
         for place in metadata.storage_data.values():
             if place.relative_path not in sums:
-                raise UserError(f"{path}: tensors in '{place.relative_path}', which {_SUMS} does not know")
+                raise UserError(f"{path}: it has tensors in '{place.relative_path}', which {_SUMS} does not list")
         return metadata
 
     def load(self, values: dict[str, Any], no_dist: bool = False) -> None:
@@ -285,8 +285,8 @@ class Checkpoints:
         if before.root != self.root and (latest := before.latest()) is not None:
             raise UserError(
                 f"the checkpoints of {config.run_dir} are in {before.root} (step {latest.step} is there), and "
-                f"checkpoint.path now names {self.root}, which holds none: the run would begin anew. Name the old "
-                "place, move what is there to the new one, or use another run_dir."
+                f"checkpoint.path now names {self.root}, which holds none: the run would start from the beginning. "
+                "Name the old place, move what is there to the new one, or use another run_dir."
             )
 
     def point(self, to: Checkpoint) -> None:

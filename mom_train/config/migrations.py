@@ -47,7 +47,7 @@ def migrated_state(values: Mapping[str, Any], where: object) -> Values:
 def _number(values: Values, where: object, unnumbered: int) -> int:
     number = values.pop("schema", unnumbered)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise UserError(f"{where}: schema {number!r} is no number of a schema")
+        raise UserError(f"{where}: schema {number!r} is not the number of a schema")
     if number > SCHEMA:
         made_by = values.get("version")
         here = importlib.metadata.version("mixture-of-mamba")

@@ -257,8 +257,8 @@ class RunConfig(Section):
         best = self.checkpoint.best
         if best is not None and best not in self.figures:
             close = difflib.get_close_matches(best, self.figures, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"these are: {', '.join(self.figures) or 'none here'}"
-            raise UserError(f"checkpoint.best={best} is no figure of a validation set; {hint}")
+            hint = f"did you mean {close[0]}?" if close else f"they are: {', '.join(self.figures) or 'none here'}"
+            raise UserError(f"checkpoint.best={best} is not a figure of a validation set; {hint}")
         return self
 
     @property
@@ -275,13 +275,13 @@ class RunConfig(Section):
             raise UserError("data.train: name at least one source")
         for name, sources in data.validation.items():
             if not name or "/" in name:
-                raise UserError(f"data.validation: {name!r} is no name of a set: it must not be empty or hold a /")
+                raise UserError(f"data.validation: {name!r} is not a name for a set: it is empty or contains a /")
             if not sources:
                 raise UserError(f"data.validation.{name}: name at least one source")
         if self.validation.every is not None and not data.validation:
             raise UserError("validation.every: there is nothing to validate on; name a set in data.validation")
         if self.tokenizers is None and any(s.raw for s in (*data.train, *chain(*data.validation.values()))):
-            raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to do it with")
+            raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to use")
         if data.corrupt_share and len(self.layout.modalities) < 2:
             raise UserError("data.corrupt_share: the vocabulary has one modality, so there is no other to route to")
 
@@ -297,12 +297,12 @@ class RunConfig(Section):
         for prompt in sampling.prompts:
             if prompt.start is not None and prompt.start not in self.layout.modalities[1:]:
                 further = ", ".join(self.layout.modalities[1:]) or "none here"
-                raise UserError(f"sampling.prompts: start={prompt.start}: the modalities beside text are {further}")
+                raise UserError(f"sampling.prompts: start={prompt.start}: the modalities besides text are {further}")
         self.check_guidance(sampling.guidance)
         if sampling.every is None:
             return
         if self.tokenizers is None:
-            raise UserError("sampling.every: name the tokenizers.yaml that writes and reads the samples (tokenizers)")
+            raise UserError("sampling.every: samples need tokenizers; name their tokenizers.yaml (tokenizers)")
         if not sampling.prompts:
             raise UserError("sampling.prompts: name at least one, such as {text: ''}")
         if diffusion is not None and sampling.denoising_steps > diffusion.steps:
@@ -317,7 +317,7 @@ class RunConfig(Section):
             return
         if self.model.architecture != "mamba":
             raise UserError(
-                "parallel.context_ranks: only a mamba's state can go from rank to rank; attention needs whole rows"
+                "parallel.context_ranks: only the state of a mamba can go from rank to rank; attention needs whole rows"
             )
         if length % context or length // context < self.model.conv - 1:
             raise UserError(
@@ -331,7 +331,7 @@ class RunConfig(Section):
         diffusion = self.objective.diffusion
         if guidance != 1 and (diffusion is None or not (diffusion.condition_dropout or self.init_from)):
             raise UserError(
-                f"sampling.guidance={guidance} needs a model that has learned to paint without its text: "
+                f"sampling.guidance={guidance} needs a model that has learned to make pictures without text: "
                 "set objective.diffusion.condition_dropout, such as 0.1, or leave guidance at 1"
             )
 

@@ -45,7 +45,7 @@ class Section(BaseModel):
         if isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds):  # a mapping, not a section
             within = list(value.values())
         if bool not in kinds and any(isinstance(v, bool) for v in within):
-            raise UserError("true and false are no values of this key")
+            raise UserError("true and false are not values of this key")
         if Path in kinds and value == "":
             raise UserError("the path is empty")
         # The user's folder ~ is expanded here, because a shell does so only at the start of a word, and YAML never.

@@ -71,7 +71,8 @@ def training_flops_per_token(
 
 
 def training_flops(config: RunConfig, tokens: int, patches: int) -> int:
-    """FLOPs of training on so many discrete tokens and latent patches, in rows of the config's length."""
+    """FLOPs of training on `tokens` discrete tokens and `patches` latent patches, in rows of the length in the
+    config."""
     size, length, diffusion = config.layout.size, config.data.sequence_length, config.objective.diffusion
     each = training_flops_per_token(config.model, size, length)
     of_a_patch = training_flops_per_token(config.model, size, length, diffusion.patch_width if diffusion else 0)

@@ -59,7 +59,7 @@ def shared_by(config: RunConfig, ranks: int) -> int:
     if ranks % S:
         raise UserError(f"parallel.shard_ranks={S} does not divide the {ranks} ranks")
     if config.parallel.context_ranks > 1:
-        raise UserError("parallel.context_ranks: what goes from slice to slice of a row is not predicted here")
+        raise UserError("parallel.context_ranks: communication between slices of a row is not predicted here")
     return S
 
 

@@ -72,8 +72,8 @@ class RunLock:
         holder = self._holder()
         if not holder or (free and holder["host"] == socket.gethostname()):
             return
-        log.info("whether process %s on %s still trains in %s shows within %.0f s", holder["pid"], holder["host"],
-                 self._run_dir, _SILENT_SECONDS)  # fmt: skip
+        log.info("waiting up to %.0f s to see whether process %s on %s still trains in %s", _SILENT_SECONDS,
+                 holder["pid"], holder["host"], self._run_dir)  # fmt: skip
         renewed = os.fstat(self._file).st_mtime_ns
         while time.monotonic() - asked_at < _SILENT_SECONDS:
             time.sleep(0.5)

@@ -66,7 +66,7 @@ def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenData
         values = width // 2 if made_by.get("log_variance") else width
         if values != config.patch_width:
             raise UserError(
-                f"{dataset.location} holds patches of {values} values, objective.diffusion.patch_width is "
+                f"{dataset.location} holds patches of {values} values, but objective.diffusion.patch_width is "
                 f"{config.patch_width}"
             )
         found.setdefault((made_by.get("latent_scale", 1.0), made_by.get("latent_shift", 0.0)), dataset)

@@ -65,7 +65,7 @@ class FailedWrites:
         except OSError as error:
             self.count += 1
             if str(what) not in self._failing:
-                log.warning("%s CANNOT BE WRITTEN; training goes on, and it is tried again: %s", what, error)
+                log.warning("%s CANNOT BE WRITTEN; training goes on, and writing is tried again: %s", what, error)
             self._failing.add(str(what))
         else:
             if str(what) in self._failing:
@@ -75,7 +75,7 @@ class FailedWrites:
     def at_the_end(self) -> None:
         """Logs an error for each file that could not be written again."""
         for what in sorted(self._failing):
-            log.error("%s lacks what was logged since it could not be written any more", what)
+            log.error("%s lacks everything that was logged after writing to it began to fail", what)
 
 
 class Record:

@@ -58,7 +58,7 @@ def choose(kernel: str, x: Tensor, size: int) -> str:
 def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
     """The reason why a backend cannot run an operator, or None if it can."""
     if backend not in BACKENDS:
-        raise UserError(f"no kernels named {backend!r}; there are {', '.join(BACKENDS)}")
+        raise UserError(f"there are no kernels named {backend!r}, only {', '.join(BACKENDS)}")
     if backend == "mamba_ssm":
         return mamba_ssm.why_not(kernel, x, size)
     if backend == "triton" and importlib.util.find_spec("triton") is None:

@@ -160,7 +160,7 @@ def test_a_schema_from_the_future_names_the_version_that_wrote_it():
     with pytest.raises(UserError, match=r"Y has schema .* Install a newer one"):
         migrated_config({"schema": SCHEMA + 1}, "Y")
     for wrong in (0, "2", None, True, 1.5):
-        with pytest.raises(UserError, match="is no number of a schema"):
+        with pytest.raises(UserError, match="is not the number of a schema"):
             migrated_config({"schema": wrong}, "Z")
 
 

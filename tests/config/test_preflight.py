@@ -31,7 +31,7 @@ def test_a_checkpoint_of_an_older_order_asks_for_a_new_phase_and_begins_a_new_or
     older = [{k: v for k, v in phases[0].items() if k != "plan_version"}]
     assert planned_as_now(phases)
     assert not planned_as_now(older)
-    with pytest.raises(UserError, match=r"old order cannot be gone on with.*data.new_phase=true: from sequence 32 on"):
+    with pytest.raises(UserError, match=r"old order cannot be continued.*data.new_phase=true: from sequence 32 on"):
         training_plan(config, Datasets(config), older, "0" * 16, 32)
     again = tiny_config(tmp_path, data={**config.model_dump(mode="json")["data"], "new_phase": True})
     begun, now = training_plan(again, Datasets(again), older, "0" * 16, 32)

@@ -176,7 +176,7 @@ def test_the_best_checkpoint_outlives_newer_ones_until_a_better_one_is_committed
 
 def test_the_figure_that_decides_must_exist(tmp_path):
     for figure in ("val/other/loss/total", "val/held/loss/video"):
-        with pytest.raises(ValueError, match=f"checkpoint.best={figure} is no figure.*val/held/loss/"):
+        with pytest.raises(ValueError, match=f"checkpoint.best={figure} is not a figure.*val/held/loss/"):
             tiny_config(tmp_path, checkpoint={"best": figure})
     # a modality that the vocabulary has, and no document of the set
     changes = {"vocabulary": {**dict(VOCAB.sizes), "music": 8}, "checkpoint": {"best": "val/held/loss/music"}}
