@@ -1,4 +1,4 @@
-"""python -m torchrun_launch local|submit|status|logs|cancel: start the ranks of a training run, and look after it."""
+"""The command line, python -m torchrun_launch local|submit|status|logs|cancel: start a training run, and watch it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from torchrun_launch import submit
 
     configs, overrides = [arguments.config], arguments.overrides
-    if arguments.sweep is not None:  # what stands in the config's place is an override, too
+    if arguments.sweep is not None:  # then the argument in the place of CONFIG is an override too
         configs, overrides = submit.sweep(arguments.sweep), [o for o in (arguments.config, *overrides) if o is not None]
     elif arguments.config is None:
         raise UserError("submit: name a CONFIG, or several with --sweep")

@@ -1,8 +1,8 @@
-"""python -m torchrun_launch.agent TORCHRUN_ARGUMENTS: torchrun, ending with its ranks' own exit code.
+"""Runs torchrun and ends with the exit code of its ranks: python -m torchrun_launch.agent TORCHRUN_ARGUMENTS
 
-Ranks that ended with a code that says the error would repeat are not started again.
+Ranks are not started again where their exit code says that the error would repeat.
 
-Started by torchrun_launch.ranks, which ignores the usual signals for it and passes them on to the ranks itself.
+torchrun_launch.ranks starts this program. It makes it ignore the usual signals, and passes them on to the ranks itself.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from mom_tokenizers.errors import NOT_RESTARTED
 from mom_train.distributed.status import AGENT_PID
 
-_ORPHANED_SECONDS = 40  # torchrun gives ranks 30 of them
+_ORPHANED_SECONDS = 40  # more than the 30 s that torchrun gives its ranks to end
 
 
 def children(pid: int) -> set[int]:
+    """The process ids of a process's children."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -32,9 +33,12 @@ def children(pid: int) -> set[int]:
 
 
 def _end_without(launcher: int) -> None:
-    """A launcher that dies has the kernel send SIGHUP, on which torchrun ends its ranks. Python raises what that does
-    wherever it happens to be: in a destructor it is lost, between a lock and its `with` it leaves torchrun waiting for
-    ever. So this looks as well."""
+    """End this process and its ranks once the launcher has died.
+
+    When the launcher dies, the kernel sends SIGHUP, on which torchrun ends its ranks by raising an exception wherever
+    Python happens to be. In a destructor that exception is lost, and right after taking a lock it leaves torchrun
+    waiting for ever. Therefore this thread watches for the launcher's death too.
+    """
     while os.getppid() == launcher:
         time.sleep(1)
     time.sleep(_ORPHANED_SECONDS)
@@ -56,7 +60,7 @@ def main() -> None:
     from torch.distributed.launcher import api
 
     class Agent(LocalElasticAgent):
-        """torchrun's own starts ranks again whatever they ended with."""
+        """torchrun's agent, which would otherwise start ranks again whatever their exit code."""
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)

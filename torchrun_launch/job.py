@@ -1,4 +1,4 @@
-"""What a Slurm job runs on each of its nodes: torchrun, and at its end the decision whether the job is to run again."""
+"""What a Slurm job does on each of its nodes: it runs torchrun, and then decides whether the job must run again."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mom_train.distributed.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
 from torchrun_launch.record import job_state, slurm, write_json
 
-_REPORT_SECONDS = 20.0  # how long a node waits for the others' reports, after its own ranks have failed
+_REPORT_SECONDS = 20.0  # how long a node waits for the reports of the others after its own ranks have failed
 
 
 @dataclass(frozen=True)
 class NodeTask:
     """One node's part of a training job. submitit calls it on each node of every attempt.
 
-    The job is put back into the queue when its ranks were preempted (a signal, the time limit, training.time_limit) and
-    have committed their checkpoint, or when they failed in a way that another attempt may not; then without the nodes
-    that did not report. It is not when the job was cancelled, the error is one that repeats, `max_requeues` is used up,
-    or two attempts in a row failed without a checkpoint between them.
+    The job is put back into the queue in two cases: when its ranks were preempted (a signal, the time limit,
+    training.time_limit) and have saved a checkpoint, and when they failed in a way that another attempt may not. After
+    a failure, nodes that did not report are excluded. The job is not put back when it was cancelled, when the error
+    would repeat, when `max_requeues` is used up, or when two attempts in a row failed with no checkpoint between them.
     """
 
     submission: str
-    """Folder with config.yaml and code/, where each attempt leaves what became of it."""
+    """The folder that holds config.yaml and the results of each attempt."""
     code: str
-    """The packages as they were at submission: this process's working directory."""
+    """The folder with a copy of the packages, made at submission. It is this process's working directory."""
     run_dir: str
     ranks: int
     max_restarts: int
@@ -72,7 +72,7 @@ class NodeTask:
         agent = Agent(torchrun, command, environment, cwd=Path(self.code))
         code = agent.wait(self.shutdown_timeout)
 
-        # from here to the end, Slurm ends this process with SIGKILL only: what is begun is completed
+        # From here on only SIGKILL from Slurm can end this process, so that it can complete its report and decision.
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         status = read_status(run_dir)
@@ -82,7 +82,7 @@ class NodeTask:
         reported = self.reports(folder, nodes, everyone=code != 0)
         if node != min(reported):
             return 0 if code == 0 else exit_code(code, status)
-        # the node that decides may have seen no more of another's error than closed connections
+        # The node that decides may have seen only closed connections where the error was on another node.
         code = next((other for other in reported.values() if other in NOT_RESTARTED), code)
         lost = [names[n] for n in range(nodes) if n not in reported] if code else []
         return self.decide(code, agent.asked, status, lost)
@@ -91,8 +91,8 @@ class NodeTask:
         return Path(self.submission) / f"attempt-{attempt}"
 
     def reports(self, folder: Path, nodes: int, everyone: bool) -> dict[int, int]:
-        """Nodes that have come to their end, and torchrun's exit code there. Where a node may be lost, wait for
-        `everyone` a while."""
+        """torchrun's exit code on each node that has reported. With `everyone`, wait a while for the reports of all
+        nodes, because one may be lost; otherwise wait only for node 0."""
         deadline = time.monotonic() + _REPORT_SECONDS
         while True:
             paths = {int(path.stem.removeprefix("node-")): path for path in folder.glob("node-*.json")}
@@ -102,9 +102,10 @@ class NodeTask:
             time.sleep(0.5)
 
     def decide(self, code: int, asked: signal.Signals | None, status: dict[str, Any] | None, lost: list[str]) -> int:
-        """The job's exit code, or its requeue. Made by one node of those that are left."""
+        """Decide whether the job runs again, and requeue it then. Returns the job's exit code. Only one of the nodes
+        that are left calls this."""
         ending = exit_code(code, status)
-        step = status["step"] if status else None  # of ranks that crashed, the one that they had started from
+        step = status["step"] if status else None  # where the ranks crashed, the step at which they had started
         over = status is not None and status["state"] in ("finished", "stopped")
         preempted = ending == EXIT_PREEMPTED or (asked is not None and not over)
         decision: dict[str, Any] = {"step": step, "code": code, "lost": lost, "failed": bool(ending) and not preempted}
@@ -128,6 +129,7 @@ class NodeTask:
         return ending
 
     def failed_before(self, step: int | None) -> bool:
+        """Whether the attempt before this one failed at the same step."""
         try:
             last = json.loads((self.folder(self.attempt - 1) / "decision.json").read_text())
         except FileNotFoundError:
@@ -135,11 +137,11 @@ class NodeTask:
         return last["failed"] and last["step"] == step
 
     def requeue(self, lost: list[str]) -> None:
-        """Put this job back into the queue; the nodes lost so far are excluded from then on."""
+        """Put this job back into the queue, without the nodes that were lost in this attempt or an earlier one."""
         excluded = set(lost)
         for folder in Path(self.submission).glob("attempt-*/decision.json"):
             excluded.update(json.loads(folder.read_text())["lost"])
         slurm("scontrol", "requeue", self.job)
-        if excluded:  # a job's nodes can be changed only while it is pending, and this process has seconds left
+        if excluded:  # the nodes of a job can be changed only while it is pending; this process now has seconds left
             slurm("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(sorted(excluded))}")
-        time.sleep(120)  # Slurm ends this process; an exit of its own could be taken for the job's
+        time.sleep(120)  # wait until Slurm ends this process, since its own exit could be taken for the end of the job

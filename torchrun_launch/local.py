@@ -1,4 +1,4 @@
-"""A run on this machine, or on several without Slurm, through torchrun."""
+"""Starts a run on this machine, or on several machines without Slurm, through torchrun."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def launch(
     rendezvous_timeout: int = 600,
     shutdown_timeout: float = 300,
 ) -> int:
-    """Run this node's ranks to their end; returns the exit code of `ranks.exit_code`.
+    """Run this node's ranks until they end. Returns the exit code that `ranks.exit_code` gives.
 
-    With `nodes` other than "1", the same command runs on each node with the same `endpoint` (HOST:PORT of the node with
-    node_rank 0, which holds the rendezvous). `command` is what the user called, for the record. Raises UserError for a
-    wrong config, and for places that are not there, before any rank starts.
+    Where `nodes` is not "1", the user runs the same command on each node with the same `endpoint`, HOST:PORT of the
+    node with node_rank 0, which holds the rendezvous. `command` is what the user called, for the record. Before any
+    rank starts, raises UserError for a wrong config and for paths that it needs and that do not exist.
     """
     loaded = load_config(config, overrides)
     check_places(loaded, ranks * int(nodes) if ranks is not None and nodes.isdigit() else None)
@@ -44,7 +44,7 @@ def launch(
 
         ranks = max(1, torch.cuda.device_count())
     if nodes == "1":
-        # by address: in containers and on laptops a machine's own name often does not resolve
+        # The address is given because in containers and on laptops a machine's own name often cannot be resolved.
         meeting = ["--standalone", "--local-addr=127.0.0.1"]
     elif endpoint is None:
         raise UserError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")

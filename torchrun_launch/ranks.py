@@ -1,8 +1,9 @@
-"""The ranks of one node: torchrun as a child process, its environment, and the signals that end it.
+"""Starts the ranks of one node: torchrun as a child process, its environment, and the signals that end it.
 
-A signal to the launcher goes to each rank once, as SIGTERM, as soon as the rank listens; torchrun itself ignores it.
-The ranks then agree, save, and exit 0, torchrun with them. (torchrun's own forwarding has three gaps: a signal during
-the rendezvous is lost, a rank that is still importing dies of it, and torchrun exits 1 although every rank exits 0.)
+A signal to the launcher is passed on to each rank once, as SIGTERM, as soon as the rank has a handler for it; torchrun
+itself ignores the signal. The ranks then agree on a step, save, and exit with code 0, and torchrun does the same.
+(torchrun's own forwarding has three faults: a signal during the rendezvous is lost, a rank that is still importing is
+killed by it, and torchrun exits with code 1 although every rank exits with 0.)
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from torchrun_launch.agent import children
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
-_RANKLESS_SECONDS = 5.0  # between a signal and the end of a torchrun that has no ranks yet
-_BARRIER_SECONDS = 60.0  # for a torchrun whose ranks have ended to hear from those of the other nodes
+_RANKLESS_SECONDS = 5.0  # after a signal, a torchrun that has no ranks yet is killed after this time
+_BARRIER_SECONDS = 60.0  # after its ranks have ended, torchrun may wait this long for the other nodes
 
 
 def rank_environment(ranks: int, cores: int, given: Mapping[str, str]) -> dict[str, str]:
-    """Settings for torchrun and every rank; whatever the user has set stays."""
+    """Environment variables for torchrun and every rank. What the user has set in `given` is left as it is."""
     wanted = {
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
-        # spinning OpenMP threads of several ranks slow each other down many times over
+        # Spinning OpenMP threads of several ranks make each other many times slower.
         "OMP_WAIT_POLICY": "passive",
-        # page faults dominate large elementwise operations on the CPU
+        # Huge pages: page faults otherwise dominate large elementwise operations on the CPU.
         "THP_MEM_ALLOC_ENABLE": "1",
-        # with the shared store, a host that joins a later round waits for an address that nobody writes again, and
-        # takes the others with it after 60 s
+        # With the shared store, a host that joins a later round waits for an address that nobody writes again, and
+        # after 60 s all hosts fail.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}]: ",
     }
@@ -46,10 +47,11 @@ def rank_environment(ranks: int, cores: int, given: Mapping[str, str]) -> dict[s
 
 
 def rendezvous(nodes: str, endpoint: str, run_id: str, timeout: int, hosts_it: bool | None = None) -> list[str]:
-    """torchrun's arguments for `nodes` ("2", or "1:4") that meet at `endpoint`, HOST:PORT.
+    """torchrun's arguments for `nodes` machines ("2", or "1:4") that meet at `endpoint`, HOST:PORT.
 
-    A host that is silent for 10 s is taken for dead. `timeout` seconds are given to all to come together, at the start
-    and after a restart. `hosts_it` says whether this node holds the store; None lets torchrun find out by the address.
+    A host that is silent for 10 s is taken for dead. All hosts must come together within `timeout` seconds, at the
+    start and after a restart. `hosts_it` says whether this node holds the store; with None torchrun decides by the
+    address.
     """
     settings = [f"timeout={timeout}", f"join_timeout={timeout}", "last_call_timeout=5"]
     settings += ["keep_alive_interval=2", "keep_alive_max_attempt=5"]
@@ -60,8 +62,9 @@ def rendezvous(nodes: str, endpoint: str, run_id: str, timeout: int, hosts_it: b
 
 
 def exit_code(agent_code: int, status: Mapping[str, Any] | None) -> int:
-    """The launcher's exit code: 0 finished or stopped as configured, 75 preempted, 2 for an error that the user can
-    mend, 3 for an incident, 1 otherwise. `status` is what this launch's ranks wrote, or None."""
+    """The launcher's exit code: 0 where the run has finished or stopped as configured, 75 where it was preempted, 2 for
+    an error that the user can mend, 3 for an incident, and 1 otherwise. `status` is what the ranks of this launch
+    wrote, or None."""
     state = None if status is None else status["state"]
     if state == "preempted":
         return EXIT_PREEMPTED
@@ -71,7 +74,7 @@ def exit_code(agent_code: int, status: Mapping[str, Any] | None) -> int:
 
 
 class Agent:
-    """torchrun on this node. `asked` is the signal that asked it to end, or None."""
+    """The process of torchrun on this node. `asked` is the signal by which it was asked to end, or None."""
 
     def __init__(
         self,
@@ -81,12 +84,12 @@ class Agent:
         cwd: Path | None = None,
         log: Path | None = None,
     ):
-        """Start it with torchrun's arguments and the ranks' `command`, such as -m mom_train CONFIG. With `log`, its
-        output goes there as well as to this process's own."""
+        """Start torchrun with its arguments and the ranks' `command`, such as -m mom_train CONFIG. With `log`, its
+        output is written to that file as well as to this process's own output."""
         self.asked: signal.Signals | None = None
         self._force = False
         for number in _STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup makes a process ignore SIGHUP, which is kept
                 signal.signal(number, self._ask)
         pipe = subprocess.PIPE if log is not None else None
         self._process = subprocess.Popen(
@@ -95,7 +98,7 @@ class Agent:
             cwd=cwd,
             stdout=pipe,
             stderr=pipe,
-            start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone
+            start_new_session=True,  # so that Ctrl-C in a terminal reaches only the launcher
             preexec_fn=_prepare_agent(),
         )
         self._copies = []
@@ -112,8 +115,8 @@ class Agent:
         self.asked = self.asked or signal.Signals(number)
 
     def wait(self, shutdown_timeout: float) -> int:
-        """Until torchrun has ended; returns its exit code. Once asked to end, its ranks have `shutdown_timeout` seconds
-        to save; Ctrl-C twice ends them at once."""
+        """Wait until torchrun has ended, and return its exit code. Once asked to end, its ranks have `shutdown_timeout`
+        seconds to save. A second Ctrl-C kills them at once."""
         told: set[int] = set()
         asked_at = ranks_at = 0.0
         while self._process.poll() is None:
@@ -139,25 +142,27 @@ class Agent:
         return self._process.returncode
 
     def kill(self) -> None:
-        """End the ranks and torchrun at once."""
+        """Kill the ranks and torchrun at once."""
         for rank in children(self._process.pid):
             _send(rank, signal.SIGKILL)
         _send(self._process.pid, signal.SIGKILL)
 
 
 def _prepare_agent() -> Callable[[], None]:
-    """What torchrun's process does between fork and exec, where little may be done: the rest is done here."""
+    """A function that torchrun's process calls between fork and exec. Little may be done there, so everything else is
+    prepared here."""
     launcher = os.getpid()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
-        # Slurm signals every process of a step; torchrun must live until its ranks have saved
+        # Slurm signals every process of a step, but torchrun must live until its ranks have saved.
         for number in _STOP_SIGNALS[:-1]:
             signal.signal(number, signal.SIG_IGN)
-        # a launcher that is killed outright must not leave ranks behind: torchrun ends them on SIGHUP
+        # A launcher that is killed must not leave ranks behind: the kernel then sends SIGHUP, on which torchrun ends
+        # them.
         if prctl is not None:
             prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
-            if os.getppid() != launcher:  # it was killed before this asked to be told
+            if os.getppid() != launcher:  # the launcher was killed before the call of prctl
                 os._exit(1)
 
     return prepare
@@ -184,5 +189,5 @@ def _copy(source: BinaryIO, targets: Sequence[BinaryIO]) -> None:
             try:
                 target.write(line)
                 target.flush()
-            except OSError:  # a reader that has gone, a full disk: neither may stop the ranks
+            except OSError:  # neither a closed pipe nor a full disk may stop the ranks
                 continue

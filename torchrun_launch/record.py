@@ -1,4 +1,4 @@
-"""RUN/launch.json: what started a run last, and whether that is still at work. And what Slurm says of a job."""
+"""The record RUN/launch.json: what started a run last, and whether that still runs. Also asks Slurm about a job."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from typing import Any
 from mom_tokenizers.errors import UserError, read_json, user_path
 from mom_tokenizers.files import write_whole
 
-_CLIENT_SECONDS = 30  # Slurm's commands hang long where its controller is away
+_CLIENT_SECONDS = 30  # Slurm's commands hang for long where its controller cannot be reached
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` in one step."""
+    """Replace the file `path` by `value` as JSON in one step."""
     with user_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
+    """Write what starts a run into its launch.json, with the time and the working directory."""
     write_json(run_dir / "launch.json", record | {"time": time.time(), "folder": os.getcwd()})
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """Raises ValueError where nothing of ours was started there."""
+    """The record in a run's launch.json. Raises UserError where nothing was launched in `run_dir`."""
     try:
         record = read_json(run_dir / "launch.json")
     except UserError:
@@ -46,19 +47,19 @@ def read_record(run_dir: Path) -> dict[str, Any]:
 
 
 def this_process() -> dict[str, Any]:
-    """Names this process beyond the reuse of its number."""
+    """Values that identify this process even after its process id is used again."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
 
 
 def process_lives(record: dict[str, Any]) -> bool | None:
-    """Of a local launch; None where it is on another host."""
+    """Whether the process of a local launch still runs; None where it is on another host."""
     if record["host"] != socket.gethostname():
         return None
     return _born(record["pid"]) == record["born"]
 
 
 def _born(pid: int) -> int | None:
-    """Clock ticks between the machine's start and the process's; None where there is no such process."""
+    """Clock ticks from the start of the machine to the start of the process; None where there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -68,7 +69,7 @@ def _born(pid: int) -> int | None:
 
 
 def check_free(run_dir: Path) -> None:
-    """Raises ValueError where another launch is at work on the run: two would overwrite each other's checkpoints."""
+    """Raises UserError where another launch of the run is active, since two overwrite each other's checkpoints."""
     if not (run_dir / "launch.json").exists():
         return
     record = read_record(run_dir)
@@ -88,7 +89,7 @@ def check_free(run_dir: Path) -> None:
 
 
 def slurm(*command: str) -> str:
-    """Output of one of Slurm's commands. Raises ValueError with what it complains of."""
+    """The output of one of Slurm's commands. Raises UserError with the command's own message where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CLIENT_SECONDS)
     except FileNotFoundError:
@@ -101,9 +102,9 @@ def slurm(*command: str) -> str:
 
 
 def job_state(job: str) -> dict[str, str]:
-    """state, reason, elapsed, left (of its time limit), nodes: from squeue while the job is known there, from sacct's
-    accounting after; state UNKNOWN where neither knows it. Raises ValueError where Slurm does not answer."""
-    # squeue of a job that it has forgotten is an error, of a list of jobs it is not
+    """{"state", "reason", "elapsed", "left" (of its time limit), "nodes"} of a job, from squeue while it knows the job,
+    and then from sacct. The state is UNKNOWN where neither knows it. Raises UserError where Slurm does not answer."""
+    # squeue fails for a job that it has forgotten.
     try:
         line = slurm("squeue", "-h", "-j", job, "-o", "%T|%r|%M|%L|%N").strip()
     except UserError as error:

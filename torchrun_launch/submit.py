@@ -1,4 +1,4 @@
-"""A run on a cluster: sbatch through submitit, with the code and the config as they are now."""
+"""Submits a run to Slurm with submitit, together with a copy of the code and the config as they are now."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = ("torchrun_launch", "mom_train", "mom_data", "mom_tokenizers", "mom_
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of Slurm, and how often a job may come back."""
+    """The options of a job: what is requested from Slurm, and how often the job may be restarted and requeued."""
 
     nodes: int
     gpus_per_node: int
@@ -55,7 +55,7 @@ class Request:
     rendezvous_timeout: int = 300
 
     def parameters(self, name: str, code: Path, run_dirs: Sequence[Path]) -> dict[str, Any]:
-        """For submitit."""
+        """The parameters of submitit's executor."""
         srun = ["--kill-on-bad-exit=0", "--wait=0", "--open-mode=append"]
         if self.container_image is not None:
             mounts = [self.container_mounts] if self.container_mounts else []
@@ -72,7 +72,7 @@ class Request:
             "stderr_to_stdout": True,
             "wckey": None,
             "srun_args": srun,
-            # chdir: `python -m` looks there first, so the copied code is what runs
+            # chdir makes the copied code run, because `python -m` looks for packages in the working directory first.
             "additional_parameters": {"time": self.time, "requeue": True, "chdir": str(code), **self.sbatch},
         }
 
@@ -80,11 +80,11 @@ class Request:
 def submit(
     configs: Sequence[str], overrides: Sequence[str], request: Request, command: Sequence[str], dry_run: bool = False
 ) -> dict[str, Any]:
-    """Submit one job, or an array with one task per config.
+    """Submit one job, or an array of jobs with one task per config.
 
-    Returns {"jobs": {run_dir: job id}, "folder": ..., "script": the text of the batch script}; with `dry_run` nothing
-    is written or submitted and the job ids are None. Raises ValueError for a config that is wrong, a run_dir that is
-    taken or used twice, or a refusal of sbatch.
+    Returns {"jobs": {run_dir: job id}, "folder": ..., "script": the text of the batch script}. With `dry_run` nothing
+    is written or submitted, and the job ids are None. Raises UserError for a wrong config, for a run_dir that is in use
+    or named twice, and where sbatch refuses the job.
     """
     named = [(config, [o.replace("{config}", Path(config).stem) for o in overrides]) for config in configs]
     runs = [absolute(load_config(config, own)) for config, own in named]
@@ -162,7 +162,7 @@ def submit(
 
 
 def sweep(pattern: str) -> list[str]:
-    """Configs that the pattern matches, in order. Raises ValueError where there are none."""
+    """The configs that the pattern matches, sorted. Raises UserError where there are none."""
     found = sorted(glob.glob(pattern))
     if not found:
         raise UserError(f"--sweep {pattern}: no such file. Quote the pattern, and give it from here ({os.getcwd()})")
@@ -172,7 +172,7 @@ def sweep(pattern: str) -> list[str]:
 def absolute(config: RunConfig) -> RunConfig:
     """The config with every path made absolute, so that it means the same in another working directory.
 
-    Paths are values of type Path, and the text in keys named `path` or `raw`, of which URLs stay as they are.
+    Paths are values of type Path, and texts in the keys of PATH_KEYS. URLs stay as they are.
     """
 
     def of(value: Any, name: str = "") -> Any:
@@ -185,7 +185,7 @@ def absolute(config: RunConfig) -> RunConfig:
         if isinstance(value, Path):
             return value.absolute()
         if name in PATH_KEYS and isinstance(value, str) and "://" not in value:
-            if name == "raw" and not Path(value).exists():  # a glob: the folder before it is none
+            if name == "raw" and not Path(value).exists():  # a glob; the folder before it must not be taken for one
                 return value if Path(value).is_absolute() else str(Path(glob.escape(os.getcwd()), value))
             return str(Path(value).absolute())
         return value
@@ -194,8 +194,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def copy_code(target: Path) -> dict[str, Any]:
-    """Copy the project's packages, from a checkout or from where they are installed. Returns what they are: version,
-    and the commit and whether files differ from it where they are in a git checkout."""
+    """Copy the project's packages, from a checkout or from where they are installed. Returns {"version"}, and from a
+    git checkout also "commit" and "edited", which says whether files differ from the commit."""
     for name in _PACKAGES:
         spec = importlib.util.find_spec(name)
         assert spec is not None

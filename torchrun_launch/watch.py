@@ -1,4 +1,4 @@
-"""A run seen from outside: its state, its log, its end. For Slurm jobs and local launches alike."""
+"""Watches a run from outside, a Slurm job or a local launch: shows its state and its log, and cancels it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _TAIL_BYTES = 1 << 20
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """kind, job or pid, state, logs (files), again (the command that carries the run on), and where known: status (what
-    rank 0 says), metrics (the last logged step: losses, tokens/s), seconds_left.
+    """The state of a run, as a dict.
 
-    state is Slurm's name for a job's; for a local launch RUNNING, ENDED, or UNKNOWN from another host. Raises
-    ValueError where nothing was launched in `run_dir`.
+    It has kind, job or pid, state, logs (files), and again (the command that continues the run). Where known, it also
+    has status (what rank 0 last wrote), metrics (losses and tokens/s of the last logged step), and seconds_left. The
+    state of a job is Slurm's name for it; that of a local launch is RUNNING, ENDED, or UNKNOWN on another host. Raises
+    UserError where nothing was launched in `run_dir`.
     """
     record = read_record(run_dir)
     found: dict[str, Any] = {"run_dir": str(run_dir), "kind": record["kind"], "launched": record["time"]}
@@ -53,7 +54,7 @@ def status(run_dir: Path) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """A few lines for people."""
+    """The state of a run as a few lines of text for people."""
     if found["kind"] == "slurm":
         who = f"job {found['job']} {found['state']}"
         reason = found["reason"] if found["reason"] != "None" else ""
@@ -84,14 +85,15 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _seconds_left(lines: list[dict[str, float]], step: float, steps: int) -> float | None:
-    """Of training at the last logged speed: remaining tokens, at the mean of those per step so far."""
+    """The seconds of training that are left at the last logged speed, with as many tokens per step as on average so
+    far."""
     speed = lines[-1].get("perf/tokens_per_s")
     tokens = sum(value for key, value in lines[-1].items() if key.startswith("tokens/"))
     return (steps - step) * tokens / step / speed if speed and step else None
 
 
 def _last_lines(path: Path) -> list[dict[str, float]]:
-    """The last whole lines of metrics.jsonl that hold a step's losses, without reading a long file."""
+    """The last complete lines of metrics.jsonl that hold the losses of a step. Only the end of a long file is read."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -104,7 +106,8 @@ def _last_lines(path: Path) -> list[dict[str, float]]:
 
 
 def log_files(run_dir: Path) -> list[Path]:
-    """What the run's last launch printed, one file per node. Raises ValueError where it went to a terminal."""
+    """The files with the output of the run's last launch, one per node. Raises UserError where the output went to a
+    terminal."""
     record = read_record(run_dir)
     if record["kind"] == "local" and record["logs"] is None:
         raise UserError(f"{run_dir}: its output went to the terminal that it was started from")
@@ -119,8 +122,8 @@ def _logs(record: dict[str, Any]) -> list[Path]:
 
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> Iterator[str]:
-    """Lines of the log; those of one rank, without its tag, where `rank` is given. With `follow`, until the run has
-    ended."""
+    """The lines of the log. Where `rank` is given, only the lines of this rank, without its tag. With `follow`, new
+    lines are yielded until the run has ended."""
     offsets: dict[Path, int] = {}
     while True:
         active = follow and _active(run_dir)
@@ -128,11 +131,11 @@ def logs(run_dir: Path, rank: int | None, follow: bool) -> Iterator[str]:
             with open(path, "rb") as file:
                 file.seek(offsets.get(path, 0))
                 block = file.read()
-            if active:  # a line that is still being written waits
+            if active:  # a line that is still being written is left for the next turn
                 block = block[: block.rfind(b"\n") + 1]
             offsets[path] = offsets.get(path, 0) + len(block)
             for line in block.decode(errors="replace").splitlines():
-                for part in _TAGS.split(line):  # a progress bar has no line ends: torchrun joins what follows it
+                for part in _TAGS.split(line):  # a progress bar does not end its line, so other output follows in it
                     tag = _TAG.match(part)
                     if rank is None and part[tag.end() if tag else 0 :]:
                         yield part
@@ -151,8 +154,9 @@ def _active(run_dir: Path) -> bool:
 
 
 def cancel(run_dir: Path, timeout: float = 300) -> str:
-    """End the run's job or process, and wait until it has gone. A local run saves first; a job has what Slurm's
-    KillWait leaves it. Returns what was done. Raises ValueError where it does not end within `timeout` seconds."""
+    """End the run's job or process, and wait until it has ended. A local run saves a checkpoint first; a job has only
+    the time that Slurm's KillWait gives it. Returns a sentence that says what was done. Raises UserError where the run
+    does not end within `timeout` seconds."""
     record = read_record(run_dir)
     if record["kind"] == "local" and process_lives(record) is None:
         raise UserError(f"{run_dir}: it was started on {record['host']}; cancel it there")
