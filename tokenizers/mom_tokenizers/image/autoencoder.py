@@ -1,7 +1,7 @@
-"""Pictures into what the model reads, by an autoencoder's folder with its `image_tokenizer.json` beside the weights.
+"""What all image tokenizers share, and the tokenizer that makes codes with any `diffusers.VQModel`.
 
-Here the codes of any `diffusers.VQModel`, small or large; image_transformers.py has those of Emu3 and Janus,
-image_kl.py the latents of an `AutoencoderKL`.
+An image tokenizer is an autoencoder's folder with an `image_tokenizer.json` beside the weights. transformers.py has the
+codes of Emu3 and Janus, and kl.py the latents of an `AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIDECAR = "image_tokenizer.json"
-BATCH_PIXELS = 32 * 256 * 256  # 8 pictures of 512 x 512
+BATCH_PIXELS = 32 * 256 * 256  # the most pixels encoded at once: 32 pictures of 256 x 256, or 8 of 512 x 512
 
 
 def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
-    """float32 (3, resolution, resolution) in [-1, 1]: alpha on white, short side resized, centre crop."""
-    from PIL import Image  # late: whoever only describes a tokenizer does without it
+    """The pixels of a picture as a model reads them, float32 (3, resolution, resolution) in [-1, 1]. Transparent parts
+    are put on white, the shorter side is resized to `resolution`, and the centre square is taken."""
+    from PIL import Image  # late, because describing a tokenizer does not need it
 
     image = on_white(image)
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
-    # Only the centre square is wanted; cropping first keeps a very long picture from becoming a huge resize.
+    # Only the centre square is resized, because resizing the whole of a very long picture would take much memory.
     left, top = (width - resolution) // 2, (height - resolution) // 2
     box_scale = (image.width / width, image.height / height)
     box = (
@@ -50,7 +51,7 @@ def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
 
 
 def picture(pixels: torch.Tensor) -> Image.Image:
-    """RGB picture of (3, H, W) in [-1, 1]; what lies outside is clipped."""
+    """The RGB picture of pixels (3, H, W) in [-1, 1]. Values outside are clipped."""
     import torch
     from PIL import Image
 
@@ -59,21 +60,21 @@ def picture(pixels: torch.Tensor) -> Image.Image:
 
 
 class ImageTokenizer:
-    """What all image tokenizers are made of: an autoencoder, a resolution, and the folder they come from."""
+    """What all image tokenizers share: an autoencoder, a resolution, and the folder from which they are loaded."""
 
     kind: ClassVar[str]
     library: ClassVar[str] = "diffusers"
     model_class: ClassVar[str]
-    """Name in the library."""
+    """The name of the model's class in the library."""
     levels_key: ClassVar[str] = "block_out_channels"
-    """Key of the model's config whose entries are its levels, each half as wide as the one before."""
+    """The key of the model's config that has one entry per level. Each level has half the side of the one before."""
     sidecar_example: ClassVar[str]
-    """What image_tokenizer.json may look like."""
+    """An example of image_tokenizer.json, for error messages."""
 
-    # `model` is of a class of diffusers or Transformers, which mypy cannot follow
+    # `model` is Any because mypy cannot follow the classes of diffusers and Transformers.
     def __init__(self, model: Any, resolution: int, source: Path | None = None):
         self._model = model.eval().requires_grad_(False)
-        self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
+        self._source = source  # the folder it was loaded from; save() copies it, so that the fingerprint stays the same
         self.resolution = resolution
         self.downsample = 2 ** (len(getattr(model.config, self.levels_key)) - 1)
         self._batch = max(1, min(32, BATCH_PIXELS // resolution**2))
@@ -82,9 +83,9 @@ class ImageTokenizer:
 
     @classmethod
     def _load(cls, path: Path, device: str) -> Any:
-        # No shards built on the meta device: diffusers would leave missing weights there, without a word.
+        # With low_cpu_mem_usage, diffusers would silently leave missing weights on the meta device.
         options = {"low_cpu_mem_usage": False} if cls.library == "diffusers" else {}
-        # safetensors only: a pickled checkpoint could run code
+        # Only safetensors are read, because a pickled checkpoint could run code.
         model = load_published(path, cls.library, cls.model_class, use_safetensors=True, **options)
         return model.to(device)
 
@@ -97,7 +98,7 @@ class ImageTokenizer:
 
     @classmethod
     def files(cls, path: str | Path) -> dict[str, Path]:
-        """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
+        """The path of every file of the tokenizer by its name. Raises UserError where one is missing."""
         path = Path(path)
         for name, remedy in (
             ("config.json", f"expected a {cls.library} {cls.model_class} folder"),
@@ -111,7 +112,7 @@ class ImageTokenizer:
         return {file.name: file for file in (path / "config.json", path / SIDECAR, *weights)}
 
     def _settings(self) -> dict[str, int]:
-        """Content of image_tokenizer.json."""
+        """The contents of image_tokenizer.json."""
         return {"resolution": self.resolution}
 
     def save(self, directory: str | Path) -> None:
@@ -125,7 +126,7 @@ class ImageTokenizer:
                 shutil.copyfile(file, directory / file.name)
 
     def fingerprint(self) -> str:
-        """16 hex digits; the same after save and load, and on every machine."""
+        """16 hexadecimal digits, which are the same after save and load, and on every machine."""
         if self._source is not None:
             return fingerprint_files(self.kind, self.files(self._source))
         with TemporaryDirectory() as directory:
@@ -140,13 +141,13 @@ class ImageTokenizer:
 
 
 class VQImageTokenizer(ImageTokenizer):
-    """PIL picture <-> (resolution / downsample)^2 codes in raster order."""
+    """Encodes a PIL picture as (resolution / downsample)^2 codes in raster order, and decodes codes to a picture."""
 
     kind = "vq"
     model_class = "VQModel"
     sidecar_example = '{"resolution": 512}'
     size_key: ClassVar[tuple[str, int]] = ("num_vq_embeddings", 256)
-    """Key of the model's config with the number of codes, and what it is where a stored config leaves it out."""
+    """The key of the model's config that holds the number of codes, and the number where a stored config lacks it."""
 
     def __init__(self, model: Any, resolution: int, source: Path | None = None):
         super().__init__(model, resolution, source)
@@ -158,22 +159,24 @@ class VQImageTokenizer(ImageTokenizer):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> VQImageTokenizer:
-        """From a `save_pretrained` folder of the model that also holds image_tokenizer.json. Raises ValueError."""
+        """Load a folder that `save_pretrained` of the model wrote and that also holds image_tokenizer.json. Raises
+        UserError where it is not such a folder."""
         path = Path(path)
         resolution = cls._sidecar(path, "resolution")
         return cls(cls._load(path, device), resolution, path)
 
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
-        """Number of codes of a stored tokenizer, read from its config alone."""
+        """The number of codes of a stored tokenizer, read from its config alone."""
         return int(read_json(cls.files(path)["config.json"]).get(*cls.size_key))
 
     def encode(self, value: Image.Image) -> np.ndarray:
-        """uint32 (codes_per_image,) in raster order."""
+        """The codes of a picture in raster order, uint32 (codes_per_image,)."""
         return self.encode_batch([value])[0]
 
     def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
-        """As `encode` of each; in batches, so a code may differ where two are equally near to rounding."""
+        """The result of `encode` for each picture. They are encoded in batches, so a code may differ where two are
+        equally near up to rounding."""
         batches = (values[i : i + self._batch] for i in range(0, len(values), self._batch))
         return [codes for batch in batches for codes in self._encode(batch)]
 
@@ -184,13 +187,13 @@ class VQImageTokenizer(ImageTokenizer):
             return self.quantize(self._pixels(images)).cpu().numpy().astype(np.uint32)
 
     def quantize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, resolution, resolution) in [-1, 1] -> int64 codes (B, codes_per_image)."""
-        # encode() stops before the quantiser in diffusers
+        """The codes, int64 (B, codes_per_image), of pixels (B, 3, resolution, resolution) in [-1, 1]."""
+        # In diffusers, encode() does not call the quantiser.
         codes = self._model.quantize(self._model.encode(pixels).latents)[2][2]
         return codes.view(pixels.shape[0], -1)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> Image.Image:
-        """RGB picture of one image's codes. Raises ValueError for a wrong number of codes or one out of range."""
+        """The RGB picture of one picture's codes. Raises UserError for a wrong number of codes or one out of range."""
         import torch
 
         codes = np.asarray(ids, np.int64)
@@ -203,11 +206,11 @@ class VQImageTokenizer(ImageTokenizer):
             return picture(self.reconstruct(torch.from_numpy(codes).view(1, side, side).to(self._model.device))[0])
 
     def reconstruct(self, codes: torch.Tensor) -> torch.Tensor:
-        """int64 codes (B, side, side) -> pixels (B, 3, resolution, resolution), about [-1, 1]."""
+        """The pixels (B, 3, resolution, resolution), in about [-1, 1], of codes int64 (B, side, side)."""
         config: Any = self._model.config
         shape = (*codes.shape, config.vq_embed_dim or config.latent_channels)
         quantized = self._model.quantize.get_codebook_entry(codes.flatten(), shape)
-        # With lookup_from_codebook, diffusers' decode() would look the vectors up once more.
+        # The decoder is called directly, because diffusers' decode() may look the vectors up a second time.
         return self._model.decoder(
             self._model.post_quant_conv(quantized), quantized if config.norm_type == "spatial" else None
         )

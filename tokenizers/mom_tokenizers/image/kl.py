@@ -1,11 +1,11 @@
-"""Image latents: any `diffusers.AutoencoderKL` folder, small or large, with its `image_tokenizer.json`.
+"""The image tokenizer that makes latent patches, with the folder of any `diffusers.AutoencoderKL`.
 
-The sidecar holds the side of pictures in pixels and the side of patches in latent positions:
+image_tokenizer.json in the folder holds the side of pictures in pixels, and the side of patches in latent positions:
 
     {"resolution": 256, "patch": 2}
 
-With "log_variance": true as well, patches hold the logarithm of the latents' variance behind their mean, so that
-training can draw from the posterior.
+With "log_variance": true as well, each patch also holds the logarithm of the latents' variance after their mean, so
+that training can draw from the posterior.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class KLImageTokenizer(ImageTokenizer):
-    """PIL picture <-> (resolution / downsample / patch)^2 latent patches in raster order, each (c p q) flattened: the
-    order of the weights of a convolution whose kernel and stride are `patch`.
+    """Encodes a PIL picture as (resolution / downsample / patch)^2 latent patches in raster order, and decodes them.
 
+    Each patch is flattened as (c p q), the order of the weights of a convolution whose kernel and stride are `patch`.
     Patches are the means of the VAE's latents, unscaled; a model reads (latents - `latent_shift`) * `latent_scale`.
-    Where the VAE's config has `latents_mean` and `latents_std`, a number a channel, they are standardised by those
-    first: scale and shift are then of what is standardised. With `log_variance` a row is the patch_width means, then as
-    many log-variances, of the same standardised values.
+    Where the VAE's config has `latents_mean` and `latents_std`, one number per channel, latents are standardised by
+    those first, and scale and shift refer to the standardised latents. With `log_variance` a row holds the patch_width
+    means, and then as many log-variances, of the same standardised latents.
     """
 
     kind = "kl"
     model_class = "AutoencoderKL"
     sidecar_example = '{"resolution": 256, "patch": 2}'
     size = 1
-    """There are no ids: the modality's span of the vocabulary is a placeholder."""
+    """There are no ids, so the modality's span of the vocabulary is a placeholder of one id."""
 
     def __init__(
         self, model: Any, resolution: int, patch: int = 2, source: Path | None = None, *, log_variance: bool = False
@@ -58,12 +58,13 @@ class KLImageTokenizer(ImageTokenizer):
 
     @property
     def patch_width(self) -> int:
-        """Values of a patch: latent channels x `patch` squared."""
+        """The number of values of a patch: latent channels times `patch` squared."""
         return int(self._model.config.latent_channels) * self.patch**2
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> KLImageTokenizer:
-        """From an `AutoencoderKL.save_pretrained` folder that also holds image_tokenizer.json. Raises ValueError."""
+        """Load a folder that `AutoencoderKL.save_pretrained` wrote and that also holds image_tokenizer.json. Raises
+        UserError where it is not such a folder."""
         path = Path(path)
         resolution, patch = cls._sidecar(path, "resolution"), cls._sidecar(path, "patch")
         return cls(cls._load(path, device), resolution, patch, path, log_variance=cls._log_variance(path))
@@ -77,14 +78,14 @@ class KLImageTokenizer(ImageTokenizer):
 
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
-        """1, as of every tokenizer of this kind."""
+        """The size of a stored tokenizer, which is always 1. Raises UserError where a file is missing."""
         cls.files(path)
         return cls.size
 
     @classmethod
     def stored_latents(cls, path: str | Path) -> dict[str, int | float]:
-        """{"patch_width", "latent_scale", "latent_shift"} of a stored tokenizer, read from its configs alone; with
-        log-variances also {"log_variance": True}, and rows are twice as wide."""
+        """{"patch_width", "latent_scale", "latent_shift"} of a stored tokenizer, read from its configs alone. With
+        log-variances there is also {"log_variance": True}, and rows are twice as wide as patch_width."""
         path = Path(path)
         config = read_json(cls.files(path)["config.json"])
         scale, shift = _scale_and_shift(config)
@@ -97,12 +98,12 @@ class KLImageTokenizer(ImageTokenizer):
         return {"resolution": self.resolution, "patch": self.patch, **more}
 
     def encode(self, value: Image.Image) -> np.ndarray:
-        """float16 (patches_per_image, patch_width), twice as wide with log-variances. Raises ValueError where a latent
-        exceeds float16."""
+        """The patches of a picture, float16 (patches_per_image, patch_width), or twice as wide with log-variances.
+        Raises UserError where a latent exceeds float16."""
         return self.encode_batch([value])[0]
 
     def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
-        """As `encode` of each; in batches, so the last bit may differ."""
+        """The result of `encode` for each picture. They are encoded in batches, so the last bit may differ."""
         batches = (values[i : i + self._batch] for i in range(0, len(values), self._batch))
         return [patches for batch in batches for patches in self._encode(batch)]
 
@@ -121,8 +122,8 @@ class KLImageTokenizer(ImageTokenizer):
         return np.concatenate([patchify(part, self.patch) for part in parts], axis=2).astype(np.float16)
 
     def decode(self, values: np.ndarray) -> Image.Image:
-        """RGB picture of one image's patches (patches_per_image, patch_width), float and as `encode` gives them;
-        log-variances behind them are left aside. Raises ValueError for another shape, and for values that are not
+        """The RGB picture of one picture's patches, float (patches_per_image, patch_width), as `encode` gives them.
+        Log-variances after the means are ignored. Raises UserError for another shape, and for values that are not
         finite."""
         import torch
 
@@ -142,14 +143,14 @@ class KLImageTokenizer(ImageTokenizer):
 
 
 def patchify(latents: np.ndarray, patch: int) -> np.ndarray:
-    """(B, C, H, W) -> (B, H/p * W/p, C*p*p): patches in raster order, (c p q) inside."""
+    """Latents (B, C, H, W) as patches (B, H/p * W/p, C*p*p) in raster order, each flattened as (c p q)."""
     B, C, H, W = latents.shape
     grid = latents.reshape(B, C, H // patch, patch, W // patch, patch)
     return grid.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
 
 
 def unpatchify(patches: np.ndarray, patch: int) -> np.ndarray:
-    """The inverse of `patchify`, for squares: (B, n*n, C*p*p) -> (B, C, n*p, n*p)."""
+    """The inverse of `patchify` for square pictures: patches (B, n*n, C*p*p) as latents (B, C, n*p, n*p)."""
     B, count, width = patches.shape
     side = round(count**0.5)
     grid = patches.reshape(B, side, side, width // patch**2, patch, patch)
@@ -157,7 +158,7 @@ def unpatchify(patches: np.ndarray, patch: int) -> np.ndarray:
 
 
 def _standard(config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each latent channel, float32 (C, 1, 1); 0 and 1 where a VAE's config has none."""
+    """(mean, standard deviation) of each latent channel, float32 (C, 1, 1); 0 and 1 where the VAE's config has none."""
     channels = int(config.latent_channels)
     values = []
     for key, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
@@ -169,6 +170,7 @@ def _standard(config: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scale_and_shift(config: Any) -> tuple[float, float]:
-    """From a VAE's config; 0.18215 is diffusers' default, and an absent shift is none."""
+    """(scale, shift) of a VAE's config. Where they are absent, the scale is 0.18215, diffusers' default, and the shift
+    is 0."""
     scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
     return float(scale), float(shift or 0.0)

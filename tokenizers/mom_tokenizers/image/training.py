@@ -1,4 +1,4 @@
-"""Training small image tokenizers: a VQ autoencoder for codes, a KL autoencoder (VAE) for latents."""
+"""Trains small image tokenizers: a VQ autoencoder for codes, or a KL autoencoder (VAE) for latents."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 LOG_EVERY = 25  # steps
-REVIVE_EVERY = 25  # steps; a code unused for so long takes the place of some picture's latent
+REVIVE_EVERY = 25  # steps after which a code that was not used is replaced by a latent of some picture
 COLOUR_WEIGHT = 2.0
-SHOWN = 16  # pictures in reconstructions.png
+SHOWN = 16  # the number of pictures in reconstructions.png
 
 
 class Strict(BaseModel):
@@ -30,7 +30,8 @@ class Strict(BaseModel):
 
 
 class AutoencoderConfig(Strict):
-    """What both kinds have; levels halve the picture between them, so three of them make 32 pixels 8."""
+    """The settings of both kinds. Between two levels the side of the picture is halved, so that with three levels 32
+    pixels become 8 positions."""
 
     resolution: PositiveInt
     block_out_channels: tuple[PositiveInt, ...]
@@ -42,7 +43,7 @@ class AutoencoderConfig(Strict):
 
     @property
     def blocks(self) -> dict[str, Any]:
-        """Arguments of diffusers' VQModel and AutoencoderKL."""
+        """The arguments of diffusers' VQModel and AutoencoderKL."""
         levels = len(self.block_out_channels)
         return {
             "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -50,7 +51,7 @@ class AutoencoderConfig(Strict):
             "block_out_channels": self.block_out_channels,
             "layers_per_block": self.layers_per_block,
             "sample_size": self.resolution,
-            # one channel a group would be instance norm, which forgets the picture's colour
+            # With one channel per group this would be instance norm, which removes the picture's colour.
             "norm_num_groups": max(1, math.gcd(32, *self.block_out_channels) // 4),
             "mid_block_add_attention": self.attention,
         }
@@ -87,8 +88,8 @@ ImageConfig = Annotated[
 def train_image(
     config: VQConfig | KLConfig, images: Sequence[np.ndarray], directory: Path, seed: int, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train a tokenizer on pictures uint8 (3, resolution, resolution), on `device`; save it and reconstructions.png in
-    `directory`, and return its figures. Raises ValueError for fewer than 20 pictures."""
+    """Train a tokenizer on `device` with pictures uint8 (3, resolution, resolution). Saves it and reconstructions.png
+    in `directory`, and returns its figures. Raises UserError for fewer than 20 pictures."""
     import torch
 
     if len(images) < 20:
@@ -114,8 +115,8 @@ def train_image(
 def _train_vq(
     config: VQConfig, train: torch.Tensor, test: torch.Tensor, directory: Path, device: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """First a plain autoencoder, then k-means of its latents as codebook, then both together with quantisation.
-    Returns `test` as it comes back, uint8 (N, 3, H, W), and figures."""
+    """Train a plain autoencoder, take k-means of its latents as codebook, and then train both together with
+    quantisation. Returns (the pictures of `test` after encoding and decoding, uint8 (N, 3, H, W); figures)."""
     import torch
     from diffusers import VQModel
 
@@ -144,7 +145,7 @@ def _train_vq(
     def revive(step: int) -> None:
         since = step - config.autoencoder_steps + 1
         if since > 0 and since % REVIVE_EVERY == 0:
-            # not in the last quarter: a fresh code needs steps to find its place
+            # No code is replaced in the last quarter, because a new code needs some steps to be trained.
             if since < 0.75 * config.quantized_steps:
                 _revive(quantize.embedding.weight, latents, counts)
             counts.zero_()
@@ -156,7 +157,7 @@ def _train_vq(
     with torch.inference_mode():
         originals = _scaled(test)
         codes = torch.cat([tokenizer.quantize(batch) for batch in originals.split(64)]).numpy()
-        # for comparison: what the autoencoder loses without its codebook
+        # For comparison, measure what the autoencoder loses without its codebook.
         unquantized = torch.cat(
             [model.decode(model.encode(b).latents, force_not_quantize=True).sample for b in originals.split(64)]
         )
@@ -174,8 +175,8 @@ def _train_vq(
 def _train_kl(
     config: KLConfig, train: torch.Tensor, test: torch.Tensor, directory: Path, device: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """A VAE; the mean and deviation of its training latents become the shift and scale in its config.
-    Returns `test` as it comes back, uint8 (N, 3, H, W), and figures."""
+    """Train a VAE, and write the mean and the inverse standard deviation of its training latents into its config as
+    shift and scale. Returns (the pictures of `test` after encoding and decoding, uint8 (N, 3, H, W); figures)."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -184,7 +185,7 @@ def _train_kl(
 
     def forward(_: int, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = model.encode(pixels).latent_dist
-        # a latent's mean divergence, not a picture's sum: the weight then means the same at every size
+        # The mean over latents, not the sum over a picture, so that the weight means the same at every size.
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return model.decode(posterior.sample()).sample, config.kl_weight * divergence
 
@@ -220,11 +221,11 @@ def _optimize(
     penalty_name: str,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> list[dict[str, float]]:
-    """`forward` gives (reconstruction, penalty) of a batch at a step. Returns the errors along the way; the model is
-    frozen then, and on the CPU."""
+    """Train the model. `forward(step, pixels)` gives (reconstruction, penalty) of a batch. Returns the errors at some
+    steps. At the end the model is on the CPU and its weights are frozen."""
     import torch
 
-    # channels_last: a third faster on CPUs, for these few channels
+    # channels_last is a third faster on CPUs with so few channels.
     model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -235,7 +236,8 @@ def _optimize(
         pixels = _scaled(train[torch.randint(len(train), (config.batch_size,))].to(device))
         output, penalty = forward(step, pixels)
         difference = output - pixels
-        # Colour differences are small beside brightness: unweighted, hundreds of steps pass before they are learned.
+        # Differences in colour are small compared with those in brightness. Without a weight it takes hundreds of steps
+        # more to learn them.
         colour = difference - difference.mean(dim=1, keepdim=True)
         reconstruction = sum(d.abs().mean() + d.square().mean() for d in (difference, COLOUR_WEIGHT * colour))
         optimizer.zero_grad(set_to_none=True)
@@ -266,7 +268,8 @@ def _initialize_codebook(model: Any, pixels: torch.Tensor, size: int) -> None:
 
 
 def _revive(weight: torch.Tensor, latents: torch.Tensor, counts: torch.Tensor) -> None:
-    """Unused codes (counts 0) take the place of latents drawn from the batch, the worst served first."""
+    """Replace unused codes (those with count 0) by latents drawn from the batch, with a probability proportional to
+    their distance from the nearest code."""
     import torch
 
     with torch.no_grad():
@@ -284,20 +287,21 @@ def _scaled(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(pictures: np.ndarray, originals: np.ndarray) -> float:
-    """Mean over pictures (N, C, H, W) in [0, 1] of the peak signal-to-noise ratio, in dB."""
+    """The peak signal-to-noise ratio in dB, as the mean over pictures (N, C, H, W) in [0, 1]."""
     error = ((pictures - originals) ** 2).mean(axis=(1, 2, 3))
     return round(float((-10 * np.log10(np.maximum(error, 1e-10))).mean()), 2)
 
 
 def usage(codes: np.ndarray, size: int) -> dict[str, float]:
-    """Share of ids that occur, and perplexity: how many equally frequent ids would be as varied."""
+    """{"usage": the share of ids that occur, "perplexity": how many equally frequent ids have the same entropy}."""
     shares = np.bincount(codes.ravel(), minlength=size) / codes.size
     entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
     return {"usage": round(float((shares > 0).mean()), 4), "perplexity": round(math.exp(entropy), 1)}
 
 
 def _draw(originals: np.ndarray, decoded: np.ndarray, file: Path) -> None:
-    """PNG: a row of originals above a row of reconstructions, uint8 (N, 3, H, W), enlarged to at least 96 pixels."""
+    """Write a PNG with a row of originals above a row of reconstructions, both uint8 (N, 3, H, W). Small pictures are
+    enlarged to at least about 96 pixels."""
     gap = 2
     rows = [
         np.concatenate([np.pad(p, ((0, 0), (gap, gap), (gap, gap)), constant_values=128) for p in pictures], axis=2)

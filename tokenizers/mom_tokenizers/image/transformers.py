@@ -1,12 +1,12 @@
-"""Codes of the image tokenizers in Transformers: Emu3's and Janus's VQ autoencoders.
+"""The image tokenizers of Emu3 and Janus, whose VQ autoencoders are in the library Transformers.
 
-A folder is what `save_pretrained` of the VQ model alone writes, with image_tokenizer.json beside it:
+A tokenizer's folder is written by `save_pretrained` of the VQ model alone, and holds image_tokenizer.json as well:
 
     model = Emu3ForConditionalGeneration.from_pretrained(...).model.vqmodel      # or Janus...
     model.save_pretrained(folder)                                                # and {"resolution": 256}
 
-Emu3 makes a picture 8 times smaller (256 pixels: 1,024 codes), Janus 16 times (256 pixels: 256 codes, 512: 1,024).
-Both read pixels in [-1, 1], as the published models do.
+Emu3 has one code for 8 x 8 pixels (a picture of 256 x 256 has 1,024 codes), and Janus one for 16 x 16 (256 codes for
+256 x 256, and 1,024 for 512 x 512). Both read pixels in [-1, 1], as the published models do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Emu3ImageTokenizer(VQImageTokenizer):
-    """A picture is a clip of one step of time: the model repeats it `temporal_downsample_factor` times."""
+    """Emu3's tokenizer. It takes a picture for a video of one time step, and the model repeats it
+    `temporal_downsample_factor` times."""
 
     kind = "emu3"
     library = "transformers"
@@ -42,10 +43,11 @@ class Emu3ImageTokenizer(VQImageTokenizer):
 
 
 class JanusImageTokenizer(VQImageTokenizer):
-    """Nearest by angle: latents and codebook are compared at unit length.
+    """Janus's tokenizer. The code of a latent is the vector of the codebook nearest by angle.
 
-    Janus was trained so, and Transformers' `decode` normalises the codebook, but its `encode` normalises neither side:
-    where the codebook is not of unit length, its codes are others. Hence the search here.
+    Janus was trained like this, and Transformers' `decode` normalises the codebook. But its `encode` normalises neither
+    latents nor codebook, and gives other codes where the codebook's vectors are not of unit length. So this class does
+    the search itself.
     """
 
     kind = "janus"
@@ -61,11 +63,11 @@ class JanusImageTokenizer(VQImageTokenizer):
 
         latents_BDHW = normalize(self._model.quant_conv(self._model.encoder(pixels)), dim=1)
         codebook_VD = normalize(self._model.quantize.embedding.weight, dim=1)
-        # of unit vectors, the nearest has the largest product
+        # Among unit vectors, the nearest one has the largest product.
         return (latents_BDHW.flatten(2).transpose(1, 2) @ codebook_VD.T).argmax(-1)
 
     def reconstruct(self, codes: torch.Tensor) -> torch.Tensor:
-        """As VQImageTokenizer.reconstruct; of any size, not only the config's `num_patches`."""
+        """Does the same as VQImageTokenizer.reconstruct, for any size, not only the config's `num_patches`."""
         from torch.nn.functional import normalize
 
         latents_BHWD = normalize(self._model.quantize.embedding(codes), dim=-1)

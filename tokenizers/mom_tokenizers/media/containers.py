@@ -1,8 +1,9 @@
-"""The containers that recordings come in: whether one is whole, and how many samples it says it holds.
+"""Checks the container of a recording before it is decoded: whether it is whole, and how many samples it holds.
 
-libsndfile reads what it finds: a cut WAV is a short WAV to it, and the length of an MP3 without an index is a guess,
-beyond which samples are dropped or made up. So a container is walked here first, by its own headers and without
-decoding. What is cut or holds anything unexplained is refused, and libsndfile is handed bytes whose lengths are true.
+libsndfile reads what it finds. It takes a WAV that was cut off for a shorter one, and guesses the length of an MP3
+without an index, so that it drops samples or adds some. So the headers of a container are walked here first, without
+decoding. Files that are cut off or hold unexplained data are refused, and libsndfile gets bytes whose lengths are
+right.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from mom_tokenizers.errors import UserError
 
 WAV_CODINGS = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law", 2: "MS ADPCM", 0x11: "IMA ADPCM", 0x31: "GSM 6.10"}
 UNCOMPRESSED = (1, 3, 6, 7)
-EXTENSIBLE = 0xFFFE  # the coding stands further behind
+EXTENSIBLE = 0xFFFE  # says that the coding stands further on in the chunk
 CAF_UNCOMPRESSED = (b"lpcm", b"ulaw", b"alaw")
 AIFF_UNCOMPRESSED = (b"none", b"sowt", b"twos", b"fl32", b"fl64", b"ulaw", b"alaw")
-# Lengths that stand in the header of a WAV while nobody knows its length: those of FFmpeg, SoX, arecord and others
+# Lengths that FFmpeg, SoX, arecord and others write into the header of a WAV while they do not know its length
 NEVER_FILLED = (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0x7FFFFF00, 0xFFFFFFFFFFFFFFFF)
-FEW_BYTES = 64  # that some programs leave behind the end that a WAV tells of; less than a hundredth of a second
+FEW_BYTES = 64  # some programs leave up to so many bytes after the end of a WAV, less than a hundredth of a second
 MOST_BEFORE_AN_MP3 = 4096  # bytes
 DECODER_DELAY = 529  # samples
-# Layer III's bit rates in kbit/s
+# The bit rates of layer III in kbit/s
 MPEG_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 MPEG_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
 class Container(NamedTuple):
-    """A whole recording: `data`, in which libsndfile guesses no length, and the number of `samples` of a channel
-    that it promises (None: as many as libsndfile counts), after the first `skipped` ones, which are none of its own."""
+    """A whole recording. In `data` no length is left for libsndfile to guess. `samples` is the number of samples per
+    channel that the container says it has, or None where libsndfile's count is right. They follow the first `skipped`
+    samples that are decoded, which are not part of the recording."""
 
     data: bytes
     samples: int | None
@@ -40,8 +42,9 @@ class Container(NamedTuple):
 
 
 def whole(data: bytes) -> Container:
-    """The recording without the tags around it. Raises UserError for one that is cut, damaged or of no known format."""
-    data = data[_tags_before(data) :].lstrip(b"\0")  # some leave room for more tags
+    """The recording without the tags around it. Raises UserError for one that is cut off, damaged, or of an unknown
+    format."""
+    data = data[_tags_before(data) :].lstrip(b"\0")  # some programs leave space for more tags
     data = data[_before_an_mp3(data) :]
     data = data[: len(data) - _tag_behind(data)]
     for magic, read in (
@@ -72,7 +75,7 @@ def _damaged(why: str) -> UserError:
 
 
 def _tags_before(data: bytes, at: int = 0) -> int:
-    """Where the ID3v2 tags at `at` end."""
+    """The byte at which the ID3v2 tags that begin at `at` end."""
     while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
         size = 0
         for byte in data[at + 6 : at + 10]:
@@ -84,12 +87,12 @@ def _tags_before(data: bytes, at: int = 0) -> int:
 
 
 def _tag_behind(data: bytes) -> int:
-    """Bytes of an ID3v1 tag at the end."""
+    """The number of bytes of an ID3v1 tag at the end, or 0."""
     return 128 if data[-128:-125] == b"TAG" and not data.startswith((b"RIFF", b"RF64", b"FORM")) else 0
 
 
 def _is_padding(rest: bytes) -> bool:
-    """Whether what follows the sound is nothing, zeros, or a tag."""
+    """Whether the bytes after the sound are none, zeros, or a tag."""
     return rest[:3] in (b"TAG", b"ID3") or rest[:8] in (b"APETAGEX", b"LYRICSBE") or not rest.strip(b"\0")
 
 
@@ -97,7 +100,8 @@ def _is_padding(rest: bytes) -> bool:
 
 
 def _chunks(data: bytes, start: int, header: str, pad: int, own: bool = False) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, size) of every chunk, as its header says; `own`: the size counts the header, too."""
+    """(name, start, size) of every chunk, as its header says. With `own`, the size in the header includes the header
+    itself. Chunks begin at multiples of `pad` bytes."""
     head = struct.Struct(header)
     while start + head.size <= len(data):
         name, size = head.unpack_from(data, start)
@@ -118,7 +122,7 @@ def _chunks(data: bytes, start: int, header: str, pad: int, own: bool = False) -
 
 
 def _sound(data: bytes, found: list[tuple[bytes, int, int]], name: bytes) -> None:
-    """Check that one chunk holds the samples, and that all chunks are there to their end."""
+    """Check that exactly one chunk holds the samples, and that all chunks are complete."""
     if (count := sum(chunk == name for chunk, _, _ in found)) != 1:
         raise _damaged(f"{count} chunks {name.decode()!r}; expected one")
     for _, start, size in found:
@@ -127,7 +131,8 @@ def _sound(data: bytes, found: list[tuple[bytes, int, int]], name: bytes) -> Non
 
 
 def _wav(data: bytes) -> Container:
-    """RIFF and RF64. A length that was never filled in (a file written to a pipe, or not closed) is what is there."""
+    """A WAV in RIFF or RF64. Where its length was never filled in (the file was written to a pipe, or not closed), the
+    sound reaches to the end of the file."""
     long: tuple[int, ...] = ()
     frame = None
     for name, start, size in _chunks(data, 12, "<4sI", 2):  # noqa: B007  # `start` and `size` serve below
@@ -151,7 +156,7 @@ def _wav(data: bytes) -> Container:
         raise _damaged("a WAV of 4 GB or more")
     head = data[12 : start - 4].replace(b"ds64", b"JUNK", 1) if long else data[12 : start - 4]
     if start + size <= end < len(data) <= end + FEW_BYTES:
-        data = data[:end]  # what its own length leaves out is none of it
+        data = data[:end]  # bytes beyond the length that the file itself gives are not part of it
     riff = struct.pack("<4sI", b"RIFF", min(len(data) - 8, 0xFFFFFFFE))
     data = b"".join((riff, b"WAVE", head, struct.pack("<I", size), data[start:]))
     _sound(data, list(_chunks(data, 12, "<4sI", 2)), b"data")
@@ -161,7 +166,7 @@ def _wav(data: bytes) -> Container:
 
 
 def _wav_frame(data: bytes, start: int) -> int:
-    """Bytes of a sample of all channels, by the chunk 'fmt ' at `start`; 0 where they are compressed."""
+    """The bytes of one sample of all channels, by the chunk 'fmt ' at `start`; 0 where they are compressed."""
     coding, frame = struct.unpack_from("<H10xH", data, start)
     if coding == EXTENSIBLE:
         coding = struct.unpack_from("<H", data, start + 24)[0]
@@ -203,11 +208,11 @@ def _caf(data: bytes) -> Container:
         raise _damaged("no chunk 'data' in a CAF")
     if coding not in CAF_UNCOMPRESSED or not frame:
         raise _damaged(f"a compressed CAF ({coding!r}); known is what is not compressed")
-    if size == -1:  # by the format's rule the last chunk, and of unknown length
+    if size == -1:  # the length is unknown; by the rules of the format this is then the last chunk
         size = len(data) - start
         data = data[: start - 8] + struct.pack(">q", size) + data[start:]
     _sound(data, list(_chunks(data, 8, ">4sq", 1)), b"data")
-    return Container(data, (size - 4) // frame)  # it begins with a count of edits
+    return Container(data, (size - 4) // frame)  # the chunk begins with 4 bytes that count edits
 
 
 def _au(data: bytes) -> Container:
@@ -230,8 +235,8 @@ def _nist(data: bytes) -> Container:
 
 
 def _flac(data: bytes) -> Container:
-    """The count of samples is taken out of the header: libsndfile then reads to the end, and finds too many as well as
-    too few."""
+    """A FLAC. The count of samples is removed from the header, so that libsndfile reads to the end and finds too many
+    samples as well as too few."""
     if len(data) < 42:
         raise _cut(len(data), 42, "bytes of the header")
     samples = int.from_bytes(data[21:26], "big") & (1 << 36) - 1
@@ -239,7 +244,7 @@ def _flac(data: bytes) -> Container:
 
 
 def _ogg(data: bytes) -> Container:
-    """One stream of pages: none is missing or damaged, and the last is marked as such."""
+    """An Ogg. It must be one stream of pages, of which none is missing or damaged and the last is marked as last."""
     at, number, serial, last = 0, 0, None, False
     while at < len(data):
         if data[at : at + 4] != b"OggS":
@@ -264,7 +269,7 @@ def _ogg(data: bytes) -> Container:
 
 
 def _ogg_crc(page: bytes) -> int:
-    """CRC-32 with Ogg's bit order, start and end, from zlib's."""
+    """The CRC-32 of an Ogg page, computed with zlib's, which has another bit order, start value and end value."""
     mirrored = zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(mirrored.to_bytes(4, "little").translate(_MIRRORED), "big")
 
@@ -276,7 +281,8 @@ _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class _Frame(NamedTuple):
-    """An MPEG audio layer III frame: `size` bytes; its version (3: MPEG-1), rate and channel count `layout`."""
+    """A frame of MPEG audio layer III: its `size` in bytes, and its `layout`, which is (version, where 3 is MPEG-1;
+    sampling rate; whether it is mono)."""
 
     size: int
     layout: tuple[int, int, bool]
@@ -293,7 +299,7 @@ class _Frame(NamedTuple):
 
 
 def _frame(data: bytes, at: int) -> _Frame | None:
-    """The frame whose header stands there, or None."""
+    """The frame whose header stands at byte `at`, or None where there is no header."""
     if at + 4 > len(data) or data[at] != 0xFF or data[at + 1] & 0xE6 != 0xE2:
         return None
     version, bitrate, rate = data[at + 1] >> 3 & 3, data[at + 2] >> 4, data[at + 2] >> 2 & 3
@@ -306,8 +312,8 @@ def _frame(data: bytes, at: int) -> _Frame | None:
 
 
 def _mp3(data: bytes) -> Container:
-    """Every frame is counted, and the count is written into the index frame at the start, which is made where there is
-    none."""
+    """An MP3. Its frames are counted, and the count is written into the index frame at its start, which is made where
+    there is none."""
     first = _frame(data, 0)
     if first is None:
         raise _damaged("no frame of MPEG layer III at its start")
@@ -336,7 +342,7 @@ def _mp3(data: bytes) -> Container:
     pieces.append(data[start:at])
     if index and index.frames is not None and frames != index.frames:
         size = sum(map(len, pieces))
-        # some encoders count the index among the frames
+        # Some encoders count the index as one of the frames.
         if frames != index.frames - 1 or index.size not in (size, size + first.size):
             if frames < index.frames:
                 raise _cut(frames, index.frames, "MP3 frames")
@@ -346,8 +352,9 @@ def _mp3(data: bytes) -> Container:
     if index and index.at and index.frames is not None:
         head = data[: index.at] + struct.pack(">I", frames) + data[index.at + 4 : first.size]
         return Container(b"".join((head, *pieces)), None)
-    # An index is made: layer III, no checksum, 64 kbit/s, so that there is room; then its name, "a count follows", and
-    # the count. Whoever reads an index leaves out the decoder's delay at the start: a silent frame stands there for it.
+    # Make an index frame: layer III, no checksum, and 64 kbit/s, so that it has space; then its name, the flag that a
+    # count follows, and the count. Decoders that see an index drop the decoder's delay at the start, so a silent frame
+    # is put there.
     header = bytes([0xFF, data[1] | 1, (0x50 if first.layout[0] == 3 else 0x80) | data[2] & 0x0C, data[3]])
     made = _frame(header, 0)
     assert made is not None
@@ -358,8 +365,8 @@ def _mp3(data: bytes) -> Container:
 
 
 def _before_an_mp3(data: bytes) -> int:
-    """How many bytes of no meaning stand before an MP3: only where its first frame is an index that counts all frames,
-    so that none can be among them."""
+    """The number of meaningless bytes before an MP3. Bytes are taken for meaningless only where an index frame that
+    counts all frames follows, so that no frame can be among them."""
     if re.match(rb"\xff[\xe0-\xff]|RIFF|RF64|FORM|riff|caff|\.snd|NIST|fLaC|OggS", data):
         return 0
     for found in re.finditer(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", data[:MOST_BEFORE_AN_MP3]):
@@ -371,8 +378,8 @@ def _before_an_mp3(data: bytes) -> int:
 
 
 class _Index(NamedTuple):
-    """What an MP3's first frame says where it is no sound: the count of frames, their size in bytes, and where the
-    count stands (0: in no place that can be written to)."""
+    """The contents of an MP3's first frame where it is an index instead of sound: the number of frames, their size in
+    bytes, and the byte where the number stands (0 where it cannot be overwritten)."""
 
     frames: int | None
     size: int | None
@@ -384,7 +391,7 @@ def _mp3_index(data: bytes, first: _Frame) -> _Index | None:
         return int.from_bytes(data[at : at + 4], "big")
 
     place = 4 + first.side_info
-    for at in (place, place + 2):  # some leave room for the checksum
+    for at in (place, place + 2):  # some encoders leave 2 bytes for a checksum
         if data[at : at + 4] in (b"Xing", b"Info"):
             if at + 16 > first.size or not data[at + 7] & 1:
                 return _Index(None, None, 0)

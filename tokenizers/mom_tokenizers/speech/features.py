@@ -1,8 +1,9 @@
-"""What speech units are made from: log-mel bands, hidden states of published models, Mimi's codes; and sound again.
+"""The features from which speech units are made: log-mel bands, hidden states of published models, or Mimi's codes.
+This module also makes sound of log-mel bands.
 
-An extractor is called with clips (float32 mono, a whole number of units each, at its `sample_rate`) and yields
+An extractor is called with clips (float32 mono at its `sample_rate`, each with a whole number of units) and yields
 (clip, first unit, features of the units from there on), in any order. Long clips go through a model in overlapping
-windows, so its memory does not grow with them.
+windows, so that the memory does not grow with their length.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ UNITS_PER_SECOND = 25
 HOP = SAMPLE_RATE // UNITS_PER_SECOND
 MEL_BANDS, MEL_HOP, MEL_WINDOW, MEL_FFT = 40, 160, 400, 512
 FRAMES_PER_UNIT = HOP // MEL_HOP
-# config.json's model_type -> class of transformers and its attention: named here, so that no folder can name code
+# model_type in config.json -> the class in transformers, and its attention. They are named here so that no folder can
+# name code to run.
 MODELS = {
     "hubert": ("HubertModel", "sdpa"),
     "wav2vec2": ("Wav2Vec2Model", "sdpa"),
@@ -38,8 +40,8 @@ MODELS = {
 }
 EXTRACTORS = ("log_mel", *MODELS)
 WINDOW_SECONDS = 30.0
-CONTEXT_SECONDS = 2.0  # heard on either side of what is kept of a window
-SECONDS_AT_ONCE = 120  # of sound in one forward pass
+CONTEXT_SECONDS = 2.0  # the model also hears this much on either side of the part of a window that is kept
+SECONDS_AT_ONCE = 120  # the most seconds of sound in one forward pass
 
 Piece = tuple[int, int, np.ndarray]
 
@@ -53,7 +55,8 @@ class Extractor(Protocol):
 
 
 class LogMel:
-    """float32 (units, 160): 4 frames of 40 log-mel bands, 10 ms apart, less the clip's mean."""
+    """The extractor of log-mel features, float32 (units, 160): for each unit 4 frames of 40 log-mel bands, 10 ms apart,
+    from which the clip's mean is subtracted."""
 
     sample_rate, hop, width = SAMPLE_RATE, HOP, FRAMES_PER_UNIT * MEL_BANDS
 
@@ -65,7 +68,7 @@ class LogMel:
 
 @lru_cache(maxsize=1)
 def _mel_filters() -> np.ndarray:
-    """float32 (257, 40)."""
+    """The filters that sum the power of 257 frequencies into 40 mel bands, float32 (257, 40)."""
     from transformers.audio_utils import mel_filter_bank
 
     return mel_filter_bank(
@@ -74,7 +77,8 @@ def _mel_filters() -> np.ndarray:
 
 
 def log_mel(samples: np.ndarray, block: int = 6_000) -> np.ndarray:
-    """float32 (frames, 40): log10 of the power in mel bands, every 10 ms at 16 kHz; `block` frames at a time."""
+    """The log10 of the power in mel bands, float32 (frames, 40), with a frame every 10 ms of sound at 16 kHz. `block`
+    frames are computed at a time."""
     around = (MEL_WINDOW - MEL_HOP) // 2
     window = np.hanning(MEL_WINDOW).astype(np.float32)
     mel = np.empty((len(samples) // MEL_HOP, MEL_BANDS), np.float32)
@@ -84,20 +88,21 @@ def log_mel(samples: np.ndarray, block: int = 6_000) -> np.ndarray:
         heard = np.pad(samples[max(0, left) : right], (max(0, -left), max(0, right - len(samples))))
         frames = np.lib.stride_tricks.sliding_window_view(heard, MEL_WINDOW)[::MEL_HOP]
         mel[start:stop] = (np.abs(np.fft.rfft(frames * window, MEL_FFT)) ** 2).astype(np.float32) @ _mel_filters()
-    # 80 dB below the clip's peak and less is silence, whether digital or not
+    # Everything that is 80 dB or more below the clip's peak counts as silence.
     return np.log10(np.maximum(mel, max(float(mel.max()) * 1e-8, 1e-10)))
 
 
 def mean_bands(bands: np.ndarray) -> np.ndarray:
-    """float32 (40,); summed in float64, for an hour is 360,000 frames."""
+    """The mean over frames, float32 (40,). It is summed in float64, because an hour has 360,000 frames."""
     return bands.mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def sound_of_log_mel(bands: np.ndarray, iterations: int = 30, seed: int = 0) -> np.ndarray:
-    """float32 (160 * frames,) at 16 kHz, peak 0.5, whose log_mel() is near `bands` (frames, 40), up to loudness.
+    """Sound at 16 kHz with peak 0.5, float32 (160 * frames,), whose log_mel() is near `bands` (frames, 40) up to its
+    loudness.
 
-    Mel to linear power by Richardson-Lucy, which keeps it positive; phases by Griffin-Lim with momentum
-    (Perraudin et al. 2013) from random ones.
+    The linear power is computed from mel bands by Richardson-Lucy iterations, which keep it positive. The phases are
+    found from random ones by Griffin-Lim iterations with momentum (Perraudin et al. 2013).
     """
     import torch
 
@@ -109,7 +114,8 @@ def sound_of_log_mel(bands: np.ndarray, iterations: int = 30, seed: int = 0) -> 
         power_TF *= (ratio_TM @ filters_FM.T) / filters_FM.sum(1).clamp_min(1e-6)
     magnitude_FT = power_TF.sqrt().T
     window = torch.from_numpy(np.hanning(MEL_WINDOW).astype(np.float32))
-    # log_mel's frames are centred half a hop later than torch's: the sound starts half a hop before torch's first
+    # The frames of log_mel are centred half a hop later than torch's, so the sound begins half a hop before torch's
+    # first frame.
     length = MEL_HOP * len(bands) - MEL_HOP // 2
 
     def sound(spectrum_FT: torch.Tensor) -> torch.Tensor:
@@ -132,7 +138,7 @@ def sound_of_log_mel(bands: np.ndarray, iterations: int = 30, seed: int = 0) -> 
 
 
 class Window(NamedTuple):
-    """In units of its clip: the model hears [start, stop), of which [first, last) is kept."""
+    """A window of a clip, in units: the model hears [start, stop), of which [first, last) is kept."""
 
     clip: int
     start: int
@@ -142,7 +148,8 @@ class Window(NamedTuple):
 
 
 def windows(clip: int, units: int, window: int, context: int) -> list[Window]:
-    """One for a clip of up to `window` units; else overlapping ones, all that long, that keep each unit once."""
+    """The windows of a clip: a single one for up to `window` units, otherwise overlapping windows of that length, of
+    which each unit is kept once."""
     if units <= window:
         return [Window(clip, 0, units, 0, units)]
     starts = [*range(0, units - window, window - 2 * context), units - window]
@@ -153,14 +160,15 @@ def windows(clip: int, units: int, window: int, context: int) -> list[Window]:
 class PublishedModel(ABC):
     """What both kinds of published models share: their folder, windows, and batches of equal lengths.
 
-    Never padded to a common length: a group-normalised extractor would hear the padding (features off by 2.4).
+    Clips are never padded to a common length, because an extractor with group norm would hear the padding, which
+    changes features by up to 2.4.
     """
 
     sample_rate: int
     hop: int
     width = 1
-    padding = 0  # zeros after the last sample, so that the last unit is complete
-    normalize = False
+    padding = 0  # the number of zeros after the last sample that make the last unit complete
+    normalize = False  # whether clips are scaled to mean 0 and deviation 1
 
     def __init__(self, path: Path, model_type: str, window_seconds: float, device: str):
         self.model = load_model(path, model_type).to(device)
@@ -168,7 +176,7 @@ class PublishedModel(ABC):
 
     @abstractmethod
     def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
-        """Features (B, units, width), or codes (B, units)."""
+        """The features (B, units, width), or codes (B, units), of samples (B, S)."""
 
     def __call__(self, clips: Sequence[np.ndarray]) -> Iterator[Piece]:
         import torch
@@ -196,9 +204,10 @@ class PublishedModel(ABC):
 
 
 class HiddenStates(PublishedModel):
-    """Hidden states of a HuBERT-like folder's layer (1 = after the first Transformer layer), exactly 25 a second.
+    """The hidden states of one layer of a HuBERT-like model, exactly 25 per second. Layer 1 is after the first
+    Transformer layer.
 
-    A model of 50 a second is averaged by twos.
+    Where a model has 50 per second, each two are averaged.
     """
 
     sample_rate, hop = SAMPLE_RATE, HOP
@@ -219,10 +228,10 @@ class HiddenStates(PublishedModel):
         self.padding = max(0, receptive_field - hop)
         self.layer, self.width = layer, config.hidden_size
         self._pooled = HOP // hop
-        # What lies above is not needed; one more layer stays, for some classes normalise after the last one.
+        # Higher layers are not needed. One more layer is kept, because some classes normalise after the last one.
         self.model.encoder.layers = self.model.encoder.layers[: layer + 1]
         preprocessor = path / "preprocessor_config.json"
-        # transformers' own default, where the file is there
+        # Where the file exists but lacks the key, transformers normalises.
         self.normalize = preprocessor.is_file() and bool(read_json(preprocessor).get("do_normalize", True))
 
     def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
@@ -231,7 +240,7 @@ class HiddenStates(PublishedModel):
 
 
 class MimiCodes(PublishedModel):
-    """The semantic codebook of a Mimi folder: 12.5 codes a second for the published one, no k-means."""
+    """The codes of a Mimi model's semantic codebook, 12.5 per second for the published model. They need no k-means."""
 
     def __init__(self, path: Path, model_type: str, window_seconds: float, device: str):
         super().__init__(path, model_type, window_seconds, device)
@@ -245,7 +254,7 @@ class MimiCodes(PublishedModel):
 
 
 def _mean_and_deviation(samples: np.ndarray, block: int = 1 << 20) -> tuple[float, float]:
-    """As Wav2Vec2FeatureExtractor normalises, without a second copy of the clip."""
+    """(mean, standard deviation) by which Wav2Vec2FeatureExtractor normalises, without a second copy of the clip."""
     mean = float(samples.mean(dtype=np.float64))
     squares = sum(
         float(np.square(samples[i : i + block] - mean, dtype=np.float64).sum()) for i in range(0, len(samples), block)
@@ -254,21 +263,23 @@ def _mean_and_deviation(samples: np.ndarray, block: int = 1 << 20) -> tuple[floa
 
 
 def load_model(path: Path, model_type: str) -> Any:
-    """A model of transformers from a folder; weights are safetensors or, without code, a .bin."""
+    """A model of transformers from a folder. Its weights are safetensors, or a .bin file from which only tensors are
+    read, never code. Raises UserError for a folder of another model."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json there, so not a folder of a {model_type} model")
     found = read_json(path / "config.json").get("model_type")
     if found != model_type:
         raise UserError(f"{path}: extractor '{model_type}', but its config.json says model_type {found!r}")
     name, attention = MODELS[model_type]
-    # a folder that holds both is read from its safetensors; of a .bin, only tensors are unpickled
+    # Where a folder holds both kinds of weights, safetensors are read.
     return load_published(path, "transformers", name, weights_only=True, attn_implementation=attention).float()
 
 
 def extractor(
     name: str, model: Path | None, layer: int | None, window_seconds: float = WINDOW_SECONDS, device: str = "cpu"
 ) -> Extractor:
-    """By its name in EXTRACTORS. Raises ValueError for what it lacks, or cannot be."""
+    """The extractor with a name in EXTRACTORS. Raises UserError where `model` or `layer` is missing, is superfluous, or
+    does not fit."""
     if name == "log_mel":
         return LogMel()
     if name not in MODELS:

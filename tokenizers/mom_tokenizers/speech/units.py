@@ -1,7 +1,8 @@
-"""Speech units: 25 a second, each the nearest k-means centroid of 40 ms of features; or a codec's own codes.
+"""The speech tokenizer. It makes 25 units per second, each the k-means centroid nearest to the features of 40 ms, or
+takes the codes of a codec.
 
-A stored tokenizer is a folder: speech_tokenizer.json, centroids.safetensors, and, where its extractor is a published
-model, that model's folder under the extractor's name.
+A stored tokenizer is a folder with speech_tokenizer.json, centroids.safetensors, and, where its extractor is a
+published model, that model's folder under the extractor's name.
 """
 
 from __future__ import annotations
@@ -39,15 +40,17 @@ ASSIGNED_AT_ONCE = 4_096
 
 
 def count_units(samples: int, rate: int, per_second: float = UNITS_PER_SECOND) -> int:
-    """floor(per_second * seconds + 1/2), in integers: 40 ms a unit at 25, the last one complete at half or more."""
+    """The number of units of a clip, floor(per_second * seconds + 1/2), computed in integers. At 25 per second a unit
+    takes 40 ms, and the last one counts where at least half of it is there."""
     twice = round(2 * per_second)
     return (twice * samples + rate) // (2 * rate)
 
 
 def read_centroids(file: str | Path) -> np.ndarray:
-    """float32 (units, features) from .safetensors ('centroids', or the one tensor it holds) or .npy.
+    """Centroids, float32 (units, features), from a .npy or a .safetensors file. The latter holds them as 'centroids' or
+    as its only tensor.
 
-    Raises ValueError for anything else: joblib's and torch's files are pickles, which run code when they are read.
+    Raises UserError for any other file. Files of joblib and torch are pickles, which can run code when they are read.
     """
     file = Path(file)
     if file.suffix == ".safetensors":
@@ -77,7 +80,7 @@ def read_centroids(file: str | Path) -> np.ndarray:
 
 
 class SpeechTokenizer:
-    """(float32 mono waveform, sample rate) -> speech units."""
+    """Encodes (float32 mono waveform, sample rate) as speech units. Only log-mel units can be decoded to sound."""
 
     kind = "units"
 
@@ -94,11 +97,11 @@ class SpeechTokenizer:
         device: str = "cpu",
         source: Path | None = None,
     ):
-        """`centroids`: (units, features); None for extractor 'mimi', which has codes of its own.
+        """`centroids` are (units, features), or None for extractor 'mimi', which has codes of its own.
 
-        `model`, `layer`: the folder and layer of any extractor but 'log_mel'. `window_seconds`: longer clips go
-        through the model in overlapping windows. `deduplicate`: drop a unit equal to the one before it, and with it
-        how long it lasted. `mean`: (40,) log-mel bands of the average clip, for decode().
+        `model` and `layer` are the folder and layer of any extractor but 'log_mel'. Clips longer than `window_seconds`
+        go through the model in overlapping windows. `deduplicate` drops every unit that equals the one before it, so
+        that durations are lost. `mean` (40,) are the log-mel bands of the average clip, for decode().
         """
         self._model = None if extractor == "log_mel" or model is None else Path(model)
         self._features = make_extractor(extractor, self._model, layer, window_seconds, device)
@@ -110,7 +113,7 @@ class SpeechTokenizer:
             self._config["window_seconds"] = window_seconds
         if deduplicate:
             self._config["deduplicate"] = True
-        self._source = source  # the folder it was loaded from: copied by save(), so that the fingerprint stays
+        self._source = source  # the folder it was loaded from; save() copies it, so that the fingerprint stays the same
         self._tensors: dict[str, np.ndarray] = {}
         if isinstance(self._features, MimiCodes):
             if centroids is not None:
@@ -143,7 +146,8 @@ class SpeechTokenizer:
         seed: int = 0,
         device: str = "cpu",
     ) -> SpeechTokenizer:
-        """Mini-batch k-means over the features of all waveforms. Raises ValueError for too little speech."""
+        """Find centroids by mini-batch k-means over the features of all waveforms. Raises UserError for too little
+        speech."""
         from sklearn.cluster import MiniBatchKMeans
 
         if extractor == "mimi":
@@ -171,7 +175,7 @@ class SpeechTokenizer:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> SpeechTokenizer:
-        """From a folder as save() writes it. Raises ValueError."""
+        """Load a folder that save() wrote. Raises UserError where it is not such a folder."""
         path = Path(path)
         files = cls.files(path)
         config = read_json(files[CONFIG])
@@ -205,7 +209,7 @@ class SpeechTokenizer:
 
     @staticmethod
     def files(path: str | Path) -> dict[str, Path]:
-        """Name -> file of everything the tokenizer is made of. Raises ValueError when one is missing."""
+        """The path of every file of the tokenizer by its name. Raises UserError where one is missing."""
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise UserError(f"{path}: no {CONFIG} there; expected a folder written by train_tokenizers.py")
@@ -217,7 +221,7 @@ class SpeechTokenizer:
 
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
-        """Number of units of a stored tokenizer, from its config or the header of its centroids."""
+        """The number of different units of a stored tokenizer, from its config or the header of its centroids."""
         files = cls.files(path)
         if CENTROIDS not in files:
             return int(read_json(files[CONFIG])["size"])
@@ -228,13 +232,13 @@ class SpeechTokenizer:
 
     @classmethod
     def stored_rate(cls, path: str | Path) -> dict[str, float | bool]:
-        """{"units_per_second"} of a stored tokenizer; where "deduplicate" is in it, at most so many."""
+        """{"units_per_second"} of a stored tokenizer. Where it also has {"deduplicate": True}, there may be fewer."""
         config = read_json(cls.files(path)[CONFIG])
         rate = {"units_per_second": config.get("units_per_second", float(UNITS_PER_SECOND))}
         return rate | ({"deduplicate": True} if config.get("deduplicate") else {})
 
     def save(self, directory: str | Path) -> None:
-        """A model of which there is only a .bin is written as safetensors."""
+        """Write the tokenizer's folder. A model whose weights are only in a .bin file is written as safetensors."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files: dict[str, Path] = {}
@@ -259,7 +263,7 @@ class SpeechTokenizer:
                 shutil.copyfile(file, directory / relative)
 
     def fingerprint(self) -> str:
-        """16 hex digits; the same after save and load, and on every machine."""
+        """16 hexadecimal digits, which are the same after save and load, and on every machine."""
         if self._source is not None:
             return fingerprint_files(self.kind, self.files(self._source))
         with TemporaryDirectory() as directory:
@@ -267,16 +271,18 @@ class SpeechTokenizer:
             return fingerprint_files(self.kind, self.files(directory))
 
     def features(self, value: Waveform) -> np.ndarray:
-        """float32 (units, features) of a waveform, before quantisation."""
+        """The features of a waveform before quantisation, float32 (units, features)."""
         pieces = sorted(self._features([self.resampled(value)]), key=lambda piece: piece[1])
         return np.concatenate([features for _, _, features in pieces])
 
     def encode(self, value: Waveform) -> np.ndarray:
-        """uint32 (count_units(samples, rate, units_per_second),). Raises ValueError for less than half a unit."""
+        """The units of a waveform, uint32 (count_units(samples, rate, units_per_second),), or fewer with `deduplicate`.
+        Raises UserError for less than half a unit."""
         return self.encode_batch([value])[0]
 
     def encode_batch(self, values: Sequence[Waveform]) -> list[np.ndarray]:
-        """As `encode` of each: clips of equal length, and windows of long ones, go through a model together."""
+        """The result of `encode` for each waveform. Clips of equal length, and windows of long ones, go through a model
+        together."""
         clips = [self.resampled(value) for value in values]
         units = [np.empty(len(samples) // self._features.hop, np.uint32) for samples in clips]
         for clip, first, features in self._features(clips):
@@ -286,11 +292,13 @@ class SpeechTokenizer:
         return units
 
     def resampled(self, value: Waveform) -> np.ndarray:
-        """float32 (units * hop,) as the features hear it. Raises ValueError for less than half a unit."""
+        """The waveform as the extractor receives it, float32 (units * hop,). Raises UserError for less than half a
+        unit."""
         return _resampled(*value, self._features.sample_rate, self._features.hop)
 
     def _nearest(self, features: np.ndarray) -> np.ndarray:
-        # |x|^2 is the same for all centroids; float64, so that ties fall alike everywhere
+        # The nearest centroid c has the largest x·c - |c|^2 / 2, since |x|^2 is the same for all. The sums are in
+        # float64, so that near ties are decided alike on all machines.
         centroids_WK = self._tensors["centroids"].T.astype(np.float64)
         return np.concatenate(
             [
@@ -300,9 +308,10 @@ class SpeechTokenizer:
         )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> Waveform:
-        """(float32 (units * 640,), 16,000): an approximate sound of log-mel units, to hear what they keep.
+        """(waveform float32 (units * 640,), sample rate 16,000): an approximate sound of log-mel units, to hear what
+        they keep.
 
-        Raises ValueError for units out of range, for none, and for other extractors, whose features are no sound.
+        Raises UserError for units out of range, for no units, and for other extractors, which need a vocoder.
         """
         if self._config["extractor"] != "log_mel":
             raise UserError(
@@ -319,7 +328,8 @@ class SpeechTokenizer:
 
 
 def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.ndarray:
-    """float32 (units * hop,) at `to_rate`: the tail padded with zeros, or cut where it is below half a unit."""
+    """The waveform at `to_rate`, float32 (units * hop,). The end is padded with zeros to a whole unit, or cut off where
+    it is shorter than half a unit."""
     waveform = np.asarray(waveform, np.float32)
     if waveform.ndim != 1 or rate < 1:
         raise UserError(f"speech: expected a mono waveform and a rate, got shape {waveform.shape} at {rate} Hz")
@@ -328,7 +338,7 @@ def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.nd
         raise UserError(
             f"speech: {len(waveform)} samples at {rate} Hz are below {500 * hop / to_rate:g} ms, too short for a unit"
         )
-    import soxr  # late: whoever only describes a tokenizer does without it
+    import soxr  # late, because describing a tokenizer does not need it
 
     resampled = waveform if rate == to_rate else soxr.resample(waveform, rate, to_rate)
     if len(resampled) == units * hop:
