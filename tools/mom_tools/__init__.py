@@ -1,1 +1,1 @@
-"""The commands of the project. Each module has a function main; mom_tools/__main__.py lists them."""
+"""The commands of the project. The module of each command has a function `main`; mom_tools/__main__.py lists them."""

@@ -1,8 +1,8 @@
-"""How fast the kernels are, beside the hardware's limits and other people's programs in the same run.
+"""Time the kernels beside the limits of the hardware and beside other people's programs, in the same run.
 
-    python tools/bench.py scan --batch 2 --length 1024 --dim 1024
-    python tools/bench.py conv | routing | block [--published CLONE] [--dtype bf16] [--json [OUT]]
-    python tools/bench.py step --help
+    mom bench scan --batch 2 --length 1024 --dim 1024
+    mom bench conv | routing | block [--published CLONE] [--dtype bf16] [--json [OUT]]
+    mom bench step --help
 
 Every candidate first has its output and all gradients compared with a float64 definition at a small size; what is
 wrong is not timed, and the exit code is 1. Times are medians over repetitions in which the candidates take turns: CPU
@@ -85,7 +85,7 @@ def measure(candidates: list[Candidate], repetitions: int, device: str) -> dict[
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
-    """ms: CPU time of the process, or a GPU's own clock."""
+    """Milliseconds that `work` takes: CPU time of the process, or time by the GPU's own clock."""
     if device == "cpu":
         begin = time.process_time()
         run()
@@ -99,7 +99,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> float:
-    """The most bytes at once beyond those before; nan where the kernel does not say."""
+    """The most bytes in use at once, beyond those in use before; nan where the operating system does not say."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -121,8 +121,8 @@ def _status(path: Path, key: str) -> int:
 
 
 def limits(s: Sizes) -> dict[str, float]:
-    """What this machine does now: GEMM in FLOP/s, copying in bytes/s read and written, and on a CPU the seconds per
-    element (token, channel, state) of the C scan's two inner loops on data in the nearest cache."""
+    """What this machine reaches now: matrix products in FLOP/s, copying in bytes/s read and written, and on a
+    CPU the seconds per element (token, channel, state) of the C scan's two inner loops on data in the nearest cache."""
     n = 1024 if s.device == "cpu" else 8192
     a, b = draw(s, (n, n), (n, n))
     source = torch.ones(1 << 24 if s.device == "cpu" else 1 << 28, device=s.device)
@@ -217,16 +217,22 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in SUITES:
         command = commands.add_parser(name, help=f"the {name}" if name != "block" else "a whole Mamba block")
-        command.add_argument("--batch", type=int, default=2, help="rows (2)")
+        command.add_argument("--batch", type=int, default=2, help="rows of the batch (2)")
         command.add_argument("--length", type=int, default=1024, help="positions in a row, over 100 (1024)")
         command.add_argument("--dim", type=int, default=1024, help="width of the model; channels are twice this (1024)")
-        command.add_argument("--state", type=int, default=16, help="N (16)")
+        command.add_argument("--state", type=int, default=16, help="size N of the state (16)")
         command.add_argument("--modalities", type=int, default=3, help="(3)")
-        command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the rows; bf16 is autocast")
-        command.add_argument("--repetitions", type=int, default=7, help="timed, after one that is not (7)")
-        command.add_argument("--threads", type=int, default=1, help="on a CPU (1)")
+        command.add_argument(
+            "--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the rows; bf16 is autocast"
+        )
+        command.add_argument(
+            "--repetitions", type=int, default=7, help="timed repetitions, after one that is not timed (7)"
+        )
+        command.add_argument("--threads", type=int, default=1, help="threads on a CPU (1)")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--without", nargs="+", default=[], metavar="PART", help="leave out names with this")
+        command.add_argument(
+            "--without", nargs="+", default=[], metavar="PART", help="leave out the candidates whose name contains this"
+        )
         command.set_defaults(published=None)
         if name == "block":
             help = "a clone of github.com/Weixin-Liang/Mixture-of-Mamba; documents are off then, as it has none"

@@ -1,7 +1,7 @@
-"""How fast documents become batches, beside other readers of the same documents.
+"""Time how fast documents become batches, beside other readers of the same documents.
 
-    python tools/bench_data.py --synthetic transfusion
-    python tools/bench_data.py --data TOKENS [TOKENS ...] --json bench.json
+    mom bench-data --synthetic transfusion
+    mom bench-data --data TOKENS [TOKENS ...] --json bench.json
 
 A core-second is a second of CPU time, user and system, of every process involved, starting the workers included; each
 figure is the best of --repeats. Files are in the page cache. Tokens are the input tokens of documents (a latent patch
@@ -66,7 +66,7 @@ if __name__ == "__main__":
 
 
 class Measured(NamedTuple):
-    """A row of the table; seconds of CPU and of the clock for so many tokens and bytes."""
+    """A row of the table: the CPU seconds and clock seconds that a number of tokens and bytes took."""
 
     name: str
     tokens: int
@@ -219,11 +219,11 @@ def ours(corpus: Corpus, repeats: int, workers: Sequence[int]) -> Iterator[Measu
 
 
 def void(_: object) -> None:
-    """Drops what a run made."""
+    """A consumer that drops every item."""
 
 
 def peak_rss(pid: int) -> int:
-    """Bytes of memory that a process held at most, pages shared with its parent included."""
+    """The most bytes of memory that a process has held, including the pages that it shares with its parent."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -299,7 +299,7 @@ def peers(corpus: Corpus, folder: Path, repeats: int, litdata_python: str | None
 
 
 def sizes(corpus: Corpus) -> dict[str, float]:
-    """What the format costs beside the payload."""
+    """Bytes that the format needs in addition to the stored tokens and latents."""
     keys = [(k, n) for k, d in enumerate(corpus.datasets) for n in range(len(d.shards))]
     tar = sum(s["bytes"] for d in corpus.datasets for s in d.shards)
     paths = [(corpus.folders[k] / corpus.datasets[k].shards[n]["name"]).with_suffix(".idx") for k, n in keys]
@@ -337,11 +337,11 @@ def main() -> None:
         "--data", nargs="+", type=Path, metavar="FOLDER", help="folders of token shards, on this machine"
     )
     source.add_argument("--synthetic", choices=KINDS, help="a corpus of random ids, made for the occasion")
-    parser.add_argument("--tokens", type=float, default=8e6, help="about how many to go through (default 8e6)")
+    parser.add_argument("--tokens", type=float, default=8e6, help="about how many tokens to read (default 8e6)")
     parser.add_argument("--length", type=int, default=4096, help="positions of a row (default 4096)")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch (default 4)")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="loader workers (default 0 1 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="each is measured so often (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each reader is measured (default 3)")
     parser.add_argument("--litdata-python", metavar="PATH", help="a Python that has litdata, to measure it as well")
     add_json(parser)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What tools/bench.py compares with: definitions in float64 to be right by, and other people's programs to be timed.
+"""What `mom bench` compares with: float64 definitions, which tell what is right, and other people's programs.
 
 Everything here is in time order (B, L, ...), as others have it. Nothing of the published repository is copied: its
 module is loaded from a clone that the caller names.

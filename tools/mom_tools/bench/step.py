@@ -1,9 +1,9 @@
-"""The whole training step: mixture against dense Mamba and a Transformer of the same size, and against its own length.
+"""Time the whole training step of the mixture, of dense Mamba and of a Transformer of the same size, by row length.
 
-    python tools/bench.py step --dim 256 --layers 4 --length 1024 --precision bf16
-    python tools/bench.py step --context 1k 4k 16k 64k --dim 64 --layers 2 --vocabulary 512
+    mom bench step --dim 256 --layers 4 --length 1024 --precision bf16
+    mom bench step --context 1k 4k 16k 64k --dim 64 --layers 2 --vocabulary 512
 
-Repetitions of the systems take turns, so that a busy machine is busy for all of them, and a ratio is the median of the
+The systems take turns, so that a busy machine slows all of them down, and a ratio is the median of the
 turns' ratios. Times are medians: CPU time of the process on a CPU (all threads together), CUDA events on a GPU.
 """
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=4, help="of two Mamba blocks or one Transformer block each (4)")
     parser.add_argument("--vocabulary", type=int, default=65_536, help="ids (65536)")
     parser.add_argument("--modalities", type=int, default=3, help="weights of the mixture's projections (3)")
-    parser.add_argument("--batch", type=int, default=2, help="rows (2)")
+    parser.add_argument("--batch", type=int, default=2, help="rows of the batch (2)")
     parser.add_argument("--length", type=int, default=1024, help="positions in a row (1024)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--checkpointing", choices=tuple(_RECOMPUTE), default="false")
@@ -109,8 +109,8 @@ class _Step:
         self.draw()
 
     def draw(self) -> None:
-        """Other spans and documents, for the next step: in training no two batches have the same. All systems draw
-        alike."""
+        """Draw new spans and documents for the next step, because no two batches of a training have the same. All
+        systems draw the same ones."""
         modality_BL, document_BL = _rows(*self._shape, self._modalities, self._generator)
         layout = RowLayout.sort(modality_BL.clamp(max=self._used - 1), document_BL, self._used)
         moved = {k: v.to(self.device) for k, v in vars(layout).items() if isinstance(v, Tensor) and k != "offsets"}
@@ -131,7 +131,7 @@ class _Step:
             self.optimizer.zero_grad()
 
     def peak_bytes(self) -> int:
-        """Most bytes of one step beyond what lies between steps (weights and moments)."""
+        """The most bytes that one step needs in addition to the weights and moments, which stay between steps."""
         nothing = lambda phase: nullcontext()  # noqa: E731
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -161,7 +161,7 @@ def _rows(batch: int, length: int, modalities: int, generator: torch.Generator) 
 
 
 def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[str, Any]:
-    """Name -> figures. Repetitions take turns."""
+    """Name of a system -> its figures. The systems take turns."""
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in tqdm(range(warm_up + repetitions), unit="round", disable=None):
         for name, step in steps.items():
@@ -228,7 +228,7 @@ class _Laps:
 
 
 def _gemm_flops_per_second(arguments: argparse.Namespace) -> float:
-    """Of one large product in the run's precision: what the step could reach at most."""
+    """The speed of one large matrix product in the run's precision, which no step can exceed."""
     n = 1024 if arguments.device == "cpu" else 8192
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     a, b = torch.randn(2, n, n, device=arguments.device).to(dtype)

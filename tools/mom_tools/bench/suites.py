@@ -1,4 +1,4 @@
-"""The candidates of tools/bench.py on one problem each: ours by backend, dense PyTorch, and the peers."""
+"""The candidates of `mom bench` on one problem each: ours by backend, dense PyTorch, and the peers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Candidate:
     prepare: Callable[[], None] = lambda: None
 
     def backward(self) -> dict[str, Any]:
-        """Forward and backward; the gradients by name, "y" being the output."""
+        """Run forward and backward. Returns the gradients by name, and the output as "y"."""
         y = self.forward()
         grads = torch.autograd.grad(y, list(self.leaves.values()), self.gradient)
         return {"y": y, **dict(zip(self.leaves, grads, strict=True))}
@@ -47,7 +47,7 @@ class Candidate:
 
 @dataclass
 class Suite:
-    """What one subcommand measures: candidates (or why one is absent), and the truth where sizes are small."""
+    """What one subcommand measures: candidates, why others are absent, and at small sizes the right results."""
 
     candidates: list[Candidate]
     truth: dict[str, Tensor] | None = None
@@ -95,7 +95,7 @@ def truth_of(define: Callable[..., Tensor], leaves: dict[str, Tensor], gradient:
 
 
 def rows_of(leaves: dict[str, Tensor], layout: RowLayout, of_rows: set[str]) -> dict[str, Tensor]:
-    """The leaves in row order."""
+    """The problem's inputs in row order, as leaves that gradients are computed for."""
     flat = lambda t: t.detach().reshape(layout.tokens, -1)[layout.rows]  # noqa: E731
     return {n: (flat(t) if n in of_rows else t.detach().clone()).requires_grad_() for n, t in leaves.items()}
 
@@ -296,7 +296,7 @@ def block(s: Sizes) -> Suite:
 
 
 def _gemms(s: Sizes, p: dict[str, Tensor], autocast: Callable[[], Any]) -> Candidate:
-    """The block's four matrix products alone, of one modality."""
+    """Only the four matrix products of the block, for one modality."""
     weights: dict[str, Tensor] = {name: p[name][0].detach().clone().requires_grad_() for name in PROJECTIONS}
     T = s.batch * s.length
     inputs = [t.requires_grad_() for t in draw(s, *[(T, weights[name].shape[1]) for name in PROJECTIONS])]

@@ -1,8 +1,8 @@
-"""What tokenizing costs: CPU-seconds of every stage, on the first documents of each raw file.
+"""Time every stage of tokenizing in CPU-seconds, on the first documents of each raw file.
 
-    python tools/bench_tokenizers.py --tokenizers TOKENIZERS.yaml --input 'raw/*.tar' --documents 200
+    mom bench-tokenizers --tokenizers TOKENIZERS.yaml --input 'raw/*.tar' --documents 200
 
-CPU-seconds, not seconds by the clock, so that a busy machine does not lie; one thread, so that rates are per core.
+CPU-seconds do not depend on how busy the machine is. One thread is used, so that rates are per core.
 Every stage runs once before it is measured.
 """
 
@@ -47,7 +47,7 @@ def sample(files: Sequence[Path], documents: int) -> list[Document]:
 
 
 def measured(work: Callable[[Any], Any], values: Sequence[Any]) -> tuple[list[Any], float]:
-    """Results and CPU-seconds of `work` on each; what it cannot read is left out, its time counted."""
+    """Results and CPU-seconds of `work` on each item. Items that it cannot read give no result; their time counts."""
     results = []
     for value in values[:1]:
         _tried(work, value)
@@ -69,7 +69,7 @@ def in_batches(values: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def stage(modality: str, name: str, seconds: float, **amounts: float) -> dict[str, Any]:
-    """`amounts`: how much went through, by unit."""
+    """A row of the table. `amounts`: how much was processed, by unit."""
     per_second = {unit: amount / seconds if seconds else None for unit, amount in amounts.items()}
     return {
         "modality": modality,
@@ -196,7 +196,9 @@ def main() -> None:
         "--tokenizers", type=Path, required=True, help="tokenizers.yaml, as train_tokenizers.py writes it"
     )
     add_input(parser)
-    parser.add_argument("--documents", type=int, default=200, help="over all inputs (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=200, help="number of documents over all inputs (default: %(default)s)"
+    )
     add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("bench_tokenizers"):

@@ -50,7 +50,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """As resolved at the run's start, in today's form; empty where there is none."""
+        """The config as it was resolved when the run started, in today's schema; empty where there is none."""
         return with_defaults(read_saved(self.path))
 
     @property
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """Of its losses: loss/<modality>, then val/<set>/loss/<modality>."""
+        """The names of the run's losses: loss/<modality>, then val/<set>/loss/<modality>."""
         found = dict.fromkeys(name for line in self.lines for name in line if _LOSS.fullmatch(name))
         return sorted(found, key=lambda name: name.startswith("val/"))
 
@@ -76,7 +76,7 @@ class Run:
         return round(sequences * length * share)
 
     def over(self, name: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
-        """(x (N,), y (N,)) of what is logged as `name`, over one of AXES."""
+        """(x (N,), y (N,)): the values logged as `name`, over one of AXES."""
         known = {"steps": "step", "flops": "flops/total"}
         points = []
         for line in self.lines:
@@ -133,12 +133,12 @@ class Model:
     """The curves of one model's runs (seeds) for one loss."""
 
     flops_G: np.ndarray
-    """Mean over the runs at the same share of their training."""
+    """(G,): mean FLOPs of the runs at the same share of their training."""
     loss_RG: np.ndarray
 
     @staticmethod
     def of(runs: Sequence[Run], name: str, window: float) -> Model:
-        """Raises ValueError where runs of one model were trained for different FLOPs."""
+        """The curves of `runs`. Raises UserError where runs of one model were trained for different FLOPs."""
         curves = [run.curve(name, window) for run in runs]
         ends = np.array([flops[-1] for flops, _ in curves])
         if ends.max() > 1.2 * ends.min():  # padding varies with the seed, in short runs by a tenth
@@ -168,20 +168,21 @@ class Comparison:
     it never does."""
     relative_flops_interval: Interval
     baseline_reach_percent: float
-    """Of its own FLOPs, when the baseline first reaches its own final loss: 100, less where noise dips below it early.
+    """When the baseline first reaches its own final loss, in percent of its FLOPs: 100, or less where noise
+    dips below early.
     FLOPs to match say something where they are below this."""
     baseline_loss: float
     candidate_loss: float
     baseline_flops: float
     candidate_flops: float
     runs: tuple[int, int]
-    """Of the baseline and of the candidate."""
+    """Number of runs of the baseline and of the candidate."""
     interval_from: str | None
     """`pairs` of seeds, `seeds` (not paired), or `blocks` of one run's last training losses."""
 
 
 def compare(baseline: Sequence[Run], candidate: Sequence[Run], window: float = WINDOW) -> dict[str, Comparison]:
-    """Every loss that all runs have in common -> comparison. Raises ValueError where there is none."""
+    """Name of each loss that all runs have in common -> its comparison. Raises UserError where there is none."""
     if not 0 <= window < 1:
         raise UserError(f"the window is a share of the FLOPs, from 0 to below 1, not {window}")
     common = [n for n in baseline[0].names if all(n in run.names for run in (*baseline, *candidate))]
@@ -321,6 +322,6 @@ def _bootstrap(baseline: Run, candidate: Run, name: str, window: float) -> Inter
 
 
 def _order(run: Run) -> list[Any]:
-    """What decides which data a step sees; not how it is routed."""
+    """The settings that decide which data a step sees. How tokens are routed is not among them."""
     data = {key: value for key, value in run.config.get("data", {}).items() if key != "corrupt_share"}
     return [run.config.get("seed"), data, run.config.get("training", {}).get("batch")]

@@ -1,6 +1,6 @@
-"""Which loss for how many FLOPs: one model's runs against another's, by modality and validation set.
+"""Compare the runs of two models: which loss each reaches for how many FLOPs, by modality and validation set.
 
-    python tools/match_loss.py --baseline runs/dense-0 runs/dense-1 --candidate runs/mixture-0 runs/mixture-1 \\
+    mom match-loss --baseline runs/dense-0 runs/dense-1 --candidate runs/mixture-0 runs/mixture-1 \\
         --json matched.json --plot matched.png --paper 7:37M
 
 Gain: (baseline's final loss - candidate's) / baseline's. FLOPs to match: the candidate's when it first reaches the
@@ -100,7 +100,7 @@ def as_csv(found: Mapping[str, Comparison]) -> str:
 
 
 def notes(found: Mapping[str, Comparison], window: float) -> str:
-    """What the reader of the table must know about it."""
+    """What the reader must know about the table: how losses were smoothed, and where intervals come from."""
     first = next(iter(found.values()))
     sources = {x.interval_from for x in found.values()}
     said = [f"Training losses: means over the last {100 * window:g} % of the FLOPs spent. Validation: as logged."]
@@ -180,13 +180,30 @@ def _draw_one(above: Axes, below: Axes, sides: Mapping[str, Sequence[Run]], name
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "--baseline", nargs="+", type=Path, required=True, metavar="RUN", help="seeds of the dense model"
+        "--baseline",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="runs of the dense model, one for each seed",
     )
     parser.add_argument(
-        "--candidate", nargs="+", type=Path, required=True, metavar="RUN", help="seeds of the other one"
+        "--candidate",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="runs of the other model, one for each seed",
     )
-    parser.add_argument("--window", type=float, default=WINDOW, help="smooths training losses (%(default)s; 0: none)")
-    parser.add_argument("--paper", metavar="TABLE:ROW", help="put published figures beside, such as 7:1.5B or 4:163M")
+    parser.add_argument(
+        "--window",
+        type=float,
+        default=WINDOW,
+        help="share of the FLOPs over which training losses are averaged (%(default)s; 0: none)",
+    )
+    parser.add_argument(
+        "--paper", metavar="TABLE:ROW", help="show the paper's figures beside, such as 7:1.5B or 4:163M"
+    )
     add_json(parser)
     parser.add_argument("--csv", type=Path, metavar="OUT")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="the table (printed in any case)")

@@ -1,6 +1,6 @@
-"""The curves of one or more runs as a picture: loss by modality, training and validation.
+"""Draw the curves of one or more runs: training and validation loss by modality.
 
-    python tools/plot_run.py runs/demo/run [RUN ...] --out curves.png [--x steps|tokens|flops]
+    mom plot runs/demo/run [RUN ...] --out curves.png [--x steps|tokens|flops]
 
 A RUN/unigram.json, where there is one, is drawn as the baseline.
 """

@@ -1,10 +1,10 @@
-"""One or more runs as one HTML page that needs no network: what was trained, on what, how it went, what it cost.
+"""Write one HTML page about one or more runs: what was trained, on which data, how it went and what it cost.
 
-    python tools/report.py runs/demo/run --output report.html
-    python tools/report.py runs/dense-0 runs/dense-1 runs/mixture-0 runs/mixture-1 --price 2.5
+    mom report runs/demo/run --output report.html
+    mom report runs/dense-0 runs/dense-1 runs/mixture-0 runs/mixture-1 --price 2.5
 
 Runs that differ in nothing but their seed are one model; the first model is the baseline that the others are compared
-with, as tools/match_loss.py does. What a run's directory lacks is left out.
+with, as `mom match-loss` does. The page needs no network, and leaves out what a run's directory does not hold.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".wav": "audio/wav"}
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted key -> text."""
+    """Nested mappings as one mapping of dotted key -> text."""
     if isinstance(values, dict) and values:
         return {k: v for key, inner in values.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
     if isinstance(values, list) and all(not isinstance(v, dict | list) for v in values):
@@ -79,7 +79,7 @@ def middle(run: Run, name: str) -> float | None:
 
 
 def facts(run: Run, price: float | None) -> dict[str, Any]:
-    """What the tables say of a run."""
+    """The figures of a run that the tables of the page show."""
     last: dict[str, float] = next((line for line in reversed(run.lines) if tokens_of(line)), {})
     environment = json_or_none(run.path / "environment.json") or {}
     world = environment.get("world_size") if isinstance(environment, dict) else None
@@ -120,7 +120,7 @@ def rollbacks(path: Path) -> list[Any]:
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """The newest sampled generations: RUN/samples/step-N/, then what tools/generate.py left in RUN/samples.
+    """The newest sampled generations: RUN/samples/step-N/, then what `mom generate` left in RUN/samples.
 
     Each has parts in the order in which they were made: text, pictures and recordings as they stand in it, and ids
     by their file's name. Nothing of a sample is cut; a file above 16 MB is named in its place.
@@ -213,7 +213,7 @@ def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> dict
 
 
 def models(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in nothing but seed and place, together; in the order given."""
+    """The runs grouped by model, in the order given: runs that differ only in seed and folder belong to one model."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         what = {k: v for k, v in run.config.items() if k not in ("seed", "run_dir")}
@@ -222,7 +222,7 @@ def models(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every other model against the first. Where they cannot be compared, why."""
+    """The comparison of every other model with the first, or the reason why they cannot be compared."""
     baseline, *others = models(runs)
     found: list[dict[str, Any]] = []
     for other in others:
@@ -238,7 +238,7 @@ def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Paths without what they have in common; of one run its last two parts."""
+    """Names of the runs: their paths without the part that all share, or the last two parts of a single run's path."""
     paths = [run.path.absolute() for run in runs]
     shared = len(Path(os.path.commonpath(paths)).parts) if len(paths) > 1 else len(paths[0].parts) - 2
     return ["/".join(p.parts[min(shared, len(p.parts) - 1) :]) for p in paths]
@@ -311,7 +311,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the first is the baseline")
     parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html, or report.html of several)")
-    parser.add_argument("--price", type=float, help="of one device (rank) for an hour, in any currency")
+    parser.add_argument("--price", type=float, help="price of one device (rank) for an hour, in any currency")
     arguments = parser.parse_args()
     with exit_clearly("report"):
         if arguments.price is not None and not 0 <= arguments.price < math.inf:

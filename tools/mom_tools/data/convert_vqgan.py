@@ -1,7 +1,7 @@
-"""A published VQGAN checkpoint (taming-transformers' VQModel, Chameleon's) as an image tokenizer of kind vq.
+"""Convert a published VQGAN checkpoint (taming-transformers' VQModel, Chameleon's) to an image tokenizer of kind vq.
 
-    python tools/convert_vqgan.py vqgan.ckpt --output tokenizers/image                     # Chameleon: 512 pixels
-    python tools/convert_vqgan.py last.ckpt --output tokenizers/image --resolution 256     # ImageNet f16: 256 codes
+    mom convert-vqgan vqgan.ckpt --output tokenizers/image                     # Chameleon: 512 pixels
+    mom convert-vqgan last.ckpt --output tokenizers/image --resolution 256     # ImageNet f16: 256 codes
 
 DIR gets a diffusers.VQModel (config.json, safetensors) and image_tokenizer.json. Sizes come from the tensors' shapes.
 Pickled checkpoints are read without running what they hold; discriminators and perceptual losses are left out.
@@ -95,7 +95,7 @@ def model_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         )
 
     def count(pattern: str) -> int:
-        """Of the numbers that stand in the pattern's place."""
+        """How many different numbers stand in the place that the pattern marks."""
         return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
     levels = count(r"encoder\.down\.(\d+)\.block\.")

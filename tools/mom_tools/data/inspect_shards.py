@@ -1,7 +1,7 @@
-"""What is in a token dataset, and how its rows are packed, as one HTML page that needs no network.
+"""Show what a token dataset holds and how its rows are packed, as one HTML page that needs no network.
 
-    python tools/inspect_shards.py tokens/train --output page.html --length 1024 --tokenizers tokenizers.yaml
-    python tools/inspect_shards.py --config configs/demo.yaml --output page.html
+    mom inspect tokens/train --output page.html --length 1024 --tokenizers tokenizers.yaml
+    mom inspect --config configs/demo.yaml --output page.html
 
 Shows packed rows, documents chosen by hash from every kind (text, pictures and speech decoded where the tokenizers are
 given), counts and lengths by modality, padding, and sources.
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml, to decode documents (default: the config's)")
     parser.add_argument("--rows", type=int, default=24, help="packed rows to draw (default: %(default)s)")
     parser.add_argument("--documents", type=int, default=12, help="documents to show (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of documents, and of the order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of documents, and of the order")
     arguments = parser.parse_args()
     with exit_clearly("inspect_shards"):
         if min(arguments.length, arguments.lanes, arguments.window, arguments.rows, arguments.documents + 1) < 1:

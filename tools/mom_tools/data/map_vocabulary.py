@@ -1,7 +1,7 @@
-"""A vocabulary layout from a tokenizer that holds image codes among its words, as Chameleon's does.
+"""Make a vocabulary layout from a tokenizer that holds image codes among its words, as Chameleon's does.
 
-    python tools/map_vocabulary.py tokenizer.json --output layout.json
-    python tools/map_vocabulary.py tokenizer.json --output layout.json --further speech=500 --special 'null=<unk>'
+    mom map-vocabulary tokenizer.json --output layout.json
+    mom map-vocabulary tokenizer.json --output layout.json --further speech=500 --special 'null=<unk>'
 
 A run's config then says `vocabulary: layout.json`. Image codes are the tokens IMGIMG...Z; the specials are Chameleon's
 tokens, and reserved tokens where Chameleon has none.
@@ -19,7 +19,7 @@ from mom_tools.output import write_json
 
 
 def pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
-    """NAME=VALUE, several times. Raises ValueError."""
+    """Name -> value, from arguments NAME=VALUE. Raises UserError for another form, or a name that is given twice."""
     for argument in arguments:
         if not all(argument.partition("=")):
             raise UserError(f"{option} {argument}: expected NAME=VALUE")

@@ -1,11 +1,11 @@
-"""What packing will make of a dataset, from its index alone: padding, cut documents, the mixture, epochs.
+"""Predict from the index of a dataset how it will be packed: padding, cut documents, the mixture, epochs.
 
-    python tools/pack_stats.py configs/demo.yaml data.sequence_length=1024
-    python tools/pack_stats.py --data tokens/books tokens/captions --length 4096
+    mom pack-stats configs/demo.yaml data.sequence_length=1024
+    mom pack-stats --data tokens/books tokens/captions --length 4096
 
-Nothing is read but indices. The figures are those of the run's first sequences, exactly; the table beside them shows
-the same data packed in other ways. Warns where padding is above 2 %, and of sources that a run repeats more than four
-times.
+Only indices are read. The figures are exactly those of the run's first sequences; the table beside them shows
+the same data packed in other ways. A warning follows where padding is above 2 %, or
+where a run repeats a source more than four times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mom_tools.output import write_json
 
 
 def text(found: dict[str, Any]) -> str:
-    """The figures for a person."""
+    """The figures as a text for people."""
     total = sum(found["tokens"].values())
     mixture = ", ".join(f"{m} {100 * n / total:.1f} %" for m, n in found["tokens"].items())
     lines = [f"first {found['sequences']:,} sequences of {found['length']:,} positions: {mixture} of {total:,} tokens"]
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("config", nargs="*", metavar="CONFIG key=value", help="a run's config, and overrides of it")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="token shards, in place of a config")
     add_packing(parser, length=4096, lanes=16)
-    parser.add_argument("--seed", type=int, default=0, help="of the order, with --data (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order, with --data (%(default)s)")
     parser.add_argument("--sequences", type=int, default=2048, help="rows to plan (default: %(default)s)")
     add_json(parser)
     arguments = parser.parse_intermixed_args()

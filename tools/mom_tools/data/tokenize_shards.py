@@ -1,12 +1,12 @@
-"""Raw documents in, token shards out: resumable, parallel between and inside input files, the same bytes on every run.
+"""Turn raw documents into token shards, in parallel between and inside input files, with the same bytes on every run.
 
-    python tools/tokenize_shards.py --config TOKENIZERS.yaml --input 'raw/*.tar' --output OUT --workers 8
+    mom tokenize --config TOKENIZERS.yaml --input 'raw/*.tar' --output OUT --workers 8
 
 Inputs are read once for their headers and cut into parts (--part-mib); a part's shards depend on the input, the
 tokenizers, --part-mib and --shard-mib, not on the number of workers. What is gzipped cannot be entered in the middle
-and is one part: gunzip a large .tar.gz first. Killed at any moment and started again, it goes on with the parts that
-are not finished. Documents that cannot be read, or are above --max-..., are skipped, counted and listed in
-OUT/skipped.jsonl; the dataset exists once OUT/manifest.json does.
+and is one part: gunzip a large .tar.gz first. A command that was killed goes on, when it is started again, with
+the parts that are not finished. Documents that cannot be read, or are above --max-..., are skipped, counted and listed
+in OUT/skipped.jsonl; the dataset exists once OUT/manifest.json does.
 
 --submit runs the same on a Slurm cluster (or, to try it, as local processes): an array that reads the headers, an
 array that tokenizes, and a job that commits the manifest. Elsewhere, run it with --stripe 0/N .. N-1/N, then without.
@@ -116,7 +116,7 @@ def each(
     given: Mapping[str, Given],
     tick: Callable[[int], None],
 ) -> dict[str, Made]:
-    """What `work` makes of each, by name. What fails does not hold up the others; then one error names all of it."""
+    """Name -> result of `work`. A failure does not stop the others; at the end one error names all failures."""
     futures: dict[Future[Made], str] = {pool.submit(work, value): name for name, value in given.items()}
     waiting, running = set(futures), list(futures.values())
     made: dict[str, Made] = {}
@@ -162,7 +162,7 @@ class Workers:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def index(self, sources: Mapping[str, Path], settings: Settings, output: Path) -> dict[str, Index]:
-        """The index of every source, by name."""
+        """Name of each source -> its index."""
         known = {name: known_index(source, name, settings, output) for name, source in sources.items()}
         left = {name: (sources[name], name, settings, output) for name, found in known.items() if found is None}
         with self._bar(unit="file", desc="read headers", total=len(sources)) as bar:
@@ -170,7 +170,7 @@ class Workers:
         return {name: known[name] or found[name] for name in sources}
 
     def tokenize(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-        """The record of every job, by name; finished ones are not done again."""
+        """Name of each job -> its record. Finished jobs are not done again."""
         done = {job.name: record for job in jobs if (record := job.finished()) is not None}
         left = {job.name: job for job in jobs if job.name not in done}
         before = sum(job.part.documents for job in jobs if job.name in done)
@@ -246,7 +246,7 @@ def refuse_bad_share(account: Account, most: float, listed: str) -> None:
 
 
 def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output: Path) -> None:
-    """The three steps as jobs; each is this program with the arguments it was called with."""
+    """Submit the three steps as jobs. Each runs this program with the arguments that it was called with."""
     try:
         from submitit import AutoExecutor
         from submitit.core.utils import UncompletedJobError
@@ -320,14 +320,18 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
     """(the run's arguments, the submission's, the command line without the latter)"""
     cluster = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = cluster.add_argument_group("on a cluster")
-    group.add_argument("--submit", nargs="?", const="slurm", choices=["slurm", "local"], help="as jobs, by submitit")
+    group.add_argument(
+        "--submit", nargs="?", const="slurm", choices=["slurm", "local"], help="run as jobs, through submitit"
+    )
     group.add_argument("--dry-run", action="store_true", help="with --submit: only say what would be submitted")
     group.add_argument("--array-size", type=int, default=8, metavar="N", help="tasks of the array (%(default)s)")
-    group.add_argument("--partition", help="Slurm's")
-    group.add_argument("--account", help="Slurm's")
+    group.add_argument("--partition", help="of Slurm")
+    group.add_argument("--account", help="of Slurm")
     group.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="limit of a task (%(default)s)")
-    group.add_argument("--cpus-per-task", type=int, default=8, help="also its --workers (%(default)s)")
-    group.add_argument("--gpus-per-task", type=int, default=0, help="one worker a GPU (%(default)s)")
+    group.add_argument("--cpus-per-task", type=int, default=8, help="cores and --workers of a task (%(default)s)")
+    group.add_argument(
+        "--gpus-per-task", type=int, default=0, help="GPUs of a task, with one worker for each (%(default)s)"
+    )
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cluster], allow_abbrev=False
@@ -336,7 +340,12 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
     add_input(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of models; one worker a GPU")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="device of the models, with one worker for each GPU",
+    )
     parser.add_argument("--split", choices=["train", "val"], help="take one side of a hold-out by document key")
     parser.add_argument("--holdout", type=float, default=0.03, help="share of documents that is val (%(default)s)")
     parser.add_argument("--drop-modalities", nargs="+", default=(), metavar="MODALITY",
@@ -346,13 +355,24 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
                         f"first found counts, before any .txt (default, after: {' '.join(TEXT_KEYS)})")  # fmt: skip
     parser.add_argument("--ignore", nargs="+", default=(), metavar="EXTENSION",
                         help="members with these extensions (npz, srt, ...) are left out; no error")  # fmt: skip
-    parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, help="of a picture (%(default)s)")
-    parser.add_argument("--max-seconds", type=positive, default=7200, help="of a recording (%(default)s)")
-    parser.add_argument("--max-characters", type=positive, default=MAX_CHARACTERS, help="of a text (%(default)s)")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="fail above it (default: %(default)s)")
-    parser.add_argument("--part-mib", type=positive, default=256, help="of raw input, worked on at once (%(default)s)")
+    parser.add_argument(
+        "--max-pixels", type=positive, default=MAX_PIXELS, help="most pixels of a picture (%(default)s)"
+    )
+    parser.add_argument("--max-seconds", type=positive, default=7200, help="longest recording (%(default)s)")
+    parser.add_argument("--max-characters", type=positive, default=MAX_CHARACTERS, help="longest text (%(default)s)")
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.05,
+        help="fail where a larger share of documents is damaged (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--part-mib", type=positive, default=256, help="MiB of raw input that are worked on at once (%(default)s)"
+    )
     parser.add_argument("--shard-mib", type=positive, default=128, help="start a new shard at this size (%(default)s)")
-    parser.add_argument("--stripe", type=stripe, metavar="K/N", help="do every N-th part from K on; commit nothing")
+    parser.add_argument(
+        "--stripe", type=stripe, metavar="K/N", help="work on every N-th part, from the K-th on, and commit nothing"
+    )
     parser.add_argument("--index-only", action="store_true", help="read the headers (of the stripe's inputs) and stop")
     add_json(parser)
     arguments = parser.parse_args()
@@ -380,7 +400,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def devices_of(wanted: str, settings: Settings) -> list[str]:
-    """Where models run: every GPU there is, or the CPU."""
+    """The devices on which models run: every GPU of the machine, or the CPU."""
     if all(t["kind"] in ("bpe", READY) for t in settings.described.values()) or wanted == "cpu":
         return ["cpu"]
     import torch

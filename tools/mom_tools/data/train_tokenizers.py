@@ -1,6 +1,6 @@
 """Train small tokenizers from raw documents: byte-level BPE, a VQ or KL autoencoder, k-means speech units.
 
-    python tools/train_tokenizers.py --config configs/demo_tokenizers.yaml --input 'raw/train-*.tar' --output DIR
+    mom train-tokenizers --config configs/demo_tokenizers.yaml --input 'raw/train-*.tar' --output DIR
 
 DIR gets text/, image/, speech/, tokenizers.yaml (what tokenize_shards.py takes), training.json (figures) and
 reconstructions.png (held-out pictures above what their codes or latents bring back). A stage whose result is there
@@ -71,7 +71,7 @@ class Config(Strict):
 
 
 def load_config(path: Path) -> Config:
-    """Raises ValueError that names every wrong key."""
+    """Read a config of tokenizers. Raises UserError that names every wrong key."""
     try:
         return Config.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
@@ -83,7 +83,7 @@ def load_config(path: Path) -> Config:
 
 @dataclass
 class Sample:
-    """What was drawn from the corpus."""
+    """The documents that were drawn from the corpus to train tokenizers on."""
 
     texts: list[str] = field(default_factory=list)
     images: list[np.ndarray] = field(default_factory=list)  # uint8 (3, resolution, resolution)
@@ -240,7 +240,7 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int,
 
 
 def warnings_of(config: Config, figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is the matter with tokenizers that came out worse than asked, and what to change."""
+    """Warnings about tokenizers that are worse than the config asks for, and what to change."""
     warnings = []
     text, image, speech = (figures.get(name, {}) for name in STAGES)
     if text and text["size"] < config.text.size:

@@ -1,11 +1,11 @@
-"""Is a token dataset whole? Reads every byte of it and lists everything that is wrong, and what to do.
+"""Read every byte of a token dataset and list everything that is wrong with it, and what to do.
 
-    python tools/verify_shards.py tokens/train
-    python tools/verify_shards.py tokens/train --rebuild-index --workers 8
+    mom verify tokens/train
+    mom verify tokens/train --rebuild-index --workers 8
 
-Sizes and checksums against the manifest, the tar header by header, every document's crc32, ids and counts. Ends with 0
-where all is well, 2 where anything is wrong. --rebuild-index first makes lost or damaged index files again from their
-tars, to the same bytes.
+Compares sizes and checksums with the manifest, and checks each tar header and each document's crc32, ids and counts.
+The exit code is 0 where all is well and 2 where anything is wrong. --rebuild-index first makes lost or damaged index
+files again from their tars, with the same bytes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("dataset", type=Path, help="folder of token shards")
     parser.add_argument("--rebuild-index", action="store_true", help="make lost or damaged index files from the tars")
-    parser.add_argument("--workers", type=int, help="processes (default: as the cores and the data are worth)")
+    parser.add_argument(
+        "--workers", type=int, help="processes (default: as many as the cores and the size of the data justify)"
+    )
     add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("verify_shards"):

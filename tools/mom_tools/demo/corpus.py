@@ -1,10 +1,10 @@
-"""Build a small real corpus from what the machine already holds: no download.
+"""Build a small real corpus from what the machine already holds, without a download.
 
 Text: the Python language reference and the documentation of installed packages. Pictures: scikit-learn's
 1,797 handwritten digits. Speech: captions, sums and sentences spoken by espeak-ng.
 Written as raw WebDataset shards in the "segments" convention of `mom_data.documents.document`.
 
-    python tools/make_demo_corpus.py --output DIR
+    mom demo-corpus --output DIR
 """
 
 from __future__ import annotations

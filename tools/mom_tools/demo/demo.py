@@ -1,9 +1,9 @@
-"""The main job, from raw documents to a trained model, on this machine: what `make demo` runs.
+"""Run the whole job on this machine, from raw documents to a trained model. `make demo` runs this.
 
-    python tools/demo.py                       # on a corpus built from what the machine has
-    python tools/demo.py --corpus raw/         # on your own raw shards
+    mom demo                       # on a corpus built from what the machine has
+    mom demo --corpus raw/         # on your own raw shards
 
-Every stage that is finished is not done again; `rm -r` its folder to have it anew.
+A stage that is finished is not done again; remove its folder to repeat it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def main() -> None:
     parser.add_argument("--config", default="configs/demo.yaml", help="the run (default: %(default)s)")
     parser.add_argument("--tokenizers", default="configs/demo_tokenizers.yaml", help="default: %(default)s")
     parser.add_argument("--documents", type=int, help="size of the corpus that is built")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, such as training.steps=50")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of the run's config, such as training.steps=50"
+    )
     arguments = parser.parse_args()
     with exit_clearly("demo"):
         demo(arguments)

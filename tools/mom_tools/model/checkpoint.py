@@ -1,14 +1,14 @@
-"""A run's checkpoints: what there is, whether it is whole, fewer of them, and weights out of one.
+"""List, verify or prune the checkpoints of a run, or export the weights of one.
 
-    python tools/checkpoint.py RUN list [--json [OUT]]
-    python tools/checkpoint.py RUN verify [--step N] [--json [OUT]]
-    python tools/checkpoint.py RUN prune --keep 3
-    python tools/checkpoint.py RUN export --out exported/ [--step N] [--ema] [--format transformers]
+    mom checkpoint RUN list [--json [OUT]]
+    mom checkpoint RUN verify [--step N] [--json [OUT]]
+    mom checkpoint RUN prune --keep 3
+    mom checkpoint RUN export --out exported/ [--step N] [--ema] [--format transformers]
 
 RUN is a run's folder, or the URL that its checkpoints are under (s3://bucket/run). `verify` reads every byte and ends
-with exit code 2 where one is not as it was written; `list` looks at sizes only. `prune` keeps the newest K, the best
-and the permanent ones (checkpoint.keep_every), and removes saves that did not finish; it holds RUN/lock meanwhile, so
-that it never takes the save that a run is writing for one.
+with exit code 2 where a checkpoint has changed since it was written; `list` looks at sizes only. `prune` keeps the
+newest K, the best and the permanent checkpoints (checkpoint.keep_every), and removes saves that did not finish. It
+holds RUN/lock meanwhile, so that it cannot remove a save that a run is still writing.
 """
 
 from __future__ import annotations

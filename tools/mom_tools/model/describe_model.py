@@ -1,10 +1,10 @@
-"""What a config's model costs before anything is built: parameters, FLOPs per token, memory per rank.
+"""Compute what the model of a config costs before anything is built: parameters, FLOPs per token, memory per rank.
 
-    python tools/describe_model.py configs/chameleon/1.5b-mom.yaml
-    python tools/describe_model.py configs/transfusion/760m-mom.yaml training.micro_batch=2 --ranks 64 --json
-    python tools/describe_model.py configs/chameleon/[!_]*.yaml           # one row for each
+    mom describe configs/chameleon/1.5b-mom.yaml
+    mom describe configs/transfusion/760m-mom.yaml training.micro_batch=2 --ranks 64 --json
+    mom describe configs/chameleon/[!_]*.yaml           # one row for each
 
-Everything is a formula of mom_train/cost: no weight is made. Memory is predicted, not measured.
+Every figure comes from a formula in mom_train/cost, and no weight is created. Memory is predicted, not measured.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def main() -> None:
     add_configs(parser)
     parser.add_argument("--ranks", type=int, help="ranks that share the model (default: batch / micro_batch)")
     add_json(parser)
-    parser.add_argument("--by-part", action="store_true", help="several configs in detail too, not a row for each")
+    parser.add_argument(
+        "--by-part", action="store_true", help="describe each of several configs in detail, instead of in one row"
+    )
     arguments = parser.parse_intermixed_args()
     with exit_clearly("describe_model"):
         if arguments.json and Path(arguments.json).suffix in (".yaml", ".yml"):

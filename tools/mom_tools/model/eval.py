@@ -1,7 +1,7 @@
-"""The losses of any checkpoint on any token shards, by the code that validates while training.
+"""Compute the losses of a checkpoint on any token shards, with the code that validates during training.
 
-    python tools/eval.py runs/demo/run --shards tokens/val
-    python tools/eval.py runs/demo/run --step best --shards tokens/val tokens/other --weights ema --json figures.json
+    mom eval runs/demo/run --shards tokens/val
+    mom eval runs/demo/run --step best --shards tokens/val tokens/other --weights ema --json figures.json
     torchrun --nproc-per-node 8 tools/eval.py RUN/checkpoints/step-1000 --shards s3://bucket/val
 
 A set is named by its folder, and taken whole, every document once, unless --sequences says less (training validates on
@@ -49,7 +49,7 @@ def named(places: list[str]) -> dict[str, str]:
 
 
 def sharded(config: RunConfig, checkpoint: Checkpoint, weights: Weights, ranks: Ranks) -> LanguageModel:
-    """The model, its parameters dealt to the ranks. Collective."""
+    """The model, with its parameters divided among the ranks. All ranks must call it together."""
     from mom_train.checkpoint.load import load_weights
     from mom_train.model.language_model import build_model
     from mom_train.model.sharding import shard
@@ -65,7 +65,12 @@ def main() -> None:
     parser.add_argument("run", help="run directory, or a checkpoint's folder or URL")
     parser.add_argument("--shards", nargs="+", required=True, metavar="PATH", help="folders or URLs of token shards")
     parser.add_argument("--step", help="checkpoint: a number, or 'best' (default: the newest)")
-    parser.add_argument("--weights", choices=["model", "ema"], default="model", help="ema: their average")
+    parser.add_argument(
+        "--weights",
+        choices=["model", "ema"],
+        default="model",
+        help="the weights, or their average (default: %(default)s)",
+    )
     parser.add_argument("--sequences", type=int, help="only the first so many rows of each set (default: all of them)")
     parser.add_argument("--batch", type=int, help="sequences per process and forward pass (default: the run's)")
     add_tokenizers(parser, ", for bits per byte")
@@ -139,7 +144,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 def counted(config: RunConfig) -> Baseline:
-    """The unigram baseline of each set; nothing, and a word why, where the run's training data are not here."""
+    """The unigram baseline of each set. Where the run's training data are not here, nothing, and a message says so."""
     from mom_train.baseline import unigram
 
     try:

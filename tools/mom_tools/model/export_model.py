@@ -1,7 +1,7 @@
-"""A run's model as safetensors in our own names, or for Transformers.
+"""Write a run's model as safetensors under this project's own names, or for Transformers.
 
-    python tools/export_model.py runs/mine --out exported/
-    python tools/export_model.py runs/mine --out exported/ --format transformers
+    mom export runs/mine --out exported/
+    mom export runs/mine --out exported/ --format transformers
 
 For Transformers, a dense Mamba becomes its own MambaForCausalLM; every other model of discrete tokens loads with
 AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) where this package is installed. The way back is

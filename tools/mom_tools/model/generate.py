@@ -1,7 +1,7 @@
-"""Text, pictures and speech from a trained run, interleaved.
+"""Sample interleaved text, pictures and speech from a trained run.
 
-    python tools/generate.py runs/demo/run --prompt "The digit seven"
-    python tools/generate.py RUN --prompt "a red nine" --start image --out samples/
+    mom generate runs/demo/run --prompt "The digit seven"
+    mom generate RUN --prompt "a red nine" --start image --out samples/
 
 Writes OUT/sample-N.md with the text, pictures as PNG where the run's tokenizers can decode them (latents as .npy
 besides), speech units as JSON, and as WAV where a vocoder is configured. `--start` opens a picture or a recording
@@ -29,17 +29,21 @@ def main() -> None:
     parser.add_argument("--prompt", default="", help="text to start from")
     parser.add_argument("--start", metavar="MODALITY", help="open a span, such as image or speech, after the prompt")
     add_weights(parser)
-    parser.add_argument("--samples", type=int, default=1, help="documents (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="number of documents (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder (default: RUN/samples)")
     add_tokenizers(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=0.9, help="0: the likeliest id (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="the prompt's included (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, help="most tokens, those of the prompt included (default: %(default)s)"
+    )
     parser.add_argument("--patches", type=int, help="codes or patches of a picture (default: the image tokenizer's)")
     parser.add_argument("--denoising-steps", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--denoised-limit", type=float, default=4.0, help="(default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="of latent pictures; 1: none (default)")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, help="guidance of latent pictures; 1 is none (default: %(default)s)"
+    )
     add_device(parser)
     arguments = parser.parse_args()
     with exit_clearly("generate"):

@@ -1,4 +1,4 @@
-"""Held-out documents of one text and one picture or recording: what samples are made after and compared with."""
+"""Held-out documents of one text and one picture or recording: samples are compared with them."""
 
 from __future__ import annotations
 

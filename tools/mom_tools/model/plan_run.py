@@ -1,9 +1,9 @@
-"""What a run on a cluster would need before anything is submitted: memory, traffic, step time, tokens/s, days, cost.
+"""Predict what a run on a cluster would need: memory, network traffic, step time, tokens per second, days and cost.
 
-    python tools/plan_run.py configs/chameleon/1.5b-mom.yaml --nodes 16 --gpus-per-node 8
-    python tools/plan_run.py configs/chameleon/880m-mom.yaml --nodes 4 --gpus-per-node 8 --interconnect ethernet-100g \
+    mom plan configs/chameleon/1.5b-mom.yaml --nodes 16 --gpus-per-node 8
+    mom plan configs/chameleon/880m-mom.yaml --nodes 4 --gpus-per-node 8 --interconnect ethernet-100g \
         parallel.shard_ranks=8 --mfu 0.3 --price 2.5 --json
-    python tools/plan_run.py configs/chameleon/[!_]*-mom.yaml --gpus-per-node 8         # one row for each
+    mom plan configs/chameleon/[!_]*-mom.yaml --gpus-per-node 8         # one row for each
 
 Everything is PREDICTED. Counted from the model's own tensors are parameters, FLOPs and the bytes of each collective (a
 test counts them again on real ranks). Assumed are --mfu, --efficiency, --latency and the bandwidths of --interconnect;
@@ -96,13 +96,23 @@ def main() -> None:
         default=["infiniband-ndr"],
         help=f"between nodes, one or several of {', '.join(INTERCONNECTS)} (%(default)s)",
     )
-    parser.add_argument("--mfu", type=float, default=0.35, help="ASSUMED while computing (%(default)s, not measured)")
-    parser.add_argument("--efficiency", type=float, default=0.75, help="ASSUMED, of the bandwidths (%(default)s)")
-    parser.add_argument("--latency", type=float, default=2e-5, metavar="S", help="ASSUMED (%(default)s)")
     parser.add_argument(
-        "--patch-share", type=float, default=0.5, help="ASSUMED, of tokens, with diffusion (%(default)s)"
+        "--mfu",
+        type=float,
+        default=0.35,
+        help="ASSUMED share of the peak FLOP/s while computing (%(default)s, not measured)",
     )
-    parser.add_argument("--price", type=float, help="of a GPU's hour, in any currency")
+    parser.add_argument("--efficiency", type=float, default=0.75, help="ASSUMED share of the bandwidths (%(default)s)")
+    parser.add_argument(
+        "--latency", type=float, default=2e-5, metavar="S", help="ASSUMED seconds per message (%(default)s)"
+    )
+    parser.add_argument(
+        "--patch-share",
+        type=float,
+        default=0.5,
+        help="ASSUMED share of patches among the tokens, with diffusion (%(default)s)",
+    )
+    parser.add_argument("--price", type=float, help="price of one GPU for an hour, in any currency")
     add_json(parser)
     given = parser.parse_intermixed_args()
     with exit_clearly("plan_run"):

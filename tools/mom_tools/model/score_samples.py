@@ -1,7 +1,7 @@
-"""Scores of what a run draws and speaks after held-out texts, beside the same scores of the real ones.
+"""Score the pictures and speech that a run makes for held-out texts, beside the real pictures and recordings.
 
-    python tools/score_samples.py RUN --shards tokens/val --vision models/dinov2 --clip models/clip --samples 10000
-    python tools/score_samples.py RUN --shards tokens/val --raw raw/val --asr models/whisper --language english
+    mom score RUN --shards tokens/val --vision models/dinov2 --clip models/clip --samples 10000
+    mom score RUN --shards tokens/val --raw raw/val --asr models/whisper --language english
 
 Pictures: Fréchet distance of features (--vision), CLIP score (--clip). Speech: word error rate (--asr). Texts are those
 of held-out documents of one text and one picture or recording. Samples are kept: the same command again goes on, and
@@ -37,7 +37,7 @@ LONGEST = 30.0  # seconds: what Whisper hears at once
 ENDING = {"image": "png", "speech": "wav"}
 
 Set = tuple[Callable[[int], Any], Sequence[int]]
-"""How the picture or recording of pair number i is had, and the pairs that have one."""
+"""A function that returns the picture or recording of pair number i, and the numbers of the pairs that have one."""
 
 
 def sample(
@@ -75,7 +75,7 @@ def look(
     folder: Path, pairs: Sequence[Pair], texts: Sequence[str], raw: Sequence[Any], tokenizers: Tokenizers,
     vision: scores.Vision | None, clip: scores.Vision | None,
 ) -> tuple[list[Score], list[str]]:  # fmt: skip
-    """Scores of pictures, and what is to be said of them."""
+    """Scores of pictures, and notes for the reader of the table."""
     import torch
     from PIL import Image
     from tqdm import tqdm
@@ -145,7 +145,7 @@ def listen(
     folder: Path, pairs: Sequence[Pair], texts: Sequence[str], raw: Sequence[Any], tokenizers: Tokenizers,
     hear: scores.Recogniser | None,
 ) -> tuple[list[Score], list[str]]:  # fmt: skip
-    """Scores of speech, and what is to be said of them."""
+    """Scores of speech, and notes for the reader of the table."""
     import soundfile
     from tqdm import tqdm
 
@@ -282,21 +282,27 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, metavar="FOLDER", help="model whose features are compared")
     parser.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model: picture and text")
     parser.add_argument("--asr", type=Path, metavar="FOLDER", help="speech recogniser: Whisper, or one with a CTC head")
-    parser.add_argument("--language", help="of a multilingual Whisper, which guesses otherwise")
-    parser.add_argument("--samples", type=int, default=1000, help="at most, of each modality (default: %(default)s)")
+    parser.add_argument("--language", help="language that a multilingual Whisper is to hear (default: it guesses)")
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="most samples of each modality (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=LONGEST, help="longest recording (default: %(default)s)")
     parser.add_argument("--part", metavar="K/N", help="only make every N-th sample, from the K-th on; no figures")
     add_weights(parser)
     add_tokenizers(parser)
     parser.add_argument("--out", type=Path, help="folder of the samples (default: RUN/scores/step-N)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, help="this and what follows: as of tools/generate.py")
+    parser.add_argument(
+        "--temperature", type=float, help="this option and the next four mean what they mean in `mom generate`"
+    )
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--patches", type=int, help="codes or patches of a picture")
     parser.add_argument("--denoising-steps", type=int)
     parser.add_argument("--guidance", type=float)
     add_device(parser)
-    parser.add_argument("--batch", type=int, default=32, help="pictures looked at together (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="pictures that the vision model takes at once (default: %(default)s)"
+    )
     add_json(parser)
     arguments = parser.parse_args()
     with exit_clearly("score_samples"):

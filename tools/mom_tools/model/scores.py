@@ -1,4 +1,4 @@
-"""What tools/score_samples.py computes: figures of samples beside real ones, and the local models that look and listen.
+"""The figures that `mom score` computes, and the local vision and speech models that it uses for them.
 
 Models are folders of Hugging Face Transformers on this machine. Nothing is fetched, nothing is unpickled, and no code
 of a folder runs.
@@ -28,13 +28,13 @@ NORMALISED = "lower case, without punctuation"
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table."""
+    """One line of the table of scores."""
 
     figure: str
     of: str
     value: float
     interval: tuple[float, float] | None
-    """Of 95 %, by the bootstrap; a Fréchet distance has none."""
+    """Bootstrap interval of 95 %; a Fréchet distance has none."""
     n: int
 
 
@@ -65,7 +65,7 @@ def clip_scores(image_ND: np.ndarray, text_ND: np.ndarray) -> np.ndarray:
 
 
 def normalised(text: str) -> str:
-    """As words are compared: NORMALISED."""
+    """The text in the form in which words are compared: NORMALISED."""
     jiwer = needed("jiwer", "scores")
     steps = jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()
     return str(jiwer.Compose(list(steps))(text))
@@ -107,7 +107,7 @@ def needed(module: str, extra: str) -> Any:
 
 
 class Vision:
-    """What a vision model makes of pictures, and of texts where it was trained on both."""
+    """A vision model that turns pictures into features, and texts too where it was trained on both."""
 
     def __init__(self, folder: Path, device: str, batch: int = 32):
         """Raises ValueError where the folder holds no such model, or not all of its weights."""
@@ -183,7 +183,7 @@ class Recogniser:
             raise UserError(f"{folder}: this recogniser does not work: {error}") from error
 
     def __call__(self, waveform: np.ndarray, rate: int) -> str:
-        """What it hears in a float waveform (n,) of `rate` Hz, at most half a minute of it."""
+        """The text that is recognised in a float waveform (n,) of `rate` Hz, of at most half a minute."""
         import soxr
 
         samples = np.clip(np.asarray(waveform, np.float32), -1, 1)  # as a WAV would hold it
@@ -193,7 +193,7 @@ class Recogniser:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """What a model is made of: settings, weights, vocabulary."""
+    """The files that a model consists of: settings, weights, vocabulary."""
     return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".txt", ".model"))
 
 

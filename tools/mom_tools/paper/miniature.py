@@ -1,12 +1,13 @@
-"""The paper in miniature: dense Mamba, Mixture-of-Mamba and a Transformer on one's own corpus, in its three settings.
+"""Repeat the paper in miniature: dense Mamba, Mixture-of-Mamba and a Transformer on your corpus, in three settings.
 
-    python tools/paper_mini.py --corpus raw/ --minutes 480 --seeds 3 --output runs/paper-mini
+    mom paper-mini --corpus raw/ --minutes 480 --seeds 3 --output runs/paper-mini
 
 Trains tokenizers and tokenizes the corpus (once, not counted in --minutes), times each model, chooses the steps that
 fit the budget, tunes each architecture's learning rate with runs of half as many, then trains everything with one
 seed, then with the next, and writes OUTPUT/report.md and results.json: Tables 2, 3, 4 and 7 beside the published ones.
-All models of a setting see the same tokens with the same seed and have equal active FLOPs. Killed and started again,
-it goes on; started again with more --minutes, --seeds or --experiments it trains what is missing, with the same steps.
+All models of a setting see the same tokens with the same seed and have equal active FLOPs. A command that was killed
+goes on when it is started again; with more --minutes, --seeds or --experiments it trains what is missing, with the same
+number of steps.
 --experiments adds rows to the Chameleon + Speech setting: learned routing, experts, wrong masks
 (docs/explanation/experiments.md).
 """
@@ -157,7 +158,7 @@ class Miniature:
         self._seen = time.monotonic()
 
     def run(self) -> bool:
-        """Returns whether everything that was wanted is trained."""
+        """Train what is missing. Returns whether everything that was wanted is trained now."""
         stopped: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda n, _: stopped.append(n))
@@ -260,7 +261,7 @@ class Miniature:
         return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
     def _collect(self) -> None:
-        """Whatever has ended meanwhile."""
+        """Take in the results of the jobs that have ended since the last call."""
         for running in [r for r in self.running if r.process.poll() is not None]:
             self.running.remove(running)
             job, code = running.job, running.process.returncode
@@ -311,7 +312,7 @@ def _end_with_parent() -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for what cannot be, before torch is imported."""
+    """Check the arguments before torch is imported. Raises UserError for an impossible value."""
     corpus: Path | None = arguments.corpus
     if corpus is None:
         raise UserError(
@@ -334,15 +335,17 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--corpus", type=Path, help="your raw tars, in train/ and val/ or not")
     parser.add_argument("--output", type=Path, default=Path("runs/paper-mini"), help="(default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=240, help="of training, over all starts (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=240, help="minutes of training, over all starts (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates to try; one: no sweep (default: three)")
     known = ["all", *EXPERIMENTS]
     parser.add_argument("--experiments", nargs="+", choices=known, default=[], metavar="NAME", help=", ".join(known))
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the matrix products (bf16 where it is fast)")
-    parser.add_argument("--full", action="store_true", help="the body of the paper's 37M models, for a GPU")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="precision of matrix products (default: bf16 where it is fast)"
+    )
+    parser.add_argument("--full", action="store_true", help="use the sizes of the paper's 37M models, for a GPU")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU, or one a core)")
-    parser.add_argument("--max-steps", type=int, default=20_000, help="of a run (default: %(default)s)")
+    parser.add_argument("--max-steps", type=int, default=20_000, help="most steps of a run (default: %(default)s)")
     default = Path("configs/mini")
     parser.add_argument("--configs", type=Path, default=default, help="settings and tokenizers (default: configs/mini)")
     arguments = parser.parse_args()

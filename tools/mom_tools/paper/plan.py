@@ -70,7 +70,7 @@ class Job:
 
 @dataclass
 class State:
-    """All that a restart needs to go on: state.json."""
+    """Everything that is needed to go on after a restart. It is kept in state.json."""
 
     settings: list[str] = field(default_factory=list)
     """Those that the corpus has the modalities for."""
@@ -118,7 +118,7 @@ def changes(variant: str) -> dict[str, Any]:
 
 
 def routed(variant: str) -> bool:
-    """Whether it has routers: they take more time than FLOPs, so it is timed by itself."""
+    """Whether the variant has routers. They take more time than their FLOPs say, so it is timed by itself."""
     return any(key.startswith("model.") for key in EXPERIMENTS.get(variant, {}))
 
 
@@ -136,13 +136,13 @@ def sequences(steps: int, batch: int) -> int:
 
 
 def swept(state: State, architecture: str) -> int:
-    """Runs of the sweep, with a neighbour."""
+    """The most runs that a sweep can need, a neighbour of the edge included."""
     rates = state.rates[architecture]
     return len(rates) + 1 if len(rates) > 1 else 0
 
 
 def sweep_steps(steps: int) -> int:
-    """Half of a run's: shorter runs prefer higher rates, and a mixture more so (docs/results/expected.md)."""
+    """Steps of a run of the sweep, half of a whole run: short runs prefer higher rates (docs/results/expected.md)."""
     return max(FEWEST_STEPS, steps // 2)
 
 
@@ -190,7 +190,7 @@ def wanted_rates(state: State, setting: str, architecture: str) -> list[float]:
 
 
 def best_rate(state: State, setting: str, architecture: str) -> float | None:
-    """None while some are still to be tried; the middle one where all of them failed."""
+    """The best learning rate. None while some are still to be tried; the middle one where all of them failed."""
     if wanted_rates(state, setting, architecture):
         return None
     done = tried(state, setting, architecture)
@@ -242,7 +242,7 @@ def done_seeds(state: State, setting: str, variant: str, seeds: int) -> list[int
 
 
 def common_seeds(state: State, setting: str, names: Sequence[str], seeds: int) -> list[int]:
-    """Seeds that all of `names` are finished with."""
+    """The seeds with which all of the variants `names` are finished."""
     return [k for k in range(seeds) if all(f"{setting}/{v}/seed-{k}" in state.finished for v in names)]
 
 

@@ -1,4 +1,4 @@
-"""What came out of the miniature: report.md and results.json, Tables 2, 3, 4 and 7 beside the published ones."""
+"""The report of the miniature: report.md and results.json, with Tables 2, 3, 4 and 7 beside the published ones."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def ablation(output: Path, state: State, seeds: int) -> tuple[list[list[str]], d
 
 
 def router_parameters(config: ModelConfig, modalities: int) -> int:
-    """Of a Mamba: each decoupled projection's router reads its input and scores all of its matrices."""
+    """Parameters of the routers of a Mamba: each decoupled projection has one, which reads the projection's input and
+    scores all of its matrices."""
     if config.router == "rule" and config.experts == 1:
         return 0
     inputs = {"in_proj": config.dim, "x_proj": config.inner, "dt_proj": config.rank, "out_proj": config.inner}
@@ -142,7 +143,7 @@ def sizes(run: Run) -> dict[str, float]:
 
 
 def experiments_section(output: Path, state: State, seeds: int) -> tuple[list[str], dict[str, Any]]:
-    """Every experiment that has a seed in common with dense and mixture; both empty where there is none."""
+    """Lines and figures of the experiments that share a seed with dense and mixture; both empty where none does."""
     models = [["model", "seeds", "parameters, M", "of them active, M", "routers' FLOPs, %"]]
     losses = [
         ["model", "held-out loss", "dense", "mixture", "this", "gain over dense, %", "over mixture, %", "verdict"]
@@ -213,7 +214,7 @@ def setting_section(output: Path, state: State, setting: str, seeds: int) -> tup
 
 
 def cost_section(output: Path, state: State, seeds: int) -> list[str]:
-    """Learning rates, tokens and speed of every model."""
+    """The part of the report with the learning rates, tokens and speed of every model."""
     rows = [["model", "learning rate (held-out loss of the others tried)", "seeds", "FLOPs", "tokens/s", "epochs"]]
     for setting in state.settings:
         manifest = json.loads((output / "tokens" / setting / "train" / "manifest.json").read_text())
