@@ -1,15 +1,16 @@
-/* Selective scan and causal convolution for the CPU: channel-last rows, fp32 or bf16, read through `order`; all
- * arithmetic in fp32.
+/* Selective scan and causal convolution for the CPU. Rows have channels last, are fp32 or bf16, and are read through
+ * `order`. All arithmetic is in fp32.
  *
- * Plain C with GCC/Clang vector extensions, called through ctypes; needs no headers of torch. A vector holds LANES
- * channels. The scan works on a chunk of time steps and a range of channels whose work buffers stay in cache: first all
- * that is needed once per token and channel (softplus, gates), then the recurrence, GROUP states at a time in registers.
- * Nothing is reduced across lanes but dB and dC, once per chunk.
+ * This is plain C with the vector extensions of GCC and Clang. It is called through ctypes and needs no headers of
+ * torch. A vector holds LANES channels. The scan processes a chunk of time steps and a range of channels at a time, so
+ * that its work buffers stay in the cache: first everything that is needed once per token and channel (softplus,
+ * gates), then the recurrence, with GROUP states at a time in registers. Only dB and dC are summed across lanes, once
+ * per chunk.
  *
- * Work is split over (batch row, channel range). Every item owns its slice of the outputs, and partial sums are
- * added by the caller in a fixed order: the result does not depend on the number of threads.
+ * Work is divided into items, each a batch row and a range of channels. Every item writes its own slice of the outputs,
+ * and the caller adds partial sums in a fixed order, so the result does not depend on the number of threads.
  *
- * Never compile this with -ffast-math: exp2_nonpositive relies on rounding.
+ * Never compile this with -ffast-math, because exp2_nonpositive relies on rounding.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -44,7 +45,8 @@ INLINE void store(float *p, vec v) { *(vec_u *)p = v; }
 INLINE vec select_vec(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 INLINE vec absolute(vec v) { return (vec)((ivec)v & 0x7fffffff); }
 
-/* Rows of the caller's tensors: fp32, or bf16 where `half`; `at` counts elements. */
+/* Load and store a vector of a row of the caller's tensors, which are bf16 if `half` and otherwise fp32. `at` counts
+ * elements. */
 INLINE vec load_row(const void *p, int64_t at, int half) {
   if (!half) return load((const float *)p + at);
   return (vec)(__builtin_convertvector((half_vec)(*(const half_vec_u *)((const uint16_t *)p + at)), uvec) << 16);
@@ -54,7 +56,7 @@ INLINE void store_row(void *p, int64_t at, int half, vec v) {
     store((float *)p + at, v);
     return;
   }
-  uvec bits = (uvec)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+  uvec bits = (uvec)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* rounds to nearest, ties to even */
   rounded = (uvec)select_vec((ivec)(v != v), (vec)((uvec){0} + 0x7fc0), (vec)rounded);
   *(half_vec_u *)((uint16_t *)p + at) = __builtin_convertvector(rounded, half_vec);
 }
@@ -66,8 +68,9 @@ INLINE float load_one(const void *p, int64_t at, int half) {
   return value;
 }
 
-/* 2^t for t <= 0, to 1.6e-7 of its value, and 0 (or 2^-126) far below: 2^(t - round(t)) by the minimax polynomial of
- * degree 5 with p(0) = 1 and p'(0) = ln 2, so that decays close to one keep their distance from one. */
+/* 2^t for t <= 0, with a relative error of at most 1.6e-7; if t is far below 0, the result is 0 (or 2^-126).
+ * 2^(t - round(t)) is the minimax polynomial of degree 5 with p(0) = 1 and p'(0) = ln 2, so that the distance of decays
+ * close to one from one is exact enough. */
 INLINE vec exp2_nonpositive(vec t) {
 #if LANES == 16
   vec f = (vec)_mm512_reduce_ps((__m512)t, 8);
@@ -102,7 +105,7 @@ INLINE vec reciprocal(vec v) {
   return 1.f / v;
 #endif
 }
-/* log(1 + u) for 0 <= u <= 1, by atanh(u / (u + 2)). */
+/* log(1 + u) for 0 <= u <= 1, as 2 atanh(u / (u + 2)) */
 INLINE vec log1p_unit(vec u) {
   vec s = u * reciprocal(u + 2.f), q = s * s;
   vec p = 0.09090909f * q + 0.11111111f;
@@ -121,7 +124,8 @@ INLINE vec sigmoid(vec v) { return sigmoid_of(v, exp_minus_abs(v)); }
 
 static float *buffer(size_t floats) { return aligned_alloc(64, (floats * 4 + 63) / 64 * 64); }
 
-/* Within a work item denormals are zero: a state that has decayed to 1e-38 is none, and costs a hundred cycles. */
+/* Within a work item, denormal numbers are treated as zero: they would cost a hundred cycles each, and a state that has
+ * decayed to 1e-38 does not matter. */
 INLINE unsigned flush_denormals(void) {
 #if defined(__x86_64__)
   unsigned before = _mm_getcsr();
@@ -137,7 +141,7 @@ INLINE void restore_denormals(unsigned before) {
 #endif
 }
 
-/* A, states and their gradients are [D][STATE] outside and [block][state][lane] in the work buffers. */
+/* A, states and their gradients are [D][STATE] for the caller and [block][state][lane] in the work buffers. */
 static void load_state(float *out, const float *h, float scale, int64_t q0, int64_t q1) {
   for (int64_t q = q0; q < q1; q++)
     for (int n = 0; n < STATE; n++)
@@ -151,14 +155,14 @@ static void store_state(float *h, const float *in, int64_t q0, int64_t q1) {
         h[(q * LANES + j) * STATE + n] = in[((q - q0) * STATE + n) * LANES + j];
 }
 
-/* B or C of a chunk as fp32 [t][STATE]. */
+/* Loads B or C of a chunk as fp32 [t][STATE]. */
 static void load_bc(float *out, const void *p, int64_t stride, int half, const int32_t *order, int64_t len) {
   for (int64_t t = 0; t < len; t++)
     for (int n = 0; n < STATE; n++) out[t * STATE + n] = load_one(p, order[t] * stride + n, half);
 }
 
-/* The recurrence of GROUP states of one block of channels over a chunk: h (in, out), y += C.h. With `keep`, all
- * states [1 + len][GROUP][LANES], the first one before the chunk, and decays [len][GROUP][LANES]. */
+/* Advances GROUP states h of one block of channels over a chunk, and adds C.h to y. With `keep`, writes all states
+ * [1 + len][GROUP][LANES], beginning with the one before the chunk, and all decays [len][GROUP][LANES]. */
 INLINE void advance(int64_t len, float *h, const float *decay, const float *B, const float *C, const float *delta,
                     const float *du, float *y, const uint8_t *position, int keep, float *states, float *decays) {
   vec hv[GROUP], av[GROUP];
@@ -188,7 +192,7 @@ INLINE void advance(int64_t len, float *h, const float *decay, const float *B, c
     for (int i = 0; i < GROUP; i++) store(h + i * LANES, hv[i]);
 }
 
-/* The same backwards: g, the gradient of the state after the chunk, becomes that of the one before it. */
+/* The backward pass of `advance`: g, the gradient of the state after the chunk, becomes that of the state before it. */
 INLINE void retreat(int64_t len, float *g, const float *decay, const float *B, const float *C, const float *delta,
                     const float *du, const float *go, const float *states, const float *decays, float *gdelta,
                     float *gdu, float *gA, float *gB, float *gC) {
@@ -224,7 +228,7 @@ INLINE void retreat(int64_t len, float *g, const float *decay, const float *B, c
 }
 
 /* y = (C.h + D u) silu(z), h = exp(delta A) h + delta B u, delta = softplus(dt + bias[modality]).
- * states: [batch][chunks][D * STATE], the state before each chunk (null when no gradient is wanted). */
+ * states: [batch][chunks][D * STATE], the state before each chunk, or null if no gradient is needed. */
 void mom_scan_forward(int64_t batch, int64_t L, int64_t D, int64_t chunk, int64_t ranges, int half, const void *x,
                       int64_t x_stride, const void *dt, int64_t dt_stride, const float *A, const void *B,
                       const void *C, int64_t bc_stride, const float *Dskip, const void *z, int64_t z_stride,
@@ -280,7 +284,7 @@ void mom_scan_forward(int64_t batch, int64_t L, int64_t D, int64_t chunk, int64_
     }
 }
 
-/* dB or dC of a chunk: the lanes' sums, into [T][STATE]. */
+/* Sums dB or dC of a chunk over lanes, into [T][STATE]. */
 static void store_lane_sums(float *out, const float *in, const int32_t *order, int64_t len) {
   for (int64_t t = 0; t < len; t++)
     for (int i = 0; i < GROUP; i++) {
@@ -292,8 +296,8 @@ static void store_lane_sums(float *out, const float *in, const int32_t *order, i
     }
 }
 
-/* Gradients of mom_scan_forward; states of a chunk are recomputed from the one stored before it.
- * gB, gC: [ranges][T][STATE]; gA: [batch][D][STATE]; gD: [batch][D]; gbias: [batch][modalities][D], all partial. */
+/* Gradients of mom_scan_forward. The states of a chunk are recomputed from the one stored before it. These are partial
+ * sums: gB, gC: [ranges][T][STATE]; gA: [batch][D][STATE]; gD: [batch][D]; gbias: [batch][modalities][D]. */
 void mom_scan_backward(int64_t batch, int64_t L, int64_t D, int64_t chunk, int64_t ranges, int64_t modalities,
                        int half, const void *x, int64_t x_stride, const void *dt, int64_t dt_stride, const float *A,
                        const void *B, const void *C, int64_t bc_stride, const float *Dskip, const void *z,
@@ -385,8 +389,8 @@ void mom_scan_backward(int64_t batch, int64_t L, int64_t D, int64_t chunk, int64
     }
 }
 
-/* The inner loops alone, on data in the nearest cache: the floor that tools/bench.py measures the scan against.
- * Elements (token, channel, state) per pass. */
+/* Runs only the inner loops, on data in the nearest cache. tools/bench.py compares the time of the scan with this lower
+ * bound. Returns the number of elements (token x channel x state) per pass. */
 int64_t mom_scan_floor(int64_t passes, int reverse) {
   enum { LENGTH = 32, ROW = LENGTH * LANES, TILE = (LENGTH + 1) * GROUP * LANES };
   float *small = buffer(8 * ROW), *tiles = buffer(4 * TILE), bc[LENGTH * STATE], decay[GROUP * LANES];
@@ -409,7 +413,8 @@ int64_t mom_scan_floor(int64_t passes, int reverse) {
   return LENGTH * GROUP * LANES;
 }
 
-/* The inputs of the convolution at time t of batch row b, newest first; how many there are within the document. */
+/* Finds the inputs of the convolution at time t of batch row b, newest first. Returns how many of them are within the
+ * document. */
 static int64_t find_taps(const char **tap, int64_t b, int64_t t, int64_t L, int64_t D, int64_t K, int half,
                          const void *x, int64_t x_stride, const void *initial, const int32_t *order,
                          const uint8_t *position) {
@@ -434,8 +439,8 @@ INLINE void conv_row(const char **tap, int64_t taps, const float *weight, const 
   }
 }
 
-/* y[t] = silu(bias + sum_k w[k] x[t-K+1+k]), taps that would reach into another document left out; K <= 8.
- * weight: [K][D]; initial: [batch][K-1][D] or null, of the rows' dtype. */
+/* y[t] = silu(bias + sum_k w[k] x[t-K+1+k]) without taps that would reach into another document. K <= 8.
+ * weight: [K][D]; initial: [batch][K-1][D] in the dtype of the rows, or null. */
 void mom_conv_forward(int64_t batch, int64_t L, int64_t D, int64_t K, int64_t ranges, int half, const void *x,
                       int64_t x_stride, const float *weight, const float *bias, const void *initial,
                       const int32_t *order, const uint8_t *position, void *y, int threads) {
@@ -447,7 +452,7 @@ void mom_conv_forward(int64_t batch, int64_t L, int64_t D, int64_t K, int64_t ra
       for (int64_t t = 0; t < L; t++) {
         int64_t taps = find_taps(tap, b, t, L, D, K, half, x, x_stride, initial, order, position);
         int64_t at = order[b * L + t] * D;
-        if (taps == 4) /* a constant the compiler unrolls by */
+        if (taps == 4) /* a constant, so that the compiler unrolls the loop */
           conv_row(tap, 4, weight, bias, D, K, d0, d1, half, y, at);
         else
           conv_row(tap, taps, weight, bias, D, K, d0, d1, half, y, at);
@@ -455,7 +460,8 @@ void mom_conv_forward(int64_t batch, int64_t L, int64_t D, int64_t K, int64_t ra
     }
 }
 
-/* Of one row: the gradient before the activation, into `gpre` [d1 - d0]; the weights' and the bias' are added to. */
+/* Backward pass of one row: writes the gradient before the activation into `gpre` [d1 - d0], and adds to the gradients
+ * of the weight and the bias. */
 INLINE void conv_row_backward(const char **tap, int64_t taps, const float *weight, const float *bias, int64_t D,
                               int64_t K, int64_t d0, int64_t d1, int half, const void *gy, int64_t at, float *gpre,
                               float *gweight, float *gbias) {
@@ -471,7 +477,8 @@ INLINE void conv_row_backward(const char **tap, int64_t taps, const float *weigh
   }
 }
 
-/* gweight: [batch][K][D] and gbias: [batch][D], partial; ginitial: like initial, and null with it. */
+/* Gradients of mom_conv_forward. gweight: [batch][K][D] and gbias: [batch][D] are partial sums; ginitial is like
+ * initial, and null if that is. */
 void mom_conv_backward(int64_t batch, int64_t L, int64_t D, int64_t K, int64_t ranges, int half, const void *x,
                        int64_t x_stride, const float *weight, const float *bias, const void *initial,
                        const int32_t *order, const uint8_t *position, const void *gy, int64_t gy_stride, void *gx,
@@ -480,7 +487,7 @@ void mom_conv_backward(int64_t batch, int64_t L, int64_t D, int64_t K, int64_t r
   for (int64_t b = 0; b < batch; b++)
     for (int64_t r = 0; r < ranges; r++) {
       int64_t d0 = D / LANES * r / ranges * LANES, d1 = D / LANES * (r + 1) / ranges * LANES, n = d1 - d0;
-      float *gw = gweight + b * K * D, *gb = gbias + b * D, *recent = buffer(K * n); /* of the last K rows */
+      float *gw = gweight + b * K * D, *gb = gbias + b * D, *recent = buffer(K * n); /* `recent`: of the last K rows */
       const char *tap[8];
       for (int64_t k = 0; k < K; k++) memset(gw + k * D + d0, 0, n * 4);
       memset(gb + d0, 0, n * 4);
@@ -494,7 +501,7 @@ void mom_conv_backward(int64_t batch, int64_t L, int64_t D, int64_t K, int64_t r
           else
             conv_row_backward(tap, taps, weight, bias, D, K, d0, d1, half, gy, at, gpre, gw, gb);
         }
-        /* all that depends on the input K-1 before is known now */
+        /* Everything that depends on the input K-1 steps back is known now. */
         int64_t from = t - (K - 1), users = 0;
         if (from < 0 && !ginitial) continue;
         const float *w[8], *g[8];
