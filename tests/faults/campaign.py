@@ -1,6 +1,6 @@
 """Disturb a training run at seeded random moments, and see that it ends as if nothing had been.
 
-    python tests/faults/campaign.py --faults 200 --seed 0 [--ranks 2] [--kinds kill-rank full-disk ...] [--json OUT]
+    python -m tests.faults.campaign --faults 200 --seed 0 [--ranks 2] [--kinds kill-rank full-disk ...] [--json OUT]
 
 First a reference run is left alone, with a checkpoint of every step. Then runs of the same config are killed,
 signalled, stopped, starved of disk, network and object store, and their checkpoints damaged, one fault after another,
@@ -136,7 +136,7 @@ def main(arguments=None):
     cards = deal(kinds, given.faults, rng)
     folder = given.output or Path(tempfile.mkdtemp(prefix="mom-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
-    again = f"python tests/faults/campaign.py --faults {given.faults} --seed {given.seed} --ranks {given.ranks}"
+    again = f"python -m tests.faults.campaign --faults {given.faults} --seed {given.seed} --ranks {given.ranks}"
     again += f" --steps {given.steps}" + (f" --kinds {' '.join(given.kinds)}" if given.kinds else "")
     progress = Progress(folder, again)
     outcomes, campaign = progress.outcomes, None

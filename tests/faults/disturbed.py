@@ -110,20 +110,24 @@ class Campaign:
         while not run.ended:
             kind = self._draw(f.EVERY.keys() - f.DOWN.keys())
             moment = f.Moment.draw(self.rng, self.reference.start_seconds)
-            if kind is None and self._draws_left():  # damage is done while the run is down
-                kind, moment = "sigterm-launcher", f.Moment(steps=2 * INTERVAL)
+            drawn = kind is not None
+            if not drawn and self._draws_left():  # damage is done while the run is down
+                enough = len(run.saved.committed()) > 1
+                kind, moment = "sigterm-launcher", f.Moment(steps=1 if enough else 2 * INTERVAL)
             if kind is None:
                 break
             if kind in f.PASSING | f.DISK | f.STORE | f.HOSTS | {"hang": 0}:
                 moment = f.Moment(self.rng.uniform(0, 0.1), self.rng.randint(1, 9), kind in f.STORE)
             if not moment.reached(run, 300):
-                self.deck.insert(0, kind)
+                if drawn:
+                    self.deck.insert(0, kind)
                 break
             outcome = Outcome(kind, self.place, str(moment))
             up, before = run.new_step() is not None, run.step()
             at = time.monotonic()
             if not self._inject(outcome, alone=used == run.last_restarts):
-                self.deck.insert(0, kind)  # nothing was there to do it to
+                if drawn:
+                    self.deck.insert(0, kind)  # nothing was there to do it to
                 continue
             goes_on = kind in f.PASSING | f.DISK | f.STORE | {"cable-out": 0}
             goes_on |= kind == "host-dies"

@@ -131,7 +131,8 @@ class Run:
         self.starts += 1
         self.mark, self.last_restarts = uuid.uuid4().hex, restarts
         self.log_path = self.folder / f"start-{self.starts:03d}.log"
-        self.began, self._seen, self.launchers = time.monotonic(), self._file(), {}
+        self.began, self.launchers = time.monotonic(), {}
+        self.expect_new()
         self.began_at = time.time()
         self.recovered = None  # seconds from the start to the first new step, once `new_step` has seen it
         for host in range(len(self.hosts.names)) if self.hosts else (0,):
@@ -223,16 +224,25 @@ class Run:
         return json.loads(lines[-1])["step"] if len(lines) > 1 or (lines and lines[0].startswith(b"{")) else 0
 
     def _file(self):
+        """Number and size of metrics.jsonl; None without it."""
         path = self.run_dir / "metrics.jsonl"
-        return path.stat().st_ino if path.exists() else None
+        if not path.exists():
+            return None
+        found = path.stat()
+        return found.st_ino, found.st_size
 
     def expect_new(self):
         """From now on `new_step` means ranks that have yet to come up."""
-        self._seen = self._file()
+        self._seen, self._ups_seen = self._file(), len(self.resumed())
 
     def new_step(self):
-        """As `step`, of ranks that came up since the start: they begin the file anew. None before."""
-        if self._file() in (None, self._seen):
+        """As `step`, of ranks that came up since the start. None before. They write metrics.jsonl anew, or where it
+        ends at the step that they carry on from, append to it."""
+        now = self._file()
+        if now is None:
+            return None
+        same_file = self._seen is not None and now[0] == self._seen[0]
+        if same_file and (now[1] == self._seen[1] or len(self.resumed()) <= self._ups_seen):
             return None
         step = self.step()
         if self.recovered is None and step > self.from_step:

@@ -13,7 +13,7 @@ from tests.helpers import CHECKOUT
 
 
 def campaign(folder, *kinds, seed=0, steps=80, minutes=60):
-    line = [sys.executable, "tests/faults/campaign.py", "--seed", str(seed), "--steps", str(steps)]
+    line = [sys.executable, "-m", "tests.faults.campaign", "--seed", str(seed), "--steps", str(steps)]
     line += ["--faults", str(len(kinds)), "--kinds", *kinds, "--minutes", str(minutes)]
     line += ["--output", str(folder), "--json", str(folder / "out.json")]
     done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
