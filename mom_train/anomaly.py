@@ -58,10 +58,12 @@ class Judge:
         return bad
 
     def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values, with None in place of NaN."""
         recent = [[None if math.isnan(x) else x for x in row] for row in self._recent.tolist()]
         return {"recent": recent, "good": int(self._good), "skipped": int(self.skipped)}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Takes over a state, also one with another `window`: the last good steps that fit are kept."""
         rows = [[math.nan if x is None else x for x in row] for row in values["recent"]]
         window = len(self._recent)
         rows = [[math.nan, math.nan]] * window + rows

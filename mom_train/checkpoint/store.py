@@ -66,6 +66,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """The step that the checkpoint was made after."""
         return int(self.name.removeprefix("step-"))
 
     @property

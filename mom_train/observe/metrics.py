@@ -35,6 +35,7 @@ class Lines:
         self._waiting = bytearray()
 
     def append(self, line: str) -> None:
+        """Writes a line, after those that are still waiting. Raises OSError as `flush` does."""
         self._waiting += f"{line}\n".encode()
         self.flush()
 

@@ -1,8 +1,9 @@
 """Chooses the backend that runs an operator, and says why in one log line.
 
 A backend is a module mom_train/ops/{scan,conv}/NAME.py with the functions `forward` and `backward`, in a scan also
-`new_states`, and `why_not(x, size)`, which returns the reason why it cannot run rows like x, or None if it can. To add
-a backend, add such a module and put its name into BACKENDS.
+`new_states`, and `why_not(x, size)`, which returns the reason why it cannot run rows like x, or None if it can.
+`forward` and `backward` take the arguments of the custom operators in scan/selective_scan.py and conv/causal_conv.py
+except `backend`, and return the same. To add a backend, add such a module and put its name into BACKENDS.
 """
 
 from __future__ import annotations

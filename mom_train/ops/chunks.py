@@ -1,8 +1,9 @@
-"""Sizes of the pieces in which operators work. Memory is predicted from them, so this file does not import torch."""
+"""Sizes of the pieces that operators process at a time. Memory is predicted from them, so torch is not imported
+here."""
 
 SCAN_STEPS = 32
-"""The C scan keeps one state for so many positions."""
+"""Number of positions per state that the scan in C keeps."""
 SCAN_CHANNELS = 256
-"""Channels of one work item of the C kernels. The number is fixed, so that sums do not depend on the threads."""
+"""Channels per work item of the C kernels. It is fixed, so that sums do not depend on the number of threads."""
 LOGITS = 1 << 24
-"""The head computes at least so many logits at a time, where a row of the batch has that many."""
+"""Smallest number of logits that the head computes at a time, if the batch has that many."""

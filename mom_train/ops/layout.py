@@ -81,4 +81,5 @@ class RowLayout:
 
     @property
     def tokens(self) -> int:
+        """T, the number of positions in the batch, including padding."""
         return self.batch * self.length
