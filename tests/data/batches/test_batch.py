@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mom_data.batches.batch import PackedBatch, assemble_document, build_batch
+from mom_data.batches.batch import PackedBatch, assemble_document, build_batch, sort_by_modality
 from mom_data.batches.wire import from_wire, to_wire
 from mom_data.order.packing import Piece, cut
 from mom_data.order.plan import Lane, Plan, Source
@@ -67,6 +67,14 @@ def test_labels_are_the_next_token_of_the_same_document_and_never_touch_patches(
         assert (batch.modality.reshape(-1)[batch.latent_position] == 1).all()
         assert np.array_equal(batch.latents.numpy(), np.concatenate([s.values for s in images]))
         assert (batch.labels == null).sum() == 0
+
+
+def test_the_sort_of_any_positions_is_the_one_that_the_loader_places(built):
+    batch, *_ = built
+    order, rows, offsets = sort_by_modality(batch.modality, len(batch.offsets) - 1)
+    for sorted_here, placed in ((order, batch.order), (rows, batch.rows), (offsets, batch.offsets)):
+        assert sorted_here.dtype == placed.dtype
+        assert torch.equal(sorted_here, placed)
 
 
 def test_the_sort_is_stable_and_its_own_inverse(built):
