@@ -54,6 +54,7 @@ class NodeTask:
         return os.environ["SLURM_JOB_ID"]
 
     def run(self) -> int:
+        """Run this node's ranks, report how they ended, and on one node decide what follows. Returns the exit code."""
         run_dir = Path(self.run_dir)
         node, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"])
         folder = self.folder(self.attempt)

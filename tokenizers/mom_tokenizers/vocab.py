@@ -184,6 +184,7 @@ class VocabLayout:
         return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}"
 
     def save(self, path: str | Path) -> None:
+        """Write the layout to a JSON file, which `load` reads again."""
         Path(path).write_text(self.to_json() + "\n")
 
     @classmethod

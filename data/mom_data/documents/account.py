@@ -92,10 +92,12 @@ class Account:
     """The name of the first member or file met for each reason and extension."""
 
     def leave(self, name: str, extension: str, reason: str) -> None:
+        """Count a member as left out for a reason."""
         self.left_out[reason, extension] += 1
         self.examples.setdefault(f"{reason} {extension}", _printable(name))
 
     def leave_file(self, path: Path, reason: str) -> None:
+        """Count a file of an input folder as not read for a reason."""
         extension = shown(path.name)
         self.files_left_out[reason, extension] += 1
         self.examples.setdefault(f"file: {reason} {extension}", _printable(str(path)))
@@ -129,6 +131,7 @@ class Account:
                 self.leave(f"{source}: {member.name}", member.extension, why)
 
     def add(self, other: Account) -> None:
+        """Add the sums of another account to this one."""
         self.members += other.members
         self.samples += other.samples
         self.documents += other.documents

@@ -92,6 +92,7 @@ class Holdout:
     """The lowest hash of all keys that `held_out` was called with."""
 
     def held_out(self, key: str) -> bool:
+        """Whether the document with this key is val."""
         value = int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
         self.lowest = min(self.lowest, value)
         return value < self.share * _HASHES or value == self.least

@@ -38,6 +38,7 @@ def is_lines(path: Path) -> bool:
 
 
 def is_compressed(path: Path) -> bool:
+    """Whether the file's first bytes are those of a compression that is unpacked while reading."""
     return _opener(path) is not open
 
 

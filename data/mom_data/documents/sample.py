@@ -65,6 +65,7 @@ class Reading:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The JSON keys whose value may be the text, in the order in which they are tried."""
         return self.text_keys or TEXT_KEYS
 
 

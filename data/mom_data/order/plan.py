@@ -50,6 +50,8 @@ Packing = Literal["best_fit", "concatenate"]
 
 
 class Source(NamedTuple):
+    """A dataset and its share of the tokens."""
+
     dataset: TokenDataset
     weight: float
     """The share of the tokens, relative to the weights of the other sources. It is 0 for a source that only an earlier
@@ -120,6 +122,7 @@ class Plan:
         assert self.lanes == 1 or not self.once
 
     def documents(self, source: int) -> int:
+        """The number of documents of a source."""
         return sum(s["documents"] for s in self.sources[source].dataset.shards)
 
     def at(self, sequence: int) -> Plan:

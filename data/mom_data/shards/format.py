@@ -48,6 +48,7 @@ class TokenSegment:
 
     @property
     def latent(self) -> bool:
+        """Whether the values are latent patches."""
         return self.values.dtype == np.float16
 
 
@@ -110,6 +111,7 @@ class ShardWriter:
 
     @property
     def bytes_written(self) -> int:
+        """The size of the tar so far in bytes, with the values that are not yet written."""
         return self._position + self._pending_bytes
 
     def _flush(self) -> None:

@@ -229,6 +229,7 @@ class RemoteFolder:
 
 
 def default_cache() -> Path:
+    """The user's own cache folder among the temporary files of this machine."""
     return Path(tempfile.gettempdir(), f"mom-cache-{os.getuid()}")
 
 
@@ -269,6 +270,7 @@ class Cache:
             return self._fetched(file, fetch)
 
     def drop(self, file: Stored) -> None:
+        """Remove a file from the cache."""
         (self.folder / file.sha256).unlink(missing_ok=True)
 
     def _lock(self, name: str, timeout: float = -1) -> filelock.BaseFileLock:

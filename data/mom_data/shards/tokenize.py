@@ -89,6 +89,7 @@ class Job:
 
     @property
     def record_file(self) -> Path:
+        """The file in which the record of the finished part is kept."""
         return self.output / RECORDS / f"{self.name}.json"
 
     def identity(self) -> dict[str, Any]:

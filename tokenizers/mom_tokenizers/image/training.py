@@ -58,6 +58,9 @@ class AutoencoderConfig(Strict):
 
 
 class VQConfig(AutoencoderConfig):
+    """The settings of a VQ autoencoder with `size` codes. It is trained for `autoencoder_steps` without quantisation
+    and then for `quantized_steps` with it."""
+
     kind: Literal["vq"] = "vq"
     size: int = Field(ge=2)
     latent_channels: PositiveInt = 16
@@ -66,6 +69,8 @@ class VQConfig(AutoencoderConfig):
 
 
 class KLConfig(AutoencoderConfig):
+    """The settings of a KL autoencoder, whose latents form patches of side `patch`."""
+
     kind: Literal["kl"]
     latent_channels: PositiveInt = 4
     patch: PositiveInt = 2

@@ -47,6 +47,8 @@ Piece = tuple[int, int, np.ndarray]
 
 
 class Extractor(Protocol):
+    """The interface of all extractors. A unit takes `hop` samples and has `width` features."""
+
     sample_rate: int
     hop: int
     width: int
