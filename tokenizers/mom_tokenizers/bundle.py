@@ -68,7 +68,7 @@ class Tokenizers:
             raise UserError(f"{path}: expected 'text: {{kind: bpe, path: ...}}', and one such line a further modality")
         entries = []
         loaded: dict[str, Tokenizer] = {}
-        for modality in sorted(declared, key=lambda name: name != "text"):  # stable: the others keep their order
+        for modality in sorted(declared, key=lambda name: name != "text"):  # others keep their order
             entry = declared[modality]
             if isinstance(entry, dict) and entry.get("kind") == READY:
                 loaded[str(modality)] = _ready(path, str(modality), entry)

@@ -276,7 +276,7 @@ def build_batch(
                     real[kind.number] += until - first
                 if latent:
                     tokens[x:y] = null
-                    # neither a patch nor the token before one predicts a token
+                    # Neither a patch nor the token before one predicts a token.
                     unlabelled.append((max(x - 1, 0), y))
                     latents.append(values[1][first - p[0] : until - p[0]])
                     latents_at.append(x)
@@ -304,7 +304,7 @@ def build_batch(
             hit = hashed(length, "corrupt", int(sequence)) <= np.uint64(limit)
             shift = 1 + hashed(length, "corrupt to", int(sequence)) % np.uint64(M - 1)
             row[:] = np.where(hit, (row + shift) % M, row)
-    # the stable sort by modality; cheaper than argsort, which takes half of all the time otherwise
+    # The stable sort by modality is made of whole spans, because argsort would take half of the time of this function.
     segments_of = [np.flatnonzero(modality == m) for m in range(M)]
     in_rows = np.concatenate(segments_of)
     order = np.empty(B * length, np.int32)

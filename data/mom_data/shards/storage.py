@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 CACHE_BYTES = 32 << 30
 _ASKING = 32  # how many sizes are requested at the same time
-_CACHED = re.compile(r"([0-9a-f]{64})(?:\.([0-9]+)\.partial)?")  # names that the cache gives: sha256, bytes to come
+_CACHED = re.compile(r"([0-9a-f]{64})(?:\.([0-9]+)\.partial)?")  # the cache's names: sha256, size
 _TOO_SOON = 60.0  # seconds: a file evicted this soon after its last use will likely be wanted again
 
 

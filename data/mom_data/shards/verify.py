@@ -118,7 +118,7 @@ def _next_header(content: bytes | mmap.mmap, at: int) -> int:
     at = at // TAR_HEADER * TAR_HEADER
     found = content.find(b"ustar", at)
     while found >= 0:
-        header = found - 257  # where POSIX puts the magic
+        header = found - 257  # the place of the magic in a POSIX header
         if header >= at and header % TAR_HEADER == 0:
             try:
                 tarfile.TarInfo.frombuf(content[header : header + TAR_HEADER], "utf-8", "surrogateescape")
@@ -213,7 +213,7 @@ def verify_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Shard
             what = f"its sha256 is {digest}, the manifest says {record.sha256}"
             report.problems.append(Problem(path.name, what, _COPY.format("it")))
         blocks, keys = _verify_blocks(content, index, record, manifest, report)
-        if index is None:  # then the blocks are all there is to count
+        if index is None:  # then only the blocks can be counted
             index = safetensors.numpy.load(join_index(blocks))
         else:
             _verify_documents(content, index, keys, manifest, report)

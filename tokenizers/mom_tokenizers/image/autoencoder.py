@@ -17,7 +17,7 @@ import numpy as np
 
 from mom_tokenizers.base import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
-from mom_tokenizers.media.pictures import decode_image as decode_image  # what a tokenizer takes, at hand beside it
+from mom_tokenizers.media.pictures import decode_image as decode_image  # exported for users of this module
 from mom_tokenizers.media.pictures import on_white
 from mom_tokenizers.published import load_published
 

@@ -19,7 +19,7 @@ import numpy as np
 from mom_tokenizers.base import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.media.recordings import Waveform
-from mom_tokenizers.media.recordings import decode_audio as decode_audio  # what a tokenizer takes, at hand beside it
+from mom_tokenizers.media.recordings import decode_audio as decode_audio  # exported for users of this module
 from mom_tokenizers.speech.features import (
     FRAMES_PER_UNIT,
     MEL_BANDS,
