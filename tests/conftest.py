@@ -15,6 +15,8 @@ LONGEST = (
     "train/test_run.py",
     "shards/test_online.py",
     "ops/test_triton.py",
+    "model/test_score_samples.py",
+    "bench/test_bench.py",
 )
 
 

@@ -25,6 +25,7 @@ from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.text import TextTokenizer
 from tests.helpers import CHECKOUT
 from tests.helpers.corpus import rewrite_manifest
+from tests.helpers.ranks import program
 
 TOOLS = CHECKOUT / "tools"
 RECIPE = {
@@ -76,8 +77,13 @@ def command(made, output, *more, raw=None):
     return [*tool, "--input", str(raw or made / "raw"), "--output", str(output), *more]
 
 
-def run(*args, code=0, **kwargs):
-    done = subprocess.run(command(*args, **kwargs), capture_output=True, text=True)
+def run(*args, code=0, process=False, **kwargs):
+    """With process=True as a user starts it; else in a process that has imported torch already."""
+    line = command(*args, **kwargs)
+    if process:
+        done = subprocess.run(line, capture_output=True, text=True)
+    else:
+        done = program("mom_tools.data.tokenize_shards", *line[2:])
     assert done.returncode == code, done.stderr[-2000:]
     return done
 
@@ -141,7 +147,7 @@ def words(tmp_path_factory):
 def test_after_success_with_several_workers_nothing_is_said_but_the_result(words, tmp_path):
     """Workers once went on while their parent was being torn down, and printed what broke under them."""
     for turn in range(3):
-        done = run(words, tmp_path / f"t{turn}", "--workers", "2", "--part-mib", "0.5")
+        done = run(words, tmp_path / f"t{turn}", "--workers", "2", "--part-mib", "0.5", process=True)
         for word in ("Traceback", "Exception", "Error", "resource_tracker"):
             assert word not in done.stderr
 
