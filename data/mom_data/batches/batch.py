@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mom_data.order.plan import Piece, Source, hashed
+from mom_data.order.packing import Piece
+from mom_data.order.plan import Source, hashed
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.vocab import VocabLayout
 

@@ -39,7 +39,7 @@ class Share:
             start += self.batch
 
 
-class PlannedBatches(IterableDataset):
+class PlannedBatches(IterableDataset["PackedBatch | tuple[torch.Tensor, Header] | UserError"]):
     """The rank's micro-batches from sequence `start` on, without end; worker k of n makes every n-th of them. Where a
     plan ends (`Plan.once`), all further rows are padding.
 

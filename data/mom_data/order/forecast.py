@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mom_data.order.packing import assembled_lengths
-from mom_data.order.plan import Lane, Packing, Piece, Plan
+from mom_data.order.packing import Piece, assembled_lengths
+from mom_data.order.plan import Lane, Packing, Plan
 from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import LATENT_BIT
 from mom_tokenizers.errors import UserError

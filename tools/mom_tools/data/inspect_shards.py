@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mom_data.order.forecast import first_rows, measure, tokens_of
-from mom_data.order.plan import Piece, Plan, hashed
+from mom_data.order.packing import Piece
+from mom_data.order.plan import Plan, hashed
 from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import LATENT_BIT, TokenSegment
 from mom_data.shards.verify import document_keys
