@@ -1,23 +1,22 @@
 #!/bin/sh
-# The image's commands by name: mom_train, torchrun_launch, any of tools/, or a program of the image's own.
+# Runs a command of mom, mom_train, torchrun_launch, a file of /opt/mom/tools by its name, or any program of the image.
 set -eu
-name=${1:---help}
-case "$name" in
+case "${1:---help}" in
   -h | --help)
-    echo "usage: IMAGE COMMAND [ARGUMENT ...]     (IMAGE COMMAND --help says more)"
-    echo "  mom_train         one rank of a training run"
-    echo "  torchrun_launch   local, submit, status, logs, cancel"
-    for tool in /opt/mom/tools/*.py; do echo "  $(basename "$tool" .py)"; done
-    echo "  or any program of the image, such as python, torchrun, bash"
+    mom --help
+    echo
+    echo "In place of a command of mom: mom_train, torchrun_launch, a file of /opt/mom/tools by its name, or any"
+    echo "program of the image, such as python, torchrun or bash."
     exit 0
     ;;
-  mom_train | torchrun_launch)
-    shift
-    exec python -m "$name" "$@"
-    ;;
+  mom_train | torchrun_launch) exec python -m "$@" ;;
 esac
-if [ -f "/opt/mom/tools/${name%.py}.py" ]; then
+tool=/opt/mom/tools/${1%.py}.py
+if [ -f "$tool" ]; then
   shift
-  exec python "/opt/mom/tools/${name%.py}.py" "$@"
+  exec python "$tool" "$@"
 fi
-exec "$@"
+case "$(command -v "$1" || true)" in
+  /*) exec "$@" ;; # a file; `local` and `export` are words of the shell, and commands of mom
+  *) exec mom "$@" ;;
+esac

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mom_tools.__main__ import MODULES
 from tests.helpers import CHECKOUT
 from tests.helpers.run_config import write_config
 
@@ -129,13 +130,18 @@ def test_it_runs_as_a_user_without_rights_and_checks_no_health(image, container)
 
 def test_every_command_answers_help_by_its_name(container):
     listed = container("--help")
-    tools = [name[:-3] for name in container("ls", "/opt/mom/tools").split() if name.endswith(".py")]
+    assert [command for command in MODULES if f"\n  {command} " not in listed] == []
+    tools = [name[:-3] for name in container("ls", "/opt/mom/tools").split()]
     assert {"describe_model", "tokenize_shards", "train_tokenizers"} <= set(tools)
-    assert [tool for tool in tools if f"\n  {tool}\n" not in listed] == []
     for command in ("mom_train", "torchrun_launch", "describe_model", "tokenize_shards", "generate.py"):
         assert "usage:" in container(command, "--help")
     assert "usage: torchrun_launch submit" in container("torchrun_launch", "submit", "--help")
     assert json.loads(container("describe_model", "configs/chameleon/37m-mom.yaml", "--json"))["parameters"]["total"]
+    for command in ("train", "local", "export"):  # the last two are also words of the shell
+        assert container(command, "--help") == container("mom", command, "--help")
+    assert json.loads(container("describe", "configs/chameleon/37m-mom.yaml", "--json"))["parameters"]["total"]
+    hidden = "import shutil; from mom_tools.__main__ import MODULES; print(*filter(shutil.which, MODULES))"
+    assert container("python", "-c", hidden).split() == [], "programs that run in place of mom's commands"
 
 
 def test_it_trains_on_two_ranks_with_the_c_kernels(container, tmp_path_factory):
@@ -151,10 +157,11 @@ def test_it_trains_on_two_ranks_with_the_c_kernels(container, tmp_path_factory):
 
 
 def test_the_checkouts_other_files_stay_outside(container):
-    look = "import mom_train, os; print(mom_train.__file__, *sorted(os.listdir('/opt/mom')))"
-    where, *there = container("python", "-c", look).split()
-    assert where.startswith("/opt/venv/lib/python3")
-    assert there == ["configs", "tools"]
+    look = "import mom_tools, mom_train, os; print(mom_train.__file__, mom_tools.__file__, *sorted(os.listdir('.')))"
+    *where, configs, tools = container("python", "-c", look).split()
+    assert [package.startswith("/opt/venv/lib/python3") for package in where] == [True, True]
+    assert (configs, tools) == ("configs", "tools")
+    assert [name for name in container("ls", "/opt/mom/tools").split() if not name.endswith(".py")] == []
 
 
 @pytest.mark.parametrize("package", ["causal_conv1d-1.7.0", "mamba_ssm-2.3.2.post1"])
