@@ -231,7 +231,7 @@ def test_s3_that_goes_away_or_holds_other_bytes_masks_until_it_is_right_again(fo
 
 READER = """
 import hashlib, sys
-from mom_data.dataset import TokenDataset
+from mom_data.shards.dataset import TokenDataset
 dataset = TokenDataset(sys.argv[1], cache=__import__("pathlib").Path(sys.argv[2]), cache_bytes=int(sys.argv[3]))
 digest = hashlib.sha256()
 for k, shard in enumerate(dataset.shards):
