@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +14,10 @@ from torch import nn
 
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.image.autoencoder import VQImageTokenizer, preprocess
+from mom_tools.data import convert_vqgan as tool
 from tests.helpers import CHECKOUT
 
 TOOL = CHECKOUT / "tools" / "convert_vqgan.py"
-spec = importlib.util.spec_from_file_location("convert_vqgan", TOOL)
-assert spec
-assert spec.loader
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 class Residual(nn.Module):

@@ -384,7 +384,7 @@ def test_a_run_takes_scale_and_shift_from_its_shards(made, tokens, continuous, t
     assert (found.latent_scale, found.latent_shift) == (0.7, 0.1)
     found = resolved(continuous / "tokens", diffusion="{patch_width: 12, latent_scale: 2.0}")
     assert (found.latent_scale, found.latent_shift) == (2.0, 0.1)
-    with pytest.raises(ValueError, match=r"patches of 12 values, objective.diffusion.patch_width is\s+16"):
+    with pytest.raises(ValueError, match=r"patches of 12 values, but objective.diffusion.patch_width is\s+16"):
         resolved(continuous / "tokens", diffusion="{patch_width: 16}")
     with pytest.raises(ValueError, match="holds latent patches"):
         resolved(continuous / "tokens", diffusion="null")

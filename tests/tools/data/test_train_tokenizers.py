@@ -1,4 +1,3 @@
-import importlib.util
 import io
 import json
 import subprocess
@@ -13,6 +12,7 @@ from PIL import Image
 
 from mom_data.documents.document import Document, read_documents
 from mom_tokenizers.bundle import Tokenizers
+from mom_tools.data import train_tokenizers
 from tests.helpers import CHECKOUT
 
 TOOL = CHECKOUT / "tools" / "train_tokenizers.py"
@@ -57,21 +57,12 @@ def raw(tmp_path_factory):
     return path
 
 
-def tool():
-    """The tool as a module: importing torch and diffusers anew for every training would take seconds."""
-    spec = importlib.util.spec_from_file_location("train_tokenizers_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def documents(file):
     return [d for d in read_documents(file) if isinstance(d, Document)]
 
 
 def train(raw, output, config=CONFIG, seed=0):
-    module = tool()
+    module = train_tokenizers
     module.train_tokenizers(module.Config.model_validate(config), sorted(raw.glob("*.tar")), output, seed)
     return Tokenizers.load(output / "tokenizers.yaml").describe()
 
@@ -194,7 +185,7 @@ def test_mistakes_end_with_one_message_and_code_2(raw, tmp_path, config, inputs,
 
 
 def test_a_tokenizer_that_came_out_worse_than_asked_is_said_loudly_with_what_to_change():
-    module = tool()
+    module = train_tokenizers
     config = module.Config.model_validate(CONFIG)
     text = {"size": 300, "texts": 9, "characters": 500}
     image = {"psnr": 17.0, "psnr_of_mean_colour": 16.85, "images": 40}
