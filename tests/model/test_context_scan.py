@@ -163,7 +163,7 @@ def test_pictures_that_lie_on_several_ranks_are_noised_as_on_one(tmp_path):
     [
         (
             {"model": ARCHITECTURES["transformer"]},
-            "only a mamba",
+            "only the state of a mamba can go from rank to rank",
         ),
         ({"data__sequence_length": 129}, "must divide data.sequence_length=129"),
         ({"data__sequence_length": 4}, "slices of at least 3 positions"),

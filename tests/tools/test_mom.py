@@ -1,6 +1,7 @@
 """The console command `mom` reaches every command, and tools/*.py are the same commands under their file names."""
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -16,7 +17,9 @@ def test_every_command_has_a_module_with_a_main_and_a_line_in_the_usage():
         assert f"\n{group}:" in usage()
         for name, (module, purpose) in commands.items():
             assert re.search(rf"^  {name} +{re.escape(purpose)}$", usage(), re.MULTILINE)
-            assert callable(importlib.import_module(module).main), module
+            run = importlib.import_module(module).main
+            # what it returned would be lost: a command that fails exits
+            assert inspect.signature(run).return_annotation == "None", module
 
 
 def test_a_tool_file_runs_the_module_of_a_command():

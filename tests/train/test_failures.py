@@ -222,7 +222,7 @@ def test_a_run_dir_that_stays_full_ends_in_failed_saves_and_status_says_so(tmp_p
     assert code == 2, said
     assert said.count("CHECKPOINT FAILED") == 3
     assert "3 checkpoints in a row could not be written" in said
-    assert "metrics.jsonl lacks what was logged" in said
+    assert "metrics.jsonl lacks everything that was logged after" in said
     assert status(tmp_path)["state"] == "failed"
     assert "could not be written" in status(tmp_path)["reason"]
     assert status(tmp_path)["step"] in (7, 8)

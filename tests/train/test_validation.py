@@ -182,5 +182,5 @@ def test_the_figure_that_decides_must_exist(tmp_path):
     changes = {"vocabulary": {**dict(VOCAB.sizes), "music": 8}, "checkpoint": {"best": "val/held/loss/music"}}
     code, said = mom_train(write_config(tmp_path, **changes, training__steps=3))
     assert code == 2
-    assert "checkpoint.best=val/held/loss/music: the validation has no such figure, only val/held/" in said
+    assert "checkpoint.best=val/held/loss/music: validation has no such figure, only val/held/" in said
     assert "Traceback" not in said

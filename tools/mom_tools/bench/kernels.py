@@ -28,7 +28,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.errors import EXIT_FAILED, UserError, exit_clearly
 from mom_tools.bench.suites import SUITES, Candidate, Sizes, draw
 from mom_tools.options import add_json, command_parser
 from mom_tools.output import write_json
@@ -212,7 +212,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def main() -> int:
+def main() -> None:
+    """Exits with 1 where a candidate computes something wrong."""
     parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in SUITES:
@@ -260,8 +261,9 @@ def main() -> int:
             text, failed = markdown(result), bool(result["wrong"])
         if write_json(arguments.json, result, indent=2):
             print(text)
-    return int(failed)
+    if failed:
+        sys.exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
