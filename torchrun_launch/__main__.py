@@ -13,7 +13,8 @@ from mom_tokenizers.errors import UserError, write_text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="torchrun_launch", description="Start the ranks of a training run.")
+    prog = "mom" if Path(sys.argv[0]).name == "mom" else "torchrun_launch"
+    parser = argparse.ArgumentParser(prog=prog, description="Start the ranks of a training run.")
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="start a run on this machine, or on several without Slurm")
     local.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks (default: one per GPU, or one)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +27,12 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for every CONFIG")
 
 
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a key of the config and its value; a path may hold = as well
+
+
 def configs_and_overrides(given: Sequence[str]) -> tuple[list[str], list[str]]:
     """The configs and the overrides among the arguments. Raises UserError where there is no config."""
-    configs = [one for one in given if "=" not in one or Path(one).suffix in (".yaml", ".yml")]
+    configs = [one for one in given if Path(one).is_file() or not _OVERRIDE.match(one)]
     if not configs:
         raise UserError("no CONFIG among the arguments")
     return configs, [one for one in given if one not in configs]
