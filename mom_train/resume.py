@@ -15,6 +15,12 @@ from mom_train.config.run import RunConfig
 log = logging.getLogger(__name__)
 
 
+def compare_with_checkpoint(config: RunConfig, saved: TrainState, checkpoint: Checkpoint) -> None:
+    """Raises UserError as `check_same_model`, and logs the other settings that differ."""
+    check_same_model(config, saved, checkpoint)
+    log_other_settings(config, saved)
+
+
 def check_same_model(config: RunConfig, saved: TrainState, checkpoint: Checkpoint) -> None:
     """Raises UserError where the checkpoint's model, vocabulary or objective is another than the config's."""
     if saved.config is None:

@@ -41,7 +41,7 @@ from mom_train.observe.wandb import check_wandb
 from mom_train.optim.ema import Ema
 from mom_train.optim.optimizer import build_optimizer, learning_rate
 from mom_train.passes import Passes
-from mom_train.resume import check_same_model, log_other_settings
+from mom_train.resume import compare_with_checkpoint
 from mom_train.validation import validate
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ log = logging.getLogger(__name__)
 class Trainer:
     """A run on one rank. It holds the model, the optimiser, the data and the state, and has the loop that changes
     them."""
+
+    ema: Ema | None = None
+    """The average of the weights, where one is kept."""
+    stepped = False
+    """Whether this process has done a step; the first one may take longer than the others."""
 
     def __init__(self, config: RunConfig, ranks: Ranks):
         """Prepares the run: every rank is to call this. Raises AgreedError, on all ranks alike, for what a user can
@@ -64,8 +69,7 @@ class Trainer:
         self.config, self.plan, self.validation_plans = data.config, data.plan, data.validation_plans
         self.text_bytes = data.text_bytes
         if start is not None:
-            agreed(lambda: check_same_model(self.config, saved, start))
-            log_other_settings(self.config, saved)
+            agreed(lambda: compare_with_checkpoint(self.config, saved, start))
         self.state = TrainState.begin(self.config, self.plan.fingerprint, data.phases)
         self.model = _sharded_model(self.config, ranks)
         self.optimizer = build_optimizer(self.model, self.config.optimizer)
@@ -74,10 +78,8 @@ class Trainer:
         self.judge = Judge(self.config.anomaly, ranks.device)
         self.bad_steps = BadSteps(self.config, self.plan, ranks)
         self.documents = DocumentAccount(self.config.data)
-        self.ema: Ema | None = None
         self._fill_weights(start)
         self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
-        self.stepped = False
 
     def _fill_weights(self, start: Checkpoint | None) -> None:
         """Gives the model its initial values, or those of init_from, or those of a checkpoint, and begins their
