@@ -3,6 +3,8 @@
 import fcntl
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from mom_tokenizers.bundle import KINDS, libraries
 from tests.helpers import CHECKOUT
 
 
@@ -39,8 +42,13 @@ def _rank(rank, world_size, port, function, args, results):
 
 def _forking():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo"])
+    context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo", *libraries(KINDS)])
     return context
+
+
+def _reuse_forkserver():
+    """Let this process fork its own workers from the server that it was forked from, instead of starting another."""
+    multiprocessing.forkserver._forkserver.ensure_running = multiprocessing.resource_tracker.ensure_running
 
 
 def _command(arguments, environment, output):
@@ -76,6 +84,7 @@ def _program(module, arguments, environment, folder, output, errors):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    _reuse_forkserver()
     sys.argv = [module.rpartition(".")[2], *arguments]
     importlib.import_module(module).main()
 

@@ -11,7 +11,7 @@ it is first used, so that a program which needs one modality, or the fingerprint
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +34,13 @@ KINDS = {
     "units": ("mom_tokenizers.speech.units", "SpeechTokenizer"),
 }
 
+_LIBRARIES = {
+    "vq": "diffusers.models.autoencoders.vq_model",
+    "emu3": "transformers.models.emu3.modeling_emu3",
+    "janus": "transformers.models.janus.modeling_janus",
+    "kl": "diffusers.models.autoencoders.autoencoder_kl",
+    "units": "transformers.audio_utils",
+}
 
 PICTURES = ("vq", "emu3", "janus", "kl")
 
@@ -212,6 +219,12 @@ def _each(tokenizer: Tokenizer, values: Sequence[Any]) -> list[np.ndarray | Exce
         if len(values) == 1:
             return [error]
         return [result for value in values for result in _each(tokenizer, [value])]
+
+
+def libraries(kinds: Iterable[str]) -> list[str]:
+    """The modules that tokenizers of these kinds import when they are first used, which takes seconds. A program that
+    starts many processes imports them once before."""
+    return sorted({_LIBRARIES[kind] for kind in kinds if kind in _LIBRARIES})
 
 
 def _located(folder: Path, path: str, kind: str) -> Path:

@@ -51,7 +51,7 @@ from mom_data.shards.tokenize import (
     tokenizing,
     with_a_document_held_out,
 )
-from mom_tokenizers.bundle import READY, Tokenizers
+from mom_tokenizers.bundle import READY, Tokenizers, libraries
 from mom_tokenizers.errors import UserError, exit_clearly, user_path
 from mom_tokenizers.media.pictures import MAX_PIXELS
 from mom_tools.options import add_input, add_json
@@ -149,8 +149,11 @@ class Workers:
     """Processes that read headers and tokenize, with progress lines. Use as a context manager: they have ended when it
     is left, so that nothing is torn down beneath them while this process ends."""
 
-    def __init__(self, number: int, devices: Sequence[str]):
-        context = multiprocessing.get_context("spawn")  # forking beside torch's threads can hang
+    def __init__(self, number: int, devices: Sequence[str], modules: Sequence[str] = ()):
+        """Starts nothing yet: the processes are started with the first job. Each is forked from one process that has
+        imported what they need and has run nothing, because forking beside torch's threads can hang."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mom_data.shards.tokenize", *modules])
         self._progress = context.Array("q", 2)
         started = context.Value("q", 0)
         self.pool = ProcessPoolExecutor(number, context, _start_worker, (self._progress, started, list(devices)))
@@ -429,7 +432,9 @@ def main() -> None:
         devices = devices_of(arguments.device, settings)
         k, n = arguments.stripe or (0, 1)
         named = dict(zip(names, sources, strict=True))
-        with Workers(max(1, arguments.workers if devices == ["cpu"] else len(devices)), devices) as workers:
+        number = max(1, arguments.workers if devices == ["cpu"] else len(devices))
+        modules = [] if arguments.index_only else libraries(t["kind"] for t in settings.described.values())
+        with Workers(number, devices, modules) as workers:
             if arguments.index_only:
                 found = workers.index(dict(list(named.items())[k::n]), settings, output)
                 print(f"{output}: {sum(len(i.parts) for i in found.values())} parts in {len(found)} inputs")

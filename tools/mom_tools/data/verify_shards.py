@@ -52,7 +52,9 @@ def verify(
     if workers == 1:
         yield from (verify_one(folder, record, manifest, rebuild) for record in records)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")  # torch is imported once for all
+    context.set_forkserver_preload(["mom_data.shards.verify"])
+    with ProcessPoolExecutor(workers, context) as pool:
         for done in as_completed([pool.submit(verify_one, folder, r, manifest, rebuild) for r in records]):
             yield done.result()
 

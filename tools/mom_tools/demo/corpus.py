@@ -344,8 +344,10 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "train").mkdir(parents=True)
     (partial / "val").mkdir()
-    # spawn: fork would copy whatever threads numpy holds. One task a process: see Espeak.
-    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+    # forked from a process without threads, which fork would copy. One task a process: see Espeak.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mom_tools.demo.corpus"])
+    with context.Pool(workers, maxtasksperchild=1) as pool:
         wanted = round(settings.documents * (1 - DIGIT_SHARE - SUM_SHARE) * 1.1)
         sources = [list(_manuals())]
         # reading the packages takes seconds, and a small corpus does without
