@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,17 @@ def test_a_row_cut_into_spans_gives_the_same_and_every_run_gives_the_same_bits(m
     for name, whole, again, cut in zip(NAMES, *results, strict=True):
         assert torch.equal(whole, again), name
         close(cut, whole.cpu().double(), 2e-6, name)
+
+
+@pytest.mark.parametrize(
+    ("batch", "blocks", "spans"),
+    [(8, 128, 1), (2, 128, 4), (1, 128, 8), (4, 64, 4), (1, 32, 33), (3, 128, 2)],
+)
+def test_spans_fill_an_h100_and_leave_no_program_over_for_a_second_round(batch, blocks, spans, monkeypatch):
+    h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    assert triton_scan.span_count(batch, 4096, blocks, torch.device("cuda")) == spans
+    assert spans == 1 or spans * batch * blocks <= 2 * 4 * 132
 
 
 @pytest.mark.usefixtures("short_chunks")
