@@ -69,15 +69,18 @@ def block_backward_bytes(config: ModelConfig, element: int) -> int:
     return 4 * d + element * D + 12 * D + 8 * N * -(-D // chunks.SCAN_CHANNELS) + widened
 
 
-def _head_forward(tokens: int, dim: int, vocabulary: int, element: int) -> int:
+def _head_forward(tokens: int, dim: int, vocabulary: int, element: int, device: Device) -> int:
     """Bytes of workspace in the forward pass of the head, which also computes its gradients.
 
     These are the gradient of the weight, 4Vd, the part of it from one chunk, 4Vd, and the logits of the chunk, 4C. In
-    bf16 there are also bf16 copies of the weight, 2Vd, of the part, 2Vd, and of the logits, 2C.
+    bf16 there are also bf16 copies of the weight, 2Vd, of the part, 2Vd, and of the logits, 2C; on CUDA, where the
+    gradient is written over the bf16 logits, there are no fp32 logits.
     """
     weight = vocabulary * dim
     logits = min(tokens, max(1, chunks.LOGITS // vocabulary, dim)) * vocabulary
-    return 8 * weight + 4 * logits if element == _FP32 else 12 * weight + 6 * logits
+    if element == _FP32:
+        return 8 * weight + 4 * logits
+    return 12 * weight + (2 if device == "cuda" else 6) * logits
 
 
 def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, Any]:
@@ -178,7 +181,9 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     else:
         largest = 2 * d * model.inner * copies("in_proj")
     moments = {
-        "head_forward": at(0, gathered * ends, all_of_them, every + tail, _head_forward(T, d, vocabulary, element)),
+        "head_forward": at(
+            0, gathered * ends, all_of_them, every + tail, _head_forward(T, d, vocabulary, element, device)
+        ),
         "last_block_backward": at(
             ends, unit + _FP32 * ends + ahead * block, max(one, all_of_them), every + recomputed, work
         ),

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from mom_train.ops import chunks
-
-IGNORE = -100
-"""Label of rows that have no loss."""
+from mom_train.ops.cross_entropy.softmax_cross_entropy import softmax_cross_entropy_
 
 
 def linear_cross_entropy(
@@ -22,7 +20,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropy of softmax(x W^T) against labels: (sum over rows, loss of each row (T,) fp32 in nats).
 
-    Rows with the label IGNORE have no loss. The sum, but not the loss of a row, includes z_loss * logsumexp^2 for every
+    Rows with a negative label have no loss. The sum, but not the loss of a row, includes z_loss * logsumexp^2 for every
     row with a label. Only the sum carries a gradient. Products are in the autocast dtype, softmax and sums in fp32. The
     gradients are computed in the forward pass, chunk by chunk, with three matrix products in all and none repeated.
     """
@@ -48,27 +46,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, chunks.LOGITS // weight.shape[0], weight.shape[1])
         for s in range(0, x.shape[0], rows):
             e = min(s + rows, x.shape[0])
-            logits = (x[s:e] @ weight.t()).to(wide)
-            target = labels[s:e]
-            valid = target != IGNORE
-            index = target.clamp_min(0).unsqueeze(1)
-            of_target = logits.gather(1, index).squeeze(1)
-            largest = logits.amax(1)
-            # In place, and one exponential for loss and gradient: a pass over the logits costs as much as a product.
-            exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
-            total = exponentials.sum(1)
-            logsum = largest + total.log()
-            losses[s:e] = torch.where(valid, logsum - of_target, 0.0)
-            total_z += torch.where(valid, logsum, 0.0).square().sum()
+            of_rows = softmax_cross_entropy_(x[s:e] @ weight.t(), labels[s:e], z_loss, gradient=keep)
+            losses[s:e], logsums, grad = of_rows
+            total_z += logsums.square().sum()
             if grad_x is not None and grad_weight is not None:
-                factor = valid * (1 + 2 * z_loss * logsum)
-                grad = exponentials.mul_((factor / total).unsqueeze(1))
-                grad.scatter_add_(1, index, -valid.to(wide).unsqueeze(1))
-                grad = grad.to(x.dtype)
                 torch.mm(grad, weight, out=grad_x[s:e])
                 grad_weight += grad.t() @ x[s:e]
-                del grad
-            del logits, exponentials  # before those of the next chunk are made
+            del of_rows, grad  # before the logits of the next chunk are made
         ctx.save_for_backward(*([grad_x, grad_weight] if keep else []))
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)

@@ -56,6 +56,24 @@ def choose(kernel: str, x: Tensor, size: int) -> str:
     return _chosen[key]
 
 
+def triton_or_torch(kernel: str, x: Tensor) -> str:
+    """The backend of an operator that has only these two: Triton on an NVIDIA GPU if it can run, or else PyTorch.
+
+    `kernel` is "cross_entropy" or "norm". MOM_KERNELS counts here only if it names one of the two.
+    Raises UserError if it names Triton and that cannot run this operator.
+    """
+    key = (kernel, x.device, x.dtype, x.shape[1], 0)
+    if key not in _chosen:
+        wanted = forced if forced in ("torch", "triton") else "triton" if x.device.type == "cuda" else "torch"
+        obstacle = why_not("triton", kernel, x, x.shape[1]) if wanted == "triton" else None
+        if obstacle and forced == "triton":
+            raise UserError(f"MOM_KERNELS=triton cannot run the {kernel} kernel here: {obstacle}; unset it")
+        _chosen[key] = "torch" if obstacle else wanted
+        if obstacle:
+            log.info("%s on %s, %s: torch (triton not used: %s)", kernel, x.device, str(x.dtype)[6:], obstacle)
+    return _chosen[key]
+
+
 def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
     """The reason why a backend cannot run an operator, or None if it can."""
     if backend not in BACKENDS:

@@ -62,7 +62,21 @@ def variants(everything: bool) -> list[dict[str, Any]]:
             for kernel, function, steps, settings in kernels:
                 found.append({"kernel": kernel, "variant": variant, "dtype": dtype, "function": function,
                               "steps": steps, "settings": settings})  # fmt: skip
+        found += _passes(dtype)
     return found
+
+
+def _passes(dtype: str) -> list[dict[str, Any]]:
+    """The kernels between the products, whose arguments and options are their own; a step is one pass of a loop."""
+    from mom_train.ops.cross_entropy import triton as triton_cross_entropy
+
+    rows = _ROW_TYPES[dtype]
+    logits = {"LOGITS": rows, "TARGET": "*i64", "LOSS": "*fp32", "LOGSUM": "*fp32", "V": "i32", "z_loss": "fp32"}
+    return [
+        {"kernel": "cross-entropy", "variant": dtype, "dtype": dtype, "function": triton_cross_entropy._forward,
+         "steps": (1, 1), "settings": {"BLOCK": triton_cross_entropy.block(65536), "GRADIENT": True},
+         "signature": logits, "options": triton_cross_entropy.OPTIONS},
+    ]  # fmt: skip
 
 
 def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
@@ -74,15 +88,18 @@ def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
     from mom_train.ops.scan import triton as triton_scan
 
     fn, settings = variant["function"], variant["settings"]
-    signature = {name: _type(name, variant["dtype"], settings) for name in fn.arg_names}
+    own = variant.get("signature", {})
+    signature = {name: own.get(name) or _type(name, variant["dtype"], settings) for name in fn.arg_names}
     # as the launcher specializes: aligned pointers, and widths and strides in multiples of 16
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, type_) in enumerate(signature.items())
-        if type_ != "constexpr" and name not in triton_scan.LENGTHS
+        if type_ not in ("constexpr", "fp32") and name not in triton_scan.LENGTHS
     }
     source = ASTSource(fn=fn, signature=signature, constexprs=settings, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=triton_scan.OPTIONS)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options=variant.get("options", triton_scan.OPTIONS)
+    )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])

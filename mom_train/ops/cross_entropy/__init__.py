@@ -1,0 +1,1 @@
+"""Softmax cross-entropy with its gradient: its operator, its definition, and its backends."""
