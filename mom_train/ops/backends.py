@@ -20,7 +20,14 @@ from torch import Tensor
 from mom_tokenizers.errors import UserError
 from mom_train.ops import mamba_ssm
 
-BACKENDS = ("torch", "c", "triton", "mamba_ssm")
+BACKENDS = ("torch", "c", "cuda", "triton", "mamba_ssm")
+_FASTEST = {
+    ("scan", "cuda"): ("cuda", "triton"),
+    ("conv", "cuda"): ("triton",),
+    ("scan", "cpu"): ("c",),
+    ("conv", "cpu"): ("c",),
+}
+"""What an operator tries on a type of device before PyTorch, in this order."""
 forced: str | None = os.environ.get("MOM_KERNELS") or None
 """The backend that MOM_KERNELS names for every operator. It is an error if that one cannot run."""
 _chosen: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
@@ -40,19 +47,27 @@ def module(kernel: str, backend: str, x: Tensor, size: int) -> ModuleType:
 
 
 def choose(kernel: str, x: Tensor, size: int) -> str:
-    """The name of the backend: MOM_KERNELS, or else Triton on an NVIDIA GPU and C on a CPU if they can run, or PyTorch.
+    """The name of the backend: MOM_KERNELS, or else the first that can run of cuda (only the scan has it) and Triton on
+    an NVIDIA GPU, and of C on a CPU, or PyTorch.
 
-    Raises UserError if MOM_KERNELS names a backend that cannot run this operator.
+    MOM_KERNELS=cuda leaves the convolution to Triton, or to PyTorch if Triton cannot run it. Raises UserError if
+    MOM_KERNELS names a backend that cannot run this operator.
     """
     key = (kernel, x.device, x.dtype, x.shape[1], size)
     if key not in _chosen:
-        wanted = forced or {"cuda": "triton", "cpu": "c"}.get(x.device.type, "torch")
-        obstacle = why_not(wanted, kernel, x, size)
-        if obstacle and forced:
-            raise UserError(f"MOM_KERNELS={forced} cannot run the {kernel} kernel here: {obstacle}; unset it")
-        _chosen[key] = "torch" if obstacle else wanted
-        why = "MOM_KERNELS" if forced else f"{wanted} not used: {obstacle}" if obstacle else "the fastest here"
-        log.info("%s on %s, %s: %s kernels (%s)", kernel, x.device, str(x.dtype)[6:], _chosen[key], why)
+        elsewhere = forced == "cuda" and kernel == "conv"
+        wanted = (forced,) if forced and not elsewhere else _FASTEST.get((kernel, x.device.type), ())
+        reasons = ["MOM_KERNELS=cuda, but only the scan has cuda kernels"] if elsewhere else []
+        for name in (*wanted, "torch"):
+            obstacle = why_not(name, kernel, x, size)
+            if obstacle is None:
+                break
+            if forced and not elsewhere:
+                raise UserError(f"MOM_KERNELS={forced} cannot run the {kernel} kernel here: {obstacle}; unset it")
+            reasons.append(f"{name} not used: {obstacle}")
+        _chosen[key] = name
+        why = "; ".join(reasons) or ("MOM_KERNELS" if forced else "the fastest here")
+        log.info("%s on %s, %s: %s kernels (%s)", kernel, x.device, str(x.dtype)[6:], name, why)
     return _chosen[key]
 
 
@@ -80,6 +95,8 @@ def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
         raise UserError(f"there are no kernels named {backend!r}, only {', '.join(BACKENDS)}")
     if backend == "mamba_ssm":
         return mamba_ssm.why_not(kernel, x, size)
+    if backend == "cuda" and kernel == "conv":
+        return "only the scan has cuda kernels"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     obstacle: str | None = _imported(kernel, backend).why_not(x, size)

@@ -70,15 +70,20 @@ def why_not(x: Tensor, state: int) -> str | None:
     return None if available(state) else "they could not be built (see above)"
 
 
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: mom_train in XDG_CACHE_HOME, or else in ~/.cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mom_train"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
 def build(compiler: str, state: int, architecture: str = "native") -> Path:
     """Path of the shared library for one state size and -march. It is compiled if the cache does not hold it."""
     flags = [*FLAGS, f"-march={architecture}", f"-DSTATE={state}"]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mom_train"
-    cache.mkdir(parents=True, exist_ok=True)
     source = SOURCE.read_bytes()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     identity = b"\0".join([source, version, " ".join(flags).encode(), _cpu().encode()])
-    target = cache / f"scan-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    target = cache_folder() / f"scan-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     with FileLock(f"{target}.lock"):
         if not target.exists():
             partial = target.with_suffix(".tmp")

@@ -16,13 +16,10 @@ import torch
 from mom_train.ops import backends
 from mom_train.ops.conv import naive as naive_conv
 from mom_train.ops.conv.causal_conv import _conv, causal_conv
-from mom_train.ops.layout import RowLayout
-from mom_train.ops.scan import naive as naive_scan
-from mom_train.ops.scan.selective_scan import selective_scan
 from tests.helpers import CHECKOUT
+from tests.helpers.scan_cases import DEVICE, NAMES, close, defined_scan, random_layout, run_scan, scan_inputs
 
 triton = pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested on this machine")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as patch:  # read when a kernel is defined, not when it runs
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
@@ -31,63 +28,10 @@ with pytest.MonkeyPatch.context() as patch:  # read when a kernel is defined, no
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="NO GPU: the Triton kernels only ran in the interpreter")
 
 
-def random_layout(B, L, M, seed, carried, empty=None):
-    g = torch.Generator().manual_seed(seed)
-    modality = torch.randint(0, M, (B, L), generator=g)
-    if empty is not None:
-        modality[modality == empty] = (empty + 1) % M
-    document = (torch.rand(B, L, generator=g) < 0.2).cumsum(1).to(torch.int32)
-    layout = RowLayout.sort(modality.to(torch.uint8).to(DEVICE), document.to(DEVICE), M,
-                            past_B=torch.full((B,), 255 * carried, device=DEVICE))  # fmt: skip
-    return modality, document, layout
-
-
-def close(ours, theirs, tolerance, what):
-    assert ours.shape == theirs.shape, what
-    if not theirs.numel():
-        return
-    error = float((ours.cpu().double() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
-    assert error < tolerance, f"{what}: {error:.1e}"
-
-
 @pytest.fixture
 def short_chunks(monkeypatch):
     monkeypatch.setattr(triton_scan, "CHUNK", 4)
     monkeypatch.setattr(triton_conv, "SPAN", 8)
-
-
-def scan_inputs(B, L, D, N, M, carried, dtype, seed):
-    """(x, dt, A, B, C, D, z, dt_bias), h0 and the gradients that come in, float64 with the rows rounded to dtype."""
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
-    rounded = lambda t: t.to(dtype).double()  # noqa: E731
-    x, dt, z, gy = rounded(draw(B, L, D)), rounded(draw(B, L, D) - 3), rounded(draw(B, L, D)), rounded(draw(B, L, D))
-    Bm, Cm = rounded(draw(B, L, N)), rounded(draw(B, L, N))
-    A, skip, bias = -torch.exp(draw(D, N)).double(), draw(D).double(), draw(M, D).double()
-    h0 = draw(B, D, N).double() if carried else None
-    return (x, dt, A, Bm, Cm, skip, z, bias), h0, gy, draw(B, D, N).double()
-
-
-def run_scan(inputs, h0, gy, ghT, layout, dtype, backend="triton"):
-    """y, hT and all gradients, in time order; x and z are halves of one tensor and B and C slices of another."""
-    x, dt, A, Bm, Cm, skip, z, bias = (t.to(DEVICE) for t in inputs)
-    D, N, order = x.shape[2], A.shape[1], layout.order.long()
-    rows = lambda t: t.flatten(0, 1)[layout.rows]  # noqa: E731
-    leaves = [torch.cat([rows(x), rows(z)], 1).to(dtype), rows(dt).to(dtype), A.float()]
-    leaves += [torch.cat([rows(Bm), rows(Cm)], 1).to(dtype), skip.float(), bias.float()]
-    leaves += [] if h0 is None else [h0.float().to(DEVICE)]
-    wide, dt, A, BC, skip, bias, *start = (t.requires_grad_() for t in leaves)
-    y, hT = selective_scan(wide[:, :D], dt, A, BC[:, :N], BC[:, N:], skip, wide[:, D:], bias, layout,
-                           start[0] if start else None, backend=backend)  # fmt: skip
-    incoming = [rows(gy.to(DEVICE)).to(dtype), ghT.float().to(DEVICE)]
-    gwide, gdt, gA, gBC, gskip, gbias, *gstart = torch.autograd.grad([y, hT], leaves, incoming)
-    in_time = lambda t: t.detach()[order].unflatten(0, (layout.batch, layout.length))  # noqa: E731
-    gBC = in_time(gBC)
-    return [in_time(y), hT.detach(), in_time(gwide)[..., :D], in_time(gdt), gA, gBC[..., :N], gBC[..., N:], gskip,
-            in_time(gwide)[..., D:], gbias, *gstart]  # fmt: skip
-
-
-NAMES = ("y", "hT", *(f"gradient of {name}" for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "h0")))
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -106,10 +50,10 @@ def test_scan_and_all_its_gradients_equal_the_float64_recurrence(
     monkeypatch.setattr(triton_scan, "span_count", lambda *_: spans)
     modality, document, layout = random_layout(B, L, M, L, carried, empty=1 if M == 3 else None)
     inputs, h0, gy, ghT = scan_inputs(B, L, D, N, M, carried, dtype, L)
-    leaves = [t.clone().requires_grad_() for t in (*inputs, *([h0] if carried else []))]
-    y, hT = naive_scan.selective_scan(*leaves[:8], modality, document, leaves[8] if carried else None)
-    expected = [y.detach(), hT.detach(), *torch.autograd.grad([y, hT], leaves, [gy, ghT])]
-    for name, ours, theirs in zip(NAMES, run_scan(inputs, h0, gy, ghT, layout, dtype), expected, strict=False):
+    expected = defined_scan(inputs, h0, gy, ghT, modality, document)
+    for name, ours, theirs in zip(
+        NAMES, run_scan(inputs, h0, gy, ghT, layout, dtype, "triton"), expected, strict=False
+    ):
         close(ours, theirs, 2 * tolerance, name)
 
 
@@ -120,7 +64,7 @@ def test_a_row_cut_into_spans_gives_the_same_and_every_run_gives_the_same_bits(m
     results = []
     for spans in (1, 1, 2):
         monkeypatch.setattr(triton_scan, "span_count", lambda *_, spans=spans: spans)
-        results.append(run_scan(inputs, h0, gy, ghT, layout, torch.float32))
+        results.append(run_scan(inputs, h0, gy, ghT, layout, torch.float32, "triton"))
     for name, whole, again, cut in zip(NAMES, *results, strict=True):
         assert torch.equal(whole, again), name
         close(cut, whole.cpu().double(), 2e-6, name)
@@ -225,8 +169,8 @@ def test_every_kernel_compiles_for_hopper_without_spilling(tmp_path):
 def test_at_real_sizes_the_gpu_agrees_with_the_torch_backend(B, L, D, dtype):
     _, _, layout = random_layout(B, L, 3, 0, True)
     inputs, h0, gy, ghT = scan_inputs(B, L, D, 16, 3, True, dtype, 0)
-    ours = run_scan(inputs, h0, gy, ghT, layout, dtype)
-    again = run_scan(inputs, h0, gy, ghT, layout, dtype)
+    ours = run_scan(inputs, h0, gy, ghT, layout, dtype, "triton")
+    again = run_scan(inputs, h0, gy, ghT, layout, dtype, "triton")
     theirs = run_scan(inputs, h0, gy, ghT, layout, dtype, backend="torch")
     for name, mine, same, other in zip(NAMES, ours, again, theirs, strict=True):
         assert torch.equal(mine, same), name
