@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from mom_train.distributed.run_lock import RunLock
-from tests.helpers import CHECKOUT
 from tests.helpers.checkpoint_ranks import (
     load_newest,
     save_on_a_bad_disk,
@@ -25,7 +23,7 @@ from tests.helpers.checkpoint_ranks import (
     step_to_carry_on_from,
     train,
 )
-from tests.helpers.ranks import _rank, free_port, run_ranks
+from tests.helpers.ranks import _rank, free_port, program, run_ranks
 from tests.helpers.run_config import tiny_config, write_config
 from tests.helpers.runs import assert_equal_tensors, metrics, run
 
@@ -324,8 +322,7 @@ def test_checkpoints_by_the_clock(averaged, tmp_path):
 
 
 def tool(*arguments, code=0):
-    line = [sys.executable, "tools/checkpoint.py", *map(str, arguments)]
-    done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
+    done = program("tools/checkpoint.py", *arguments)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stdout + done.stderr
 

@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -85,14 +86,18 @@ def _program(module, arguments, environment, folder, output, errors):
     os.environ.clear()
     os.environ.update(environment)
     _reuse_forkserver()
-    sys.argv = [module.rpartition(".")[2], *arguments]
-    importlib.import_module(module).main()
+    if module.endswith(".py"):
+        sys.argv = [module, *arguments]
+        runpy.run_path(module, run_name="__main__")
+    else:
+        sys.argv = [module.rpartition(".")[2], *arguments]
+        importlib.import_module(module).main()
 
 
 def program(module, *arguments, cwd=CHECKOUT, timeout=900):
-    """Run `main` of a module as `python -m MODULE ARGUMENT ...` does, without the seconds that a new process needs to
-    import torch. Each command still needs one test that starts it as a user does."""
-    arguments = list(map(str, arguments))
+    """Run `main` of a module, or a script, as `python -m MODULE ARGUMENT ...` and `python FILE.py ARGUMENT ...` do,
+    without the seconds that a new process needs to import torch."""
+    module, *arguments = map(str, (module, *arguments))
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
         given = (module, arguments, dict(os.environ), str(cwd), str(output), str(errors))

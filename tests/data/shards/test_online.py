@@ -25,6 +25,7 @@ from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.text import TextTokenizer
 from mom_tokenizers.vocab import VocabLayout
 from tests.helpers import CHECKOUT
+from tests.helpers.ranks import program
 from tests.helpers.tiny_tokenizers import random_vq
 
 TOOL = CHECKOUT / "tools/tokenize_shards.py"
@@ -62,9 +63,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def offline(made):
-    tool = [sys.executable, str(TOOL), "--config", str(made / "both.yaml"), "--input", str(made / "raw")]
-    tool += ["--output", str(made / "tokens"), "--workers", "1", "--part-mib", str(PART / 2**20)]
-    subprocess.run(tool, check=True, capture_output=True)
+    tool = [TOOL, "--config", made / "both.yaml", "--input", made / "raw", "--output", made / "tokens"]
+    program(*tool, "--workers", 1, "--part-mib", PART / 2**20).check_returncode()
     return TokenDataset(made / "tokens")
 
 

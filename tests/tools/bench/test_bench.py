@@ -1,17 +1,15 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from tests.helpers import CHECKOUT as ROOT
+from tests.helpers.ranks import program
 
 
 def bench(*arguments):
-    command = [sys.executable, str(ROOT / "tools/bench.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return program(ROOT / "tools/bench.py", *arguments)
 
 
 SMALL = ("--length", 104, "--dim", 32, "--batch", 1, "--repetitions", 1, "--device", "cpu")
@@ -57,7 +55,7 @@ def test_what_is_wrong_is_not_timed(tmp_path):
         f"sys.argv = ['bench.py', 'conv', *{[*map(str, SMALL)]!r}, '--json', '-']\n"
         f"runpy.run_path({str(ROOT / 'tools/bench.py')!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, str(broken)], capture_output=True, text=True, timeout=300)
+    done = program(broken)
     assert done.returncode == 1, done.stderr
     result = json.loads(done.stdout)
     assert "ours, torch" in result["wrong"]

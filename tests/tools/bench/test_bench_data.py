@@ -1,17 +1,15 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests.helpers import CHECKOUT
+from tests.helpers.ranks import program
 
 TOOL = CHECKOUT / "tools" / "bench_data.py"
 
 
 def run(*arguments):
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return program(TOOL, *arguments)
 
 
 @pytest.mark.parametrize("kind", ["transfusion", "chameleon"])

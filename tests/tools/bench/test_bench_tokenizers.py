@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from mom_tokenizers.image.autoencoder import VQImageTokenizer
 from mom_tokenizers.speech.units import SpeechTokenizer
 from mom_tokenizers.text import TextTokenizer
 from tests.helpers import CHECKOUT
+from tests.helpers.ranks import program
 
 TOOL = CHECKOUT / "tools/bench_tokenizers.py"
 TEXTS = [f"document {i} tells of pictures and sounds" for i in range(12)]
@@ -53,9 +52,7 @@ def folder(tmp_path_factory):
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    return program(TOOL, *arguments)
 
 
 def test_every_stage_is_measured_on_what_can_be_read(folder):

@@ -5,8 +5,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -17,8 +15,7 @@ from mom_tools.compare.curves import Run
 from mom_tools.compare.report import page, samples
 from mom_train.baseline import read_baseline, unigram
 from mom_train.config.files import load_config
-from tests.helpers import CHECKOUT
-from tests.helpers.ranks import mom_train
+from tests.helpers.ranks import mom_train, program
 from tests.helpers.run_config import write_config
 
 EVIL = '<script>alert("x")</script><img src=http://example.org/x> & "quoted"'
@@ -87,8 +84,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_and_several_are_pages_that_need_no_network(trained, tmp_path):
     out = tmp_path / "report.html"
-    command = [sys.executable, "tools/report.py", *map(str, trained), "--output", str(out), "--price", "2"]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    done = program("tools/report.py", *trained, "--output", out, "--price", 2)
     assert done.returncode == 0, done.stderr
     found = Page(out.read_text())
     assert found.asks_for_nothing()

@@ -1,7 +1,5 @@
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from mom_data.documents.document import Document, read_documents
 from mom_tokenizers.bundle import Tokenizers
 from mom_tools.data import train_tokenizers
 from tests.helpers import CHECKOUT
+from tests.helpers.ranks import program
 
 TOOL = CHECKOUT / "tools" / "train_tokenizers.py"
 CONFIG = {
@@ -70,8 +69,7 @@ def train(raw, output, config=CONFIG, seed=0):
 def command_line(raw, output, config, inputs):
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, str(TOOL), "--config", str(file), "--input", str(raw / inputs)]
-    return subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
+    return program(TOOL, "--config", file, "--input", raw / inputs, "--output", output)
 
 
 @pytest.fixture(scope="module")

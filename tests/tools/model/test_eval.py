@@ -15,14 +15,18 @@ import pytest
 from mom_train.config.files import load_config
 from mom_train.observe.metrics import read_metrics
 from tests.helpers import CHECKOUT
-from tests.helpers.ranks import mom_train
+from tests.helpers.ranks import mom_train, program
 from tests.helpers.tokenized import tokenized_config
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def call(*line, code=0):
-    done = subprocess.run(list(map(str, line)), cwd=CHECKOUT, capture_output=True, text=True)
+    line = list(map(str, line))
+    if line[0].endswith(".py"):
+        done = program(*line)
+    else:
+        done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -60,7 +64,7 @@ def test_the_figures_are_those_that_validation_logged(run_dir, tmp_path):
     shards = run_dir.parent / "val"
     lines = {line["step"]: line for line in read_metrics(run_dir)}
 
-    def figures(*more, line=(sys.executable,)):
+    def figures(*more, line=()):
         rows = ["--sequences", str(load_config(run_dir / "config.yaml").validation.sequences)]
         call(*line, "tools/eval.py", *more, "--shards", shards, *rows, "--json", tmp_path / "out.json")
         found = json.loads((tmp_path / "out.json").read_text())
@@ -87,7 +91,7 @@ def test_the_figures_are_those_that_validation_logged(run_dir, tmp_path):
 
 def test_what_cannot_be_evaluated_is_said(run_dir, tmp_path):
     def says(*more):
-        error = call(sys.executable, "tools/eval.py", run_dir, *more, code=2)
+        error = call("tools/eval.py", run_dir, *more, code=2)
         assert "Traceback" not in error
         return error
 

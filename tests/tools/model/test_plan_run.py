@@ -1,8 +1,6 @@
 """Predicted traffic against what real ranks really send, and the arithmetic around it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -11,7 +9,7 @@ from mom_train.config.files import load_config
 from mom_train.cost import step_time as p
 from mom_train.cost.flops import forward_flops_per_token
 from tests.helpers import CHECKOUT
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import program, run_ranks
 from tests.helpers.run_config import tiny_config
 
 CONFIG = CHECKOUT / "configs" / "chameleon" / "443m-mom.yaml"
@@ -123,10 +121,10 @@ def test_sharding_inside_a_node_leaves_the_network_the_gradients_alone():
 
 
 def test_the_command_prints_what_a_run_takes_and_says_that_it_is_predicted(tmp_path):
-    command = [sys.executable, "tools/plan_run.py", str(CONFIG), "--nodes", "2", "--price", "3"]
+    command = ["tools/plan_run.py", CONFIG, "--nodes", 2, "--price", 3]
     out = tmp_path / "plan.json"
     networks = ["infiniband-ndr", "ethernet-100g"]
-    subprocess.run([*command, "--interconnect", *networks, "--json", str(out)], cwd=CHECKOUT, check=True)
+    program(*command, "--interconnect", *networks, "--json", out).check_returncode()
     plans = json.loads(out.read_text())
     assert [plan["interconnect"] for plan in plans] == networks
     config = load_config(CONFIG, [])
@@ -141,6 +139,6 @@ def test_the_command_prints_what_a_run_takes_and_says_that_it_is_predicted(tmp_p
     said = describe("a run", plans)
     assert "PREDICTED" in said
     assert f"{plans[1]['gpu_hours']:,.0f}" in said
-    wrong = subprocess.run([*command, "training.batch=7"], cwd=CHECKOUT, capture_output=True, text=True)
+    wrong = program(*command, "training.batch=7")
     assert wrong.returncode == 2
     assert "multiple" in wrong.stderr

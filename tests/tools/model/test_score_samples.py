@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 
@@ -36,8 +35,7 @@ from mom_data.shards.format import ShardWriter, TokenSegment, write_manifest
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.speech.units import SpeechTokenizer
 from mom_tools.model import score_samples, scores
-from tests.helpers import CHECKOUT
-from tests.helpers.ranks import mom_train
+from tests.helpers.ranks import mom_train, program
 from tests.helpers.tokenized import WORDS, tokenized_config, write_tokenizers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
@@ -257,9 +255,7 @@ def place(tmp_path_factory):
 
 
 def call(*line, code=0):
-    done = subprocess.run(
-        [sys.executable, "tools/score_samples.py", *map(str, line)], cwd=CHECKOUT, capture_output=True, text=True
-    )
+    done = program("tools/score_samples.py", *line)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 
