@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mom_train.config.model import ModelConfig
-from mom_train.model.routed import Norm, projection
+from mom_train.model.routed import Norm, Projection, projection
 from mom_train.ops.layout import RowLayout
 
 
@@ -133,10 +133,25 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(config, modalities)
         self.feed_forward_norm = Norm(config.dim, norms, config.norm_eps)
         self.feed_forward = FeedForward(config, modalities)
+        self.attention_norm.before_product = isinstance(self.attention.qkv_proj, Projection)
+        self.feed_forward_norm.before_product = isinstance(self.feed_forward.gate_up_proj, Projection)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, state: AttentionState | None = None, mask: Any = None) -> Tensor:
-        x_Td = x_Td + self.attention(self.attention_norm(x_Td, layout), layout, mask, state)
-        return x_Td + self.feed_forward(self.feed_forward_norm(x_Td, layout), layout)
+        x_Td, branch_Td = self.terms(x_Td, None, layout, state, mask)
+        return x_Td + branch_Td
+
+    def terms(
+        self,
+        x_Td: Tensor,
+        branch_Td: Tensor | None,
+        layout: RowLayout,
+        state: AttentionState | None = None,
+        mask: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The two terms whose sum is the output, for rows that are themselves the sum x + branch."""
+        x_Td, normed_Td = self.attention_norm.of_sum(x_Td, branch_Td, layout)
+        x_Td, normed_Td = self.feed_forward_norm.of_sum(x_Td, self.attention(normed_Td, layout, mask, state), layout)
+        return x_Td, self.feed_forward(normed_Td, layout)
 
     def empty_state(self, batch: int) -> AttentionState:
         """The state at the beginning of `batch` sequences."""

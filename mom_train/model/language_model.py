@@ -22,11 +22,15 @@ from mom_train.model.attention import AttentionState, TransformerBlock, attentio
 from mom_train.model.cross_entropy import linear_cross_entropy
 from mom_train.model.diffusion import NoisedPatches, PatchEmbedding, PatchHead
 from mom_train.model.mamba import MambaBlock, MambaState
-from mom_train.model.routed import Norm, RoutedProjection
+from mom_train.model.routed import Norm, RoutedProjection, on_cuda
 from mom_train.ops.layout import RowLayout
 
 LayerStates = list[MambaState | AttentionState]
 """What each block carries from one chunk of a sequence to the next."""
+
+
+Rows = Tensor | tuple[Tensor, Tensor | None]
+"""Rows between two blocks, (T, dim): a tensor, or two whose sum they are and which the next norm adds."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,20 @@ class Block(nn.Module):
         self.recompute = recompute
         self._keep = partial(create_selective_checkpoint_contexts, partial(_dear, config.rank))
 
-    def forward(self, x_Td: Tensor, layout: RowLayout, *more: Any) -> Tensor:
+    def forward(self, x: Rows, layout: RowLayout, *more: Any) -> Rows:
+        """The output (T, dim) for rows x (T, dim). Rows given as two terms of a sum come back as such."""
         block = self.block
+        if isinstance(x, tuple):
+            return block.terms(*x, layout, *more)
         if not self.recompute or not torch.is_grad_enabled():
-            return block(x_Td, layout, *more)
+            return block(x, layout, *more)
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         if self.recompute is True:
-            return again(block, x_Td, layout, *more)
+            return again(block, x, layout, *more)
         if isinstance(block, MambaBlock):  # the product at the end needs its input kept in any case
-            y_TD = again(block.gated, x_Td, layout, *more, context_fn=self._keep)
-            return x_Td + block.mixer.out_proj(y_TD, layout)
-        return again(block, x_Td, layout, *more, context_fn=self._keep)
+            y_TD = again(block.gated, x, layout, *more, context_fn=self._keep)
+            return x + block.mixer.out_proj(y_TD, layout)
+        return again(block, x, layout, *more, context_fn=self._keep)
 
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.mom.modality_linear.default)
@@ -121,7 +128,7 @@ class LanguageModel(nn.Module):
         recompute: Recompute = False,
     ):
         super().__init__()
-        self.config, self.diffusion = config, diffusion
+        self.config, self.diffusion, self.recompute = config, diffusion, recompute
         self.embedding = nn.Embedding(vocabulary, config.dim)
         self.blocks = nn.ModuleList(Block(config, modalities, recompute) for _ in range(config.blocks))
         self.norm = Norm(config.dim, modalities if "norm" in config.decoupled else 1, config.norm_eps)
@@ -153,9 +160,11 @@ class LanguageModel(nn.Module):
             device = x_Td.device.type
             of_scores = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_Td.dtype
             more = (attention_mask(layout, past, of_scores),)
+        # Blocks that are recomputed keep only their input, and that should be one tensor.
+        rows: Rows = (x_Td, None) if on_cuda(x_Td) and not self.recompute else x_Td
         for i, block in enumerate(self.blocks):
-            x_Td = block(x_Td, layout, None if state is None else state[i], *more)
-        x_Td = self.norm(x_Td, layout)
+            rows = block(rows, layout, None if state is None else state[i], *more)
+        x_Td = self.norm.of_sum(*rows, layout)[1] if isinstance(rows, tuple) else self.norm(rows, layout)
         predicted = None
         if patches is not None:
             assert self.patch_head is not None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mom_train.config.model import ModelConfig
 from mom_train.model.context_scan import inputs_before, state_before
-from mom_train.model.routed import Norm, projection
+from mom_train.model.routed import Norm, Projection, projection
 from mom_train.ops.conv.causal_conv import causal_conv
 from mom_train.ops.layout import RowLayout
 from mom_train.ops.scan.selective_scan import selective_scan
@@ -89,9 +89,18 @@ class MambaBlock(nn.Module):
         super().__init__()
         self.norm = Norm(config.dim, modalities if "norm" in config.decoupled else 1, config.norm_eps)
         self.mixer = MambaMixer(config, modalities)
+        self.norm.before_product = isinstance(self.mixer.in_proj, Projection)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
-        return x_Td + self.mixer.out_proj(self.gated(x_Td, layout, state), layout)
+        x_Td, branch_Td = self.terms(x_Td, None, layout, state)
+        return x_Td + branch_Td
+
+    def terms(
+        self, x_Td: Tensor, branch_Td: Tensor | None, layout: RowLayout, state: MambaState | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The two terms whose sum is the output, for rows that are themselves the sum x + branch."""
+        x_Td, normed_Td = self.norm.of_sum(x_Td, branch_Td, layout)
+        return x_Td, self.mixer(normed_Td, layout, state)
 
     def gated(self, x_Td: Tensor, layout: RowLayout, state: MambaState | None = None) -> Tensor:
         """The input of the mixer's out_proj (T, inner)."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mom_train.config.model import ModelConfig
 from mom_train.ops.layout import RowLayout
+from mom_train.ops.norm.add_norm import add_norm
 from mom_train.ops.routing.modality_linear import modality_linear
 
 
@@ -78,18 +79,44 @@ def projection(config: ModelConfig, part: str, inputs: int, outputs: int, modali
     return RoutedProjection(inputs, outputs, modalities, config.experts, config.router == "learned")
 
 
+def on_cuda(x_Td: Tensor) -> bool:
+    """Whether norms are the joint operator of `ops.norm` instead of PyTorch's operations one by one."""
+    return x_Td.device.type == "cuda"
+
+
 class Norm(nn.Module):
-    """RMSNorm with a scale that is shared or separate for each modality (weight [modalities * dim])."""
+    """RMSNorm with a scale that is shared or separate for each modality (weight [modalities * dim]).
+
+    `before_product` says that only linear maps read the output, which cast it to the autocast dtype. On CUDA, it is
+    then returned in that dtype, which saves a pass; the values that the products see are the same.
+    """
 
     def __init__(self, dim: int, modalities: int, eps: float):
         super().__init__()
         self.dim, self.modalities, self.eps = dim, modalities, eps
+        self.before_product = False
         self.weight = nn.Parameter(torch.empty(modalities * dim))
 
     def forward(self, x_Td: Tensor, layout: RowLayout) -> Tensor:
+        if on_cuda(x_Td):
+            return self._joint(x_Td, None, layout)[1]
         if self.modalities == 1:
             return F.rms_norm(x_Td, (self.dim,), self.weight, self.eps)
         normed_Td = F.rms_norm(x_Td, (self.dim,), None, self.eps)
         segments = normed_Td.split((layout.offsets[1:] - layout.offsets[:-1]).tolist())
         scales = self.weight.view(self.modalities, self.dim)
         return torch.cat([segment * scale for segment, scale in zip(segments, scales, strict=True)])
+
+    def of_sum(self, x_Td: Tensor, branch_Td: Tensor | None, layout: RowLayout) -> tuple[Tensor, Tensor]:
+        """(x + branch, its norm), both (T, dim). Without a branch, the sum is x."""
+        if on_cuda(x_Td):
+            return self._joint(x_Td, branch_Td, layout)
+        sum_Td = x_Td if branch_Td is None else x_Td + branch_Td
+        return sum_Td, self(sum_Td, layout)
+
+    def _joint(self, x_Td: Tensor, branch_Td: Tensor | None, layout: RowLayout) -> tuple[Tensor, Tensor]:
+        dtype, device = None, x_Td.device.type
+        if self.before_product and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        weight_Md = self.weight.view(self.modalities, self.dim)
+        return add_norm(x_Td, branch_Td, weight_Md, layout, self.eps, dtype)

@@ -1,1 +1,2 @@
-"""The operators that the blocks are made of, each with several backends: linear maps by modality, convolution, scan."""
+"""The operators that the blocks are made of, each with several backends: linear maps by modality, convolution, scan,
+norm, cross-entropy."""

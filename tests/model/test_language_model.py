@@ -241,3 +241,34 @@ def test_transformers_imports_from_the_checkout():
     checkout = CHECKOUT
     code = "import sys; sys.path.insert(0, ''); import transformers.tokenization_utils_fast, mom_tokenizers.vocab"
     subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+@pytest.mark.parametrize("architecture", ["mamba", "transformer"])
+@pytest.mark.parametrize("decoupled_norm", [False, True])
+def test_norms_joined_with_additions_as_on_cuda_give_the_losses_and_gradients_of_separate_ones(
+    architecture, decoupled_norm, recompute, monkeypatch
+):
+    from mom_train.model import language_model, routed
+
+    parts = (PROJECTIONS if architecture == "mamba" else ("attention", "feed_forward")) + ("norm",) * decoupled_norm
+    heads = 2 if architecture == "transformer" else None
+    config = ModelConfig(architecture=architecture, dim=32, layers=2, decoupled=parts, heads=heads)
+    model = build(config)
+    for block in model.blocks:
+        block.recompute = recompute
+    model.recompute = recompute
+    results, joined = [], []
+    for _ in range(2):
+        loss, each = run(model, *batch(missing=1))[:2]
+        loss.backward()
+        results.append([each.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+        for module in (routed, language_model):
+            monkeypatch.setattr(module, "on_cuda", lambda _: True)
+        monkeypatch.setattr(routed, "add_norm", lambda *a, f=routed.add_norm: joined.append(a[1]) or f(*a))
+    if not recompute:  # every norm but the first begins with the addition before it
+        assert [branch is not None for branch in joined] == [False] + [True] * (len(joined) - 1)
+        assert len(joined) == 1 + config.blocks * (2 if heads else 1)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -69,10 +69,20 @@ def variants(everything: bool) -> list[dict[str, Any]]:
 def _passes(dtype: str) -> list[dict[str, Any]]:
     """The kernels between the products, whose arguments and options are their own; a step is one pass of a loop."""
     from mom_train.ops.cross_entropy import triton as triton_cross_entropy
+    from mom_train.ops.norm import triton as triton_norm
 
-    rows = _ROW_TYPES[dtype]
+    rows, width = _ROW_TYPES[dtype], 2048
     logits = {"LOGITS": rows, "TARGET": "*i64", "LOSS": "*fp32", "LOGSUM": "*fp32", "V": "i32", "z_loss": "fp32"}
+    norms = {"X": "*fp32", "BRANCH": rows, "RESIDUAL": "*fp32", "NORMED": rows, "GNORMED": rows, "GRESIDUAL": "*fp32",
+             "GX": "*fp32", "GBRANCH": rows, "ROWS": "*i64", "eps": "fp32"}  # fmt: skip
+    norm = {"BLOCK": width, "MODALITIES": 3}
+    backward = {**norm, "SPAN": triton_norm.SPAN, "PASSES": True, "BRANCHES": dtype != "fp32"}
+    own = {"variant": dtype, "dtype": dtype, "signature": norms, "options": triton_norm.options(width)}
     return [
+        {"kernel": "norm of a sum, forward", "function": triton_norm._forward, "steps": (),
+         "settings": {**norm, "ADDS": True}, **own},
+        {"kernel": "norm of a sum, backward", "function": triton_norm._backward, "steps": (1,), "settings": backward,
+         **own},
         {"kernel": "cross-entropy", "variant": dtype, "dtype": dtype, "function": triton_cross_entropy._forward,
          "steps": (1, 1), "settings": {"BLOCK": triton_cross_entropy.block(65536), "GRADIENT": True},
          "signature": logits, "options": triton_cross_entropy.OPTIONS},

@@ -1,0 +1,1 @@
+"""RMSNorm joined with the addition before it: its operator, its definition, and its backends."""
