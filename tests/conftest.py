@@ -2,21 +2,21 @@
 
 # minutes each, most first; a file that is not named comes after them, as it was collected
 LONGEST = (
+    "demo/test_tutorial.py",
+    "demo/test_demo.py",
     "faults/test_campaign.py",
     "data/test_tokenize_shards.py",
-    "demo/test_demo.py",
-    "demo/test_tutorial.py",
-    "paper/test_paper_mini.py",
-    "launch/test_launch.py",
-    "train/test_failures.py",
-    "train/test_survival.py",
-    "model/test_describe_model.py",
     "train/test_settings.py",
-    "train/test_run.py",
+    "paper/test_paper_mini.py",
     "shards/test_online.py",
-    "ops/test_triton.py",
-    "model/test_score_samples.py",
+    "checkpoint/test_checkpoint.py",
+    "launch/test_launch.py",
     "bench/test_bench.py",
+    "model/test_describe_model.py",
+    "distributed/test_ranks.py",
+    "train/test_validation.py",
+    "train/test_run.py",
+    "train/test_survival.py",
 )
 
 
