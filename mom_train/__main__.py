@@ -35,7 +35,7 @@ def main() -> None:
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",
         datefmt="%H:%M:%S",
     )
-    with exit_clearly("mom_train"):
+    with exit_clearly():
         config = load_config(arguments.config, arguments.overrides)
         check_places(config, int(os.environ.get("WORLD_SIZE", 1)))
         gc.disable()  # importing makes no garbage, and looking for it takes a fifth of the time

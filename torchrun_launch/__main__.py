@@ -65,7 +65,7 @@ def main() -> None:
 
     from mom_tokenizers.errors import exit_clearly
 
-    with exit_clearly("torchrun_launch"):
+    with exit_clearly():
         sys.exit(_COMMANDS[arguments.command](arguments))
 
 

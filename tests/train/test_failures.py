@@ -38,15 +38,20 @@ def status(folder):
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(5, "Input/output error", "disk"), KeyError("x")])
 def test_only_a_user_error_becomes_a_message_and_everything_else_keeps_its_traceback(error):
-    with pytest.raises(type(error)), exit_clearly("tool"):
+    with pytest.raises(type(error)), exit_clearly():
         raise error
 
 
-def test_a_user_error_is_one_message_and_exit_code_2(capsys):
-    with pytest.raises(SystemExit) as end, exit_clearly("tool"):
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [("mom plan", "mom plan"), ("tools/plan_run.py", "plan_run.py"), ("/x/mom_train/__main__.py", "mom_train")],
+)
+def test_a_user_error_is_one_message_with_the_programs_name_and_exit_code_2(typed, named, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [typed, "argument"])
+    with pytest.raises(SystemExit) as end, exit_clearly():
         raise UserError("say what")
     assert end.value.code == 2
-    assert capsys.readouterr().err == "tool: error: say what\n"
+    assert capsys.readouterr().err == f"{named}: error: say what\n"
 
 
 def test_what_is_wrong_with_a_path_that_the_user_named_is_said_with_the_path(tmp_path):

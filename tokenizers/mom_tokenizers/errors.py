@@ -92,8 +92,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextmanager
-def exit_clearly(program: str) -> Iterator[None]:
+def exit_clearly() -> Iterator[None]:
     """A context for the whole of a program. It turns a UserError into one message on stderr and exit code 2.
+
+    The message begins with the program's name as argparse has it: what was typed, such as "mom plan" or "plan_run.py".
 
     Every other exception keeps its traceback and ends the program with exit code 1. A rank of a distributed program
     also prints its number, and ends at once, because the other ranks may be waiting for it in a collective. With
@@ -101,6 +103,8 @@ def exit_clearly(program: str) -> Iterator[None]:
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     prefix = f"[rank {rank}] " if rank else ""
+    path = Path(sys.argv[0])
+    program = path.parent.name if path.name == "__main__.py" else path.name
     try:
         yield
     except UserError as error:

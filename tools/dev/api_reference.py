@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, and say whether the pages are up to date")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the pages (default: docs/reference/api)")
     arguments = parser.parse_args()
-    with exit_clearly("api_reference"):
+    with exit_clearly():
         for page, content in pages().items():
             path = arguments.out / f"{page}.md"
             if arguments.check and (not path.exists() or path.read_text() != content):

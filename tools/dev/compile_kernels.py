@@ -209,5 +209,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_clearly("compile_kernels"):
+    with exit_clearly():
         main()

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--out", type=Path, default=OUT, help="(default: docs/reference/configuration.md)")
     arguments = parser.parse_args()
-    with exit_clearly("config_reference"):
+    with exit_clearly():
         text = reference()
         if not arguments.check:
             arguments.out.write_text(text)

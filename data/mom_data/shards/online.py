@@ -264,7 +264,7 @@ def main() -> None:
         held.append(_slot(job.output, processes))
         return tokenizing(job.settings.tokenizers, device)
 
-    with exit_clearly("mom_data.shards.online"), user_path(job.output):
+    with exit_clearly(), user_path(job.output):
         tokenize_part(job, load)
 
 

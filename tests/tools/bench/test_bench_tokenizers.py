@@ -93,7 +93,7 @@ def test_json_on_standard_output_is_nothing_but_json(folder):
 def test_mistakes_end_with_one_message(folder, tmp_path):
     done = run("--tokenizers", tmp_path / "none.yaml", "--input", folder / "raw.tar")
     assert (done.returncode, done.stderr.splitlines()[-1:]) == (
-        2, [f"bench_tokenizers: error: {tmp_path}/none.yaml: no such file or directory"]
+        2, [f"bench_tokenizers.py: error: {tmp_path}/none.yaml: no such file or directory"]
     )  # fmt: skip
     assert (
         run("--tokenizers", folder / "tokenizers.yaml", "--input", folder / "raw.tar", "--documents", 0).returncode == 2

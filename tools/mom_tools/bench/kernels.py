@@ -247,7 +247,7 @@ def main() -> None:
         add_json(command)
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it says at length that a CPU has no CUDA
-    with exit_clearly(parser.prog):
+    with exit_clearly():
         if arguments.command == "step":
             result = bench_step.run(arguments)
             text, failed = bench_step.markdown(result), False

@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--litdata-python", metavar="PATH", help="a Python that has litdata, to measure it as well")
     add_json(parser)
     arguments = parser.parse_args()
-    with exit_clearly("bench_data"), tempfile.TemporaryDirectory() as scratch:
+    with exit_clearly(), tempfile.TemporaryDirectory() as scratch:
         for name in ("tokens", "length", "rows", "repeats"):
             if getattr(arguments, name) < 1:
                 raise UserError(f"--{name} must be at least 1")

@@ -201,7 +201,7 @@ def main() -> None:
     )
     add_json(parser)
     arguments = parser.parse_args()
-    with exit_clearly("bench_tokenizers"):
+    with exit_clearly():
         if arguments.documents < 1:
             raise UserError(f"--documents {arguments.documents}: at least one")
         # before the text tokenizer starts threads

@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="the table (printed in any case)")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="curves and loss matching: .png, .svg or .pdf")
     arguments = parser.parse_args()
-    with exit_clearly("match_loss"):
+    with exit_clearly():
         published = select(arguments.paper) if arguments.paper else []
         baseline, candidate = ([Run(p) for p in side] for side in (arguments.baseline, arguments.candidate))
         found = compare(baseline, candidate, arguments.window)

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .svg or .pdf")
     parser.add_argument("--x", choices=AXES, default="tokens", help="(default: %(default)s)")
     arguments = parser.parse_args()
-    with exit_clearly("plot_run"):
+    with exit_clearly():
         runs = [Run(path) for path in arguments.runs]
         names = [name.rpartition("/")[2] for run in runs for name in run.names]
         modalities = [m for m in dict.fromkeys(names) if m != "total"]

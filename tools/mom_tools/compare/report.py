@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html, or report.html of several)")
     parser.add_argument("--price", type=float, help="price of one device (rank) for an hour, in any currency")
     arguments = parser.parse_args()
-    with exit_clearly("report"):
+    with exit_clearly():
         if arguments.price is not None and not 0 <= arguments.price < math.inf:
             raise UserError(f"--price {arguments.price}: not below 0, and finite")
         html = page([Run(path) for path in arguments.runs], arguments.price)

@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512, help="side of pictures in pixels (default: %(default)s)")
     add_json(parser)
     arguments = parser.parse_args()
-    with exit_clearly("convert_vqgan"):
+    with exit_clearly():
         tensors = read_checkpoint(arguments.checkpoint)
         model, homeless = convert(tensors)
         tokenizer = VQImageTokenizer(model, arguments.resolution)

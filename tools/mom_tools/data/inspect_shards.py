@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=12, help="documents to show (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of documents, and of the order")
     arguments = parser.parse_args()
-    with exit_clearly("inspect_shards"):
+    with exit_clearly():
         if min(arguments.length, arguments.lanes, arguments.window, arguments.rows, arguments.documents + 1) < 1:
             raise UserError("--length, --lanes, --window and --rows must be at least 1, --documents at least 0")
         path: Path | None = arguments.tokenizers

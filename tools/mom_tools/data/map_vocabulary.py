@@ -39,7 +39,7 @@ def main() -> None:
     )
     add_json(parser)
     arguments = parser.parse_args()
-    with exit_clearly("map_vocabulary"):
+    with exit_clearly():
         further = pairs(arguments.further, "--further")
         if wrong := [size for size in further.values() if not size.isdecimal()]:
             raise UserError(f"--further: {wrong[0]!r} is no number of ids")

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=2048, help="rows to plan (default: %(default)s)")
     add_json(parser)
     arguments = parser.parse_intermixed_args()
-    with exit_clearly("pack_stats"):
+    with exit_clearly():
         if bool(arguments.config) == bool(arguments.data):
             raise UserError("give either a CONFIG, or --data FOLDER ... and --length")
         if min(arguments.sequences, arguments.length, arguments.lanes, arguments.window) < 1:

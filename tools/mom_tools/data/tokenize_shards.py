@@ -415,7 +415,7 @@ def devices_of(wanted: str, settings: Settings) -> list[str]:
 
 def main() -> None:
     arguments, options, rest = parse()
-    with exit_clearly("tokenize_shards"):
+    with exit_clearly():
         account = Account()
         sources, arguments.split = files_of_side(arguments.input, arguments.split, account)
         names = names_of(sources)

@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU where there is one (%(default)s)")
     arguments = parser.parse_args()
-    with exit_clearly("train_tokenizers"):
+    with exit_clearly():
         config = load_config(arguments.config)
         figures = train_tokenizers(
             config,

@@ -68,7 +68,7 @@ def main() -> None:
     )
     add_json(parser)
     arguments = parser.parse_args()
-    with exit_clearly("verify_shards"):
+    with exit_clearly():
         folder: Path = arguments.dataset
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")

@@ -395,7 +395,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     arguments = parser.parse_args()
-    with exit_clearly("make_demo_corpus"):
+    with exit_clearly():
         if arguments.documents < 50 or arguments.workers < 1:
             raise UserError("--documents must be at least 50 and --workers at least 1")
         summary = build_corpus(arguments.output, Settings(arguments.documents, arguments.seed), arguments.workers)

@@ -114,7 +114,7 @@ def main() -> None:
         "overrides", nargs="*", metavar="key=value", help="overrides of the run's config, such as training.steps=50"
     )
     arguments = parser.parse_args()
-    with exit_clearly("demo"):
+    with exit_clearly():
         demo(arguments)
 
 

@@ -105,7 +105,7 @@ def main() -> None:
     command = commands.add_parser("export")
     add_options(command)
     arguments = parser.parse_args()
-    with exit_clearly("checkpoint"):
+    with exit_clearly():
         check_run(arguments.run)
         if arguments.command == "prune" and arguments.keep < 1:
             raise UserError("--keep: at least 1, which the run carries on from")

@@ -144,7 +144,7 @@ def main() -> None:
         "--by-part", action="store_true", help="describe each of several configs in detail, instead of in one row"
     )
     arguments = parser.parse_intermixed_args()
-    with exit_clearly("describe_model"):
+    with exit_clearly():
         if arguments.json and Path(arguments.json).suffix in (".yaml", ".yml"):
             raise UserError(f"--json {arguments.json} would overwrite a config: put --json last, or name its file")
         names, overrides = configs_and_overrides(arguments.config)

@@ -76,7 +76,7 @@ def main() -> None:
     add_tokenizers(parser, ", for bits per byte")
     add_json(parser)
     arguments = parser.parse_args()
-    with exit_clearly("eval"):
+    with exit_clearly():
         if any(n is not None and n < 1 for n in (arguments.sequences, arguments.batch)):
             raise UserError("--sequences, --batch: at least 1")
         if arguments.step not in (None, "best") and not arguments.step.isdigit():

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory")
     add_options(parser)
     arguments = parser.parse_args()
-    with exit_clearly("export_model"):
+    with exit_clearly():
         check_run(arguments.run)
         check_writable(arguments.out, "--out")
         export(arguments.run, arguments.out, arguments.step, arguments.format, arguments.ema)

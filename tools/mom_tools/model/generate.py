@@ -46,7 +46,7 @@ def main() -> None:
     )
     add_device(parser)
     arguments = parser.parse_args()
-    with exit_clearly("generate"):
+    with exit_clearly():
         generate(arguments)
 
 

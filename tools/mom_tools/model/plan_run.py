@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--price", type=float, help="price of one GPU for an hour, in any currency")
     add_json(parser)
     given = parser.parse_intermixed_args()
-    with exit_clearly("plan_run"):
+    with exit_clearly():
         names, overrides = configs_and_overrides(given.config)
         for flag, value in {"--mfu": given.mfu, "--efficiency": given.efficiency}.items():
             if not 0 < value <= 1:

@@ -305,7 +305,7 @@ def main() -> None:
     )
     add_json(parser)
     arguments = parser.parse_args()
-    with exit_clearly("score_samples"):
+    with exit_clearly():
         if arguments.samples < FEWEST or arguments.batch < 1:
             raise UserError(f"--samples: at least {FEWEST}; --batch: at least 1")
         from mom_tokenizers.base import resolved_device

@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--configs", type=Path, default=default, help="settings and tokenizers (default: configs/mini)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    with exit_clearly("paper_mini"):
+    with exit_clearly():
         check(arguments)
         import torch  # only to know the machine
 
