@@ -38,10 +38,10 @@ DEVICE void backward_pass(const Arguments& a) {
   char* bc = shared;
   char* sums = bc + CHUNK * BC_BYTES_PER_STEP;  // for the gradient of C, then of B
   Steps* steps = (Steps*)(sums + 2 * SUMS_BYTES);
-  char* inputs = sums + 2 * SUMS_BYTES + STEPS_BYTES + p.warp * warp_bytes;  // pairs: Delta and x; then g and gate slope
+  char* inputs = (char*)steps + STEPS_BYTES + p.warp * warp_bytes;  // pairs: Delta and x; then the two gradients
   char* snapshots = inputs + 2 * PAIR_BYTES;
   char* planes = snapshots + SNAPSHOTS * SNAPSHOT_BYTES;  // x, dt, z, grad_y
-  float* bias = (float*)(sums + 2 * SUMS_BYTES + STEPS_BYTES + WARPS * warp_bytes);
+  float* bias = (float*)((char*)steps + STEPS_BYTES + WARPS * warp_bytes);
   float* grad_bias = bias + (a.modalities + 1) * CTA_CHANNELS + p.warp * (a.modalities + 1) * 32;  // (M + 1, 32)
 
   const int begin = p.span * a.span, end = min(begin + a.span, a.chunks);
@@ -49,12 +49,12 @@ DEVICE void backward_pass(const Arguments& a) {
   for (int m = 0; m <= a.modalities; m++) grad_bias[m * 32 + p.lane] = 0.f;
   for (int i = p.thread; i < 2 * SUMS_BYTES / 4; i += 32 * WARPS) ((float*)sums)[i] = 0.f;  // warps without channels
 
-  const int pair = p.lane & 15, half = p.lane >> 4;
+  const int pair = p.lane & 15, half = p.lane >> 4, own = p.channel + own_channel(p.lane);
   Tile exponents = zero_tile(), G = zero_tile(), grad_A = zero_tile(), h;
   float grad_D = 0.f, D = 0.f;
   if (p.active) {
     exponents = load_exponents(a, p);
-    D = a.D[p.channel + own_channel(p.lane)];
+    D = a.D[own];
     G = load_tile(a.entering + ((long long)p.batch * a.channels + p.channel) * STATES, p.lane);
     through_spans(a, p, G, a.spans - 1, -1);
   }
@@ -82,9 +82,6 @@ DEVICE void backward_pass(const Arguments& a) {
   KEEP_IN_REGISTER(at_sums);
   KEEP_IN_REGISTER(at_snapshots);
   const bool odd = p.lane & 4;
-  row_t* grad_x = a.grad_x + p.channel + own_channel(p.lane);
-  row_t* grad_dt = a.grad_dt + p.channel + own_channel(p.lane);
-  row_t* grad_z = a.grad_z + p.channel + own_channel(p.lane);
 
   for (int chunk = end - 1; chunk >= begin; chunk--) {
     const int slot = (end - 1 - chunk) & 3, next_slot = (slot + 1) & 3;
@@ -146,9 +143,7 @@ DEVICE void backward_pass(const Arguments& a) {
       Tile before[BLOCK], decays[BLOCK];
       float of_last = 0.f;
       const float4 reset4 = *(const float4*)&steps->reset[slot][block];
-      const int4 row4 = *(const int4*)&steps->row[slot][block];
       const float resets[BLOCK] = {reset4.x, reset4.y, reset4.z, reset4.w};
-      const int rows[BLOCK] = {row4.x, row4.y, row4.z, row4.w};
 #pragma unroll
       for (int u = 0; u < BLOCK; u++) {
         const int s = block + u;
@@ -168,7 +163,9 @@ DEVICE void backward_pass(const Arguments& a) {
         of_last = of_C;
         const float own_x = odd ? x_[1] : x_[0];
         grad_D = fmaf(odd ? g[1] : g[0], own_x, grad_D);
-        store_in_row(rows[u], row_at(grad_z, rows[u], a.grad_stride),
+        const int row = steps->row[slot][s];
+        const long long at = row * (long long)a.grad_stride + own * (int)sizeof(row_t);  // bytes
+        store_in_row(row, bytes_behind(a.grad_z, at),
                      (odd ? slope[1] : slope[0]) * fmaf(D, own_x, sum_over_states(y, odd)));
       }
       float grad_raw[BLOCK];
@@ -180,6 +177,8 @@ DEVICE void backward_pass(const Arguments& a) {
         load_pairs(shared, at_inputs + PAIR_BYTES, s, g, slope);
         load_states_row(shared, at_B, s, B);
         load_states_row(shared, at_B ^ 64, s, C);
+        const float own_x = odd ? x_[1] : x_[0], own_delta = odd ? delta[1] : delta[0];
+        const float past_states = (odd ? g[1] : g[0]) * D;  // taken here, so that g needs no registers below
 #pragma unroll
         for (int k = 0; k < 4; k++) input[k] = delta[k] * x_[k];
         FOR_TILE {
@@ -196,11 +195,11 @@ DEVICE void backward_pass(const Arguments& a) {
           grad_exponent[k] = j ? fmaf(e, exponents.at[k][j], grad_exponent[k]) : e * exponents.at[k][j];
         }
         const float of_input = sum_over_states(grad_input, odd), of_exponent = sum_over_states(grad_exponent, odd);
-        const float own_x = odd ? x_[1] : x_[0], own_delta = odd ? delta[1] : delta[0];
         grad_raw[u] = fmaf(own_x, of_input, of_exponent * LN2) * slope_of(own_delta);
-        store_in_row(rows[u], row_at(grad_x, rows[u], a.grad_stride),
-                     fmaf(own_delta, of_input, (odd ? g[1] : g[0]) * D));
-        store_in_row(rows[u], row_at(grad_dt, rows[u], a.grad_stride), grad_raw[u]);
+        const int row = steps->row[slot][s];
+        const long long at = row * (long long)a.grad_stride + own * (int)sizeof(row_t);  // bytes
+        store_in_row(row, bytes_behind(a.grad_x, at), fmaf(own_delta, of_input, past_states));
+        store_in_row(row, bytes_behind(a.grad_dt, at), grad_raw[u]);
       }
       if (block > 0) h = load_own((const float*)(shared + at_snapshots + (block / BLOCK - 1) * SNAPSHOT_BYTES), 0);
 
@@ -219,7 +218,6 @@ DEVICE void backward_pass(const Arguments& a) {
   write_sums(a, sums, steps, (end - begin - 1) & 3, p.thread);
   if (!p.active) return;
   const long long flat = p.batch * (long long)a.spans + p.span;
-  const int own = p.channel + own_channel(p.lane);
   store_tile(a.grad_A + (flat * a.channels + p.channel) * STATES, grad_A, p.lane);
   a.grad_D[flat * a.channels + own] = grad_D;
   for (int m = 0; m < a.modalities; m++)

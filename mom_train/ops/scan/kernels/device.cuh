@@ -45,12 +45,15 @@ DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory");
 // Rounds and stores one value of a row; does nothing if `row` is -1. A predicate, because a branch costs more.
 DEVICE void store_in_row(int row, unsigned short* to, float v) {
   asm volatile(
-      "{ .reg .pred p; .reg .b16 h; cvt.rn.bf16.f32 h, %2; setp.ge.s32 p, %0, 0; @p st.global.b16 [%1], h; }" ::"r"(row),
-      "l"(to), "f"(v)
+      "{ .reg .pred p; .reg .b16 h; cvt.rn.bf16.f32 h, %2; setp.ge.s32 p, %0, 0; @p st.global.b16 [%1], h; }"
+      :
+      : "r"(row), "l"(to), "f"(v)
       : "memory");
 }
-__device__ static inline void store_in_row(int row, float* to, float v) {
-  asm volatile("{ .reg .pred p; setp.ge.s32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(row), "l"(to), "f"(v)
+DEVICE void store_in_row(int row, float* to, float v) {
+  asm volatile("{ .reg .pred p; setp.ge.s32 p, %0, 0; @p st.global.f32 [%1], %2; }"
+               :
+               : "r"(row), "l"(to), "f"(v)
                : "memory");
 }
 

@@ -2,9 +2,9 @@
 //
 // A warp has 32 channels x 16 states, a lane 4 x 4 of them: lane = 16*half + 4*q + c. Its register [k][j] belongs to
 //   channel(lane, k) = 16*half + 4*c + (k ^ (q & 2)), and state 4*q + (j ^ c).
-// So a sum over states goes over lanes 8 and 4 apart and halves the number of channels each time, after which a lane has
-// the sum for its own channel, 16*half + 4*c + q. A sum over channels goes over lanes 2, 1 and 16 apart and halves the
-// number of states, after which a lane has state 4*q + c. No register has to be selected by lane number on the way.
+// So a sum over states goes over lanes 8 and 4 apart and halves the number of channels each time, after which a lane
+// has the sum for its own channel, 16*half + 4*c + q. A sum over channels goes over lanes 2, 1 and 16 apart and halves
+// the number of states, after which a lane has state 4*q + c. Hardly a register is selected by lane number on the way.
 #pragma once
 
 #define STATES 16
@@ -43,15 +43,15 @@ DEVICE four_t to_rows(float4 v) { return v; }
 struct Arguments {
   const row_t *x, *dt, *z, *B, *C, *grad_y;
   const float *A, *D, *dt_bias;
-  const float* entering;  // (batch, D, N): the state before the first step, or the gradient of the state after the last
+  const float* entering;  // (batch, D, N): the state before the first step, or the gradient of the one after the last
   const int* order;
   const unsigned char *modality, *position;
   row_t* y;
-  float* states;           // (batch, chunks, D/32, 512): the state before each chunk, in the order of lanes; may be null
-  float* leaving;          // (batch, D, N): the state after the last step, or the gradient of the state before the first
-  float *own, *decay;      // (batch, spans, D/32, 512): what a span ends with if zero enters, and the factor of what does
+  float* states;      // (batch, chunks, D/32, 512): the state before each chunk, in the order of lanes; may be null
+  float* leaving;     // (batch, D, N): the state after the last step, or the gradient of the one before the first
+  float *own, *decay; // (batch, spans, D/32, 512): how a span ends if zero enters, and the factor of what enters
   row_t *grad_x, *grad_dt, *grad_z;
-  float *grad_B, *grad_C;  // (CTAs over channels, T, N)
+  float *grad_B, *grad_C;                 // (CTAs over channels, T, N)
   float *grad_A, *grad_D, *grad_dt_bias;  // (batch * spans, D, N), (batch * spans, D), (batch * spans, M, D)
   long long tokens;
   int x_stride, dt_stride, z_stride, B_stride, C_stride, y_stride, grad_y_stride, grad_stride;  // bytes between rows
@@ -77,12 +77,12 @@ DEVICE int own_channel(int lane) { return (lane & 16) | (lane & 3) << 2 | (lane 
 DEVICE int channel_of(int lane, int k) { return (lane & 16) | (lane & 3) << 2 | ((k ^ lane >> 2) & 2) | (k & 1); }
 
 template <typename T>
-DEVICE T* row_at(T* base, int row, int stride) {
-  return (T*)((char*)base + (long long)row * stride);
+DEVICE T* bytes_behind(T* base, long long bytes) {
+  return (T*)((char*)base + bytes);
 }
 template <typename T>
-DEVICE const T* row_at(const T* base, int row, int stride) {
-  return (const T*)((const char*)base + (long long)row * stride);
+DEVICE T* row_at(T* base, int row, int stride) {
+  return bytes_behind(base, (long long)row * stride);
 }
 DEVICE float4 load4(const char* from) { return *(const float4*)from; }
 
