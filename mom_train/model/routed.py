@@ -49,23 +49,23 @@ class RoutedProjection(nn.Module):
 
     def forward(self, x_TK: Tensor, layout: RowLayout) -> Tensor:
         T, M, E = x_TK.shape[0], self.modalities, self.experts
-        sizes = layout.offsets[1:] - layout.offsets[:-1]
+        device = x_TK.device
         logits_Tn = F.linear(x_TK.float(), self.router.float())
-        group_M = torch.full((M,), float(T))  # number of tokens that may choose the experts of each modality
+        group_M = torch.full((M,), float(T), device=device)  # tokens that may choose each modality's experts
         if not self.among_all:
-            modality_T = torch.arange(M).repeat_interleave(sizes).to(x_TK.device)
-            foreign = torch.arange(M * E, device=x_TK.device) // E != modality_T[:, None]
+            sizes = layout.offsets[1:] - layout.offsets[:-1]
+            modality_T = torch.arange(M, device=device).repeat_interleave(sizes, output_size=T)
+            foreign = torch.arange(M * E, device=device) // E != modality_T[:, None]
             logits_Tn = logits_Tn.masked_fill(foreign, -torch.inf)
             group_M = sizes.float()
         p_Tn = logits_Tn.softmax(-1)
         gate_T, expert_T = p_Tn.max(-1)
         order_T = expert_T.argsort(stable=True)
-        count_n = torch.bincount(expert_T, minlength=M * E)
-        offsets = torch.zeros(M * E + 1, dtype=torch.int64)
-        offsets[1:] = count_n.cumsum(0).cpu()  # waits for the device, where the choice is made
+        offsets = (torch.arange(M * E + 1, device=device).unsqueeze(1) > expert_T).sum(1)
+        count_n = offsets.diff()
         y_TO = modality_linear(x_TK[order_T], self.weight, offsets)[order_T.argsort()]
         choices = M * E if self.among_all else E
-        group_n = group_M.repeat_interleave(E).clamp_min(1).to(x_TK.device)
+        group_n = group_M.repeat_interleave(E).clamp_min(1)
         self.balance = choices * (count_n / group_n * p_Tn.sum(0)).sum()
         return y_TO * gate_T.unsqueeze(1).to(y_TO.dtype)
 
@@ -103,8 +103,14 @@ class Norm(nn.Module):
         if self.modalities == 1:
             return F.rms_norm(x_Td, (self.dim,), self.weight, self.eps)
         normed_Td = F.rms_norm(x_Td, (self.dim,), None, self.eps)
-        segments = normed_Td.split((layout.offsets[1:] - layout.offsets[:-1]).tolist())
         scales = self.weight.view(self.modalities, self.dim)
+        if x_Td.device.type != "cpu" or torch.compiler.is_compiling():  # without bounds on the host
+            row_T1 = torch.arange(len(x_Td), device=x_Td.device).unsqueeze(1)
+            scale_Td = scales[:1]
+            for m in range(1, self.modalities):
+                scale_Td = torch.where(row_T1 >= layout.offsets[m], scales[m], scale_Td)
+            return normed_Td * scale_Td
+        segments = normed_Td.split(layout.offsets.diff().tolist())
         return torch.cat([segment * scale for segment, scale in zip(segments, scales, strict=True)])
 
     def of_sum(self, x_Td: Tensor, branch_Td: Tensor | None, layout: RowLayout) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ class RowLayout:
 
     order     (T,) int32   for each token in time order, its index in row order
     rows      (T,) int64   for each token in row order, its index in time order
-    offsets   (M+1,) int64 on the CPU: modality m has the rows offsets[m]:offsets[m+1], possibly none
+    offsets   (M+1,) int32: modality m has the rows offsets[m]:offsets[m+1], possibly none. Nothing reads them on the
+              host, unless the rows are on the CPU
     modality  (T,) uint8   in time order
     position  (T,) uint8   in time order: number of tokens since the document began, at most 255; 0 resets the state
     document  (T,) int32   in time order
@@ -71,6 +72,7 @@ class RowLayout:
         position = (time - begin.cummax(1).values).clamp(max=255).to(torch.uint8)
         modality = modality_BL.reshape(-1).contiguous()  # the C kernels read raw memory
         picture = None if picture_BL is None else picture_BL.reshape(-1)
+        offsets = offsets.to(torch.int32)
         fields = (order, rows, offsets, modality, position.reshape(-1), document_BL.reshape(-1), picture)
         return cls(B, L, *fields, context)
 

@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
 
-_ROWS = {"X", "DT", "Z", "B", "C", "Y", "GY", "GX", "GDT", "GZ", "INITIAL", "GINITIAL"}
+_ROWS = {"W", "GW", "GBIAS", "X", "DT", "Z", "B", "C", "Y", "GY", "GX", "GDT", "GZ", "INITIAL", "GINITIAL"}
 _INTEGERS = {"L", "D", "T", "SPAN", "CHUNKS"}
 _ROW_TYPES = {"bf16": "*bf16", "fp32": "*fp32"}
 
@@ -63,6 +63,30 @@ def variants(everything: bool) -> list[dict[str, Any]]:
                 found.append({"kernel": kernel, "variant": variant, "dtype": dtype, "function": function,
                               "steps": steps, "settings": settings})  # fmt: skip
         found += _passes(dtype)
+    return found + _routing(everything)
+
+
+def _routing(everything: bool) -> list[dict[str, Any]]:
+    """The grouped products of `modality_linear`. Their loops count as one step; instructions are those of a tile's
+    sum over REDUCED."""
+    import torch
+
+    from mom_train.ops.routing import triton as triton_routing
+
+    found: list[dict[str, Any]] = []
+    for dtype, element in (("bf16", torch.bfloat16), ("fp32", torch.float32))[: 2 if everything else 1]:
+        for columns in (4096, 160) if dtype == "bf16" and everything else (4096,):
+            sizes = triton_routing.blocks(element, columns)
+            options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+            common = {"GROUP": triton_routing._GROUP, "HAS_BIAS": False, "PRECISION": "ieee", **sizes}
+            strided = {"si": 1}  # as the launcher specializes a stride of one
+            for kernel, function, settings in (
+                ("routing rows", triton_routing._rows, {**common, **strided, "M": 3, "EVEN": columns % 64 == 0}),
+                ("routing sums", triton_routing._sums, common),
+            ):
+                variant = f"{dtype}, tiles of {sizes['ROWS']} x {sizes['COLUMNS']}"
+                found.append({"kernel": kernel, "variant": variant, "dtype": dtype, "function": function,
+                              "steps": None, "settings": settings, "options": options})  # fmt: skip
     return found
 
 
@@ -106,10 +130,9 @@ def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
         for i, (name, type_) in enumerate(signature.items())
         if type_ not in ("constexpr", "fp32") and name not in triton_scan.LENGTHS
     }
+    options = variant.get("options", triton_scan.OPTIONS)
     source = ASTSource(fn=fn, signature=signature, constexprs=settings, attrs=aligned)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options=variant.get("options", triton_scan.OPTIONS)
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -120,13 +143,14 @@ def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
         raise UserError(f"cuobjdump said nothing of registers for {variant['kernel']}:\n{usage}")
     registers, stack, shared, local = map(int, found.groups())
     loops = _innermost_loops(code)
-    if len(loops) != len(variant["steps"]):
+    steps = variant["steps"] or [1] * len(loops)  # waits of a product's pipeline are loops, too
+    if len(loops) != len(steps):
         raise UserError(f"{variant['kernel']}: {len(loops)} innermost loops in the code, expected {variant['steps']}")
-    pairs = list(zip(loops, variant["steps"], strict=True))
+    pairs = list(zip(loops, steps, strict=True))
     count = Counter[str]()
-    for loop, steps in pairs:
+    for loop, times in pairs:
         for name in loop:
-            count[name] += 1 / steps
+            count[name] += 1 / times
     return {
         "kernel": variant["kernel"],
         "variant": variant["variant"],
@@ -148,7 +172,7 @@ def _type(name: str, dtype: str, settings: dict[str, Any]) -> str:
         return _ROW_TYPES[dtype]
     if name in _INTEGERS or name.islower():
         return "i32"
-    return {"ORDER": "*i32", "MODALITY": "*u8", "POSITION": "*u8"}.get(name, "*fp32")
+    return {"ORDER": "*i32", "OFFSETS": "*i32", "MODALITY": "*u8", "POSITION": "*u8"}.get(name, "*fp32")
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -33,7 +33,7 @@ class PackedBatch:
     sequences        (B,) int64      numbers of the rows in the run's order, from which random draws are derived
     order            (B*L,) int32    place of each position in the stable sort by modality
     rows             (B*L,) int64    position at each place of that sort, the inverse of `order`
-    offsets          (M+1,) int64    bounds of the modalities in that sort; stays on the CPU
+    offsets          (M+1,) int64    bounds of the modalities in that sort
     real_tokens      (M,) int64      input tokens by modality without padding; stays on the CPU
     end_sequence     number of the next sequence of the whole run, over all ranks
     documents_read   number of documents that begin in these rows
@@ -69,7 +69,7 @@ class PackedBatch:
         moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor) and f.name not in ("offsets", "real_tokens")
+            if isinstance(getattr(self, f.name), Tensor) and f.name != "real_tokens"
         }
         return replace(self, **moved)
 
@@ -84,15 +84,16 @@ class PackedBatch:
 def sort_by_modality(modality: torch.Tensor, modalities: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The stable sort of B*L positions by modality: (order, rows, offsets), as the fields of `PackedBatch`.
 
-    `modality` (B, L) uint8 on any device. `order` (B*L,) int32 and `rows` (B*L,) int64 are on that device, `offsets`
-    (M+1,) int64 is on the CPU. `build_batch` reaches the same without sorting, because it places whole spans.
+    `modality` (B, L) uint8 on any device. `order` (B*L,) int32, `rows` (B*L,) int64 and `offsets` (M+1,) int64 are on
+    that device, and nothing waits for it. `build_batch` reaches the same without sorting, because it places whole
+    spans.
     """
     flat = modality.reshape(-1).long()
     rows = flat.argsort(stable=True)
     order = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
     order[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    offsets = torch.zeros(modalities + 1, dtype=torch.int64)
-    offsets[1:] = torch.bincount(flat, minlength=modalities).cumsum(0).cpu()
+    below = torch.arange(modalities + 1, device=flat.device).unsqueeze(1) > flat  # (M+1, B*L)
+    offsets = below.sum(1)
     return order, rows, offsets
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from itertools import pairwise
+import importlib.util
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mom_train.ops import backends
+from mom_train.ops.routing import grouped_mm
+
 
 def modality_linear(x_TK: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[t] = W_m x[t] + b_m, where m is the modality of row t (Algorithm 1 of the paper).
 
-    x_TK is (T, K) with rows sorted by modality; weight (M*O, K); bias (M*O,) or None; offsets (M+1,) int64 on the CPU.
-    Returns (T, O). Under autocast, x and the weights are cast first, as for F.linear.
+    x_TK is (T, K) with rows sorted by modality; weight (M*O, K); bias (M*O,) or None; offsets (M+1,) int32 or int64 on
+    the device of x, the bounds of the modalities' segments: offsets[0] is 0 and offsets[M] is T. Returns (T, O). Under
+    autocast, x and the weights are cast first, as for F.linear.
 
-    There is one matrix product per modality on a contiguous segment (two on a CPU in bf16), without gathering, masking
-    or waiting for the device. An empty modality gets a zero gradient, so that every rank does the same collective
-    operations whatever its data.
+    On a GPU this is one grouped product, and its shapes and launches depend on no data (`backend` says which kernel
+    computes it). On a CPU there is one product per modality on a contiguous segment, and two in bf16. Nothing is
+    gathered or masked. An empty modality gets a zero gradient, so that every rank does the same collective operations
+    whatever its data.
     """
     device = x_TK.device.type
     if torch.is_autocast_enabled(device):
@@ -30,46 +35,36 @@ def modality_linear(x_TK: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
     return _modality_linear(x_TK, weight, bias, offsets)
 
 
-def _unit(x_TK: Tensor) -> int:
-    """The number whose multiples are the numbers of rows that a product is computed for.
+def backend(
+    dtype: torch.dtype, inputs: int, outputs: int, has_bias: bool, capability: tuple[int, int] | None, triton: bool
+) -> str:
+    """The name of the module here that computes the map: "grouped_mm" or "triton" on a GPU, "torch" elsewhere.
 
-    On a CPU in bf16, oneDNN compiles a program for every number of rows that it has not met yet. This takes 4 to 6 ms,
-    while the product itself takes one, and it would happen for each modality and product in every step, because the
-    lengths of segments differ from batch to batch. With at most 128 different lengths, all of them are soon known and
-    stay in its cache. MKL (fp32) does not have this problem.
+    It depends on nothing that differs from batch to batch. `capability` is the compute capability of the NVIDIA GPU
+    that the rows are on, or None where they are on another device; `triton` says whether Triton is installed.
+    MOM_KERNELS=torch and MOM_KERNELS=triton (`mom_train.ops.backends`) are followed on a GPU.
     """
-    if x_TK.device.type != "cpu" or x_TK.dtype != torch.bfloat16:
-        return 1
-    return 64 * max(1, x_TK.shape[0] // 4096)
+    if capability is None or capability < (8, 0) or dtype == torch.float64 or backends.forced == "torch":
+        return "torch"
+    if backends.forced != "triton" and grouped_mm.why_not(dtype, inputs, outputs, has_bias, capability) is None:
+        return "grouped_mm"
+    return "triton" if triton else "torch"
 
 
-def _segments(offsets: Tensor, unit: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (modality, start, middle, end). The rows up to the middle are a multiple of `unit`; the rest must be
-    padded."""
-    for m, (start, end) in enumerate(pairwise(offsets.tolist())):
-        yield m, start, end - (end - start) % unit, end
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _padded(rest_TC: Tensor, rows: int) -> Tensor:
-    """`rest_TC` with zeros appended, as (rows, C)."""
-    padded = rest_TC.new_zeros(rows, rest_TC.shape[1])
-    padded[: len(rest_TC)] = rest_TC
-    return padded
+def _module(x_TK: Tensor, weight: Tensor, offsets: Tensor, has_bias: bool) -> ModuleType:
+    nvidia = x_TK.device.type == "cuda" and not torch.version.hip
+    capability = torch.cuda.get_device_capability(x_TK.device) if nvidia else None
+    outputs = weight.shape[0] // (len(offsets) - 1)
+    name = backend(x_TK.dtype, x_TK.shape[1], outputs, has_bias, capability, _HAS_TRITON)
+    return import_module(f"mom_train.ops.routing.{name}")  # imported late because triton may be absent
 
 
 @torch.library.custom_op("mom::modality_linear", mutates_args=())
 def _modality_linear(x_TK: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    M = len(offsets) - 1
-    weight_MOK = weight.view(M, -1, weight.shape[1])
-    y_TO = x_TK.new_empty(x_TK.shape[0], weight_MOK.shape[1])
-    unit = _unit(x_TK)
-    for m, start, middle, end in _segments(offsets, unit):
-        W_KO = weight_MOK[m].t()
-        product = torch.mm if bias is None else partial(torch.addmm, bias.view(M, -1)[m])
-        if middle > start:
-            product(x_TK[start:middle], W_KO, out=y_TO[start:middle])
-        if end > middle:
-            y_TO[middle:end] = product(_padded(x_TK[middle:end], unit), W_KO)[: end - middle]
+    y_TO: Tensor = _module(x_TK, weight, offsets, bias is not None).forward(x_TK, weight, bias, offsets)
     return y_TO
 
 
@@ -82,27 +77,9 @@ def _(x_TK: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Ten
 def _modality_linear_backward(
     grad_TO: Tensor, x_TK: Tensor, weight: Tensor, offsets: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M = len(offsets) - 1
-    weight_MOK = weight.view(M, -1, weight.shape[1])
-    grad_TO = grad_TO.contiguous()
-    grad_x = x_TK.new_empty(x_TK.shape)
-    grad_weight = weight.new_empty(weight.shape)
-    grad_MOK = grad_weight.view_as(weight_MOK)
-    grad_bias = weight.new_zeros(weight.shape[0] if has_bias else 0)
-    unit = _unit(x_TK)
-    for m, start, middle, end in _segments(offsets, unit):
-        if middle > start:
-            torch.mm(grad_TO[start:middle], weight_MOK[m], out=grad_x[start:middle])
-            torch.mm(grad_TO[start:middle].t(), x_TK[start:middle], out=grad_MOK[m])
-        else:
-            grad_MOK[m].zero_()
-        if end > middle:
-            rest = _padded(grad_TO[middle:end], unit)
-            grad_x[middle:end] = torch.mm(rest, weight_MOK[m])[: end - middle]
-            grad_MOK[m].addmm_(rest.t(), _padded(x_TK[middle:end], unit))
-        if has_bias:
-            grad_bias.view(M, -1)[m] = grad_TO[start:end].sum(0)
-    return grad_x, grad_weight, grad_bias
+    grads: tuple[Tensor, Tensor, Tensor]
+    grads = _module(x_TK, weight, offsets, has_bias).backward(grad_TO, x_TK, weight, offsets, has_bias)
+    return grads
 
 
 @_modality_linear_backward.register_fake

@@ -113,7 +113,7 @@ class _Step:
         systems draw the same ones."""
         modality_BL, document_BL = _rows(*self._shape, self._modalities, self._generator)
         layout = RowLayout.sort(modality_BL.clamp(max=self._used - 1), document_BL, self._used)
-        moved = {k: v.to(self.device) for k, v in vars(layout).items() if isinstance(v, Tensor) and k != "offsets"}
+        moved = {k: v.to(self.device) for k, v in vars(layout).items() if isinstance(v, Tensor)}
         self.layout = RowLayout(**{**vars(layout), **moved})
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -80,7 +80,7 @@ def geometry(s: Sizes) -> tuple[Tensor, Tensor, RowLayout]:
     document = (torch.rand(s.batch, s.length, generator=g) < 1 / min(200, s.length / 3)).cumsum(1).int()
     modality = modality.view(s.batch, s.length)
     layout = RowLayout.sort(modality.to(torch.uint8), document, s.modalities)
-    moved = {k: v.to(s.device) for k, v in vars(layout).items() if isinstance(v, Tensor) and k != "offsets"}
+    moved = {k: v.to(s.device) for k, v in vars(layout).items() if isinstance(v, Tensor)}
     return modality.to(s.device), document.to(s.device), RowLayout(**{**vars(layout), **moved})
 
 
@@ -219,7 +219,7 @@ def block(s: Sizes) -> Suite:
     if s.length <= 40 or s.published:  # the published block and Transformers' know no documents
         document = torch.zeros_like(document)
         layout = RowLayout.sort(modality.cpu().to(torch.uint8), document.cpu(), M)
-        moved = {k: v.to(s.device) for k, v in vars(layout).items() if isinstance(v, Tensor) and k != "offsets"}
+        moved = {k: v.to(s.device) for k, v in vars(layout).items() if isinstance(v, Tensor)}
         layout = RowLayout(**{**vars(layout), **moved})
     shapes = [(M, 2 * D, d), (M, R + 2 * N, D), (M, D, R), (M, d, D), (D, 4), (D,), (M, D)]
     weights = [t / t.shape[-1] ** 0.5 for t in draw(s, *shapes, dtype=torch.float32)]
