@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
@@ -10,7 +11,7 @@ from mom_train.checkpoint.saver import TrainState
 from mom_train.checkpoint.store import Checkpoint
 from mom_train.config.files import differences, with_defaults
 from mom_train.config.model import ModelConfig, ObjectiveConfig
-from mom_train.config.run import RunConfig
+from mom_train.config.run import OptimizerConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def compare_with_checkpoint(config: RunConfig, saved: TrainState, checkpoint: Ch
 
 
 def check_same_model(config: RunConfig, saved: TrainState, checkpoint: Checkpoint) -> None:
-    """Raises UserError where the checkpoint's model, vocabulary or objective is another than the config's."""
+    """Raises UserError where the checkpoint's model, vocabulary, objective or optimiser is another than the config's."""
     if saved.config is None:
         return
     now, was = config.model_dump(mode="json"), dict(saved.config)
@@ -36,11 +37,28 @@ def check_same_model(config: RunConfig, saved: TrainState, checkpoint: Checkpoin
             + "\n  ".join(lines)
             + "\nRestore these keys, or use another run_dir for another model."
         )
+    check_same_optimizer(config.optimizer, saved.config["optimizer"], checkpoint)
     layout = config.run_dir / "vocab.json"
     if layout.is_file() and VocabLayout.load(layout) != config.layout:
         raise UserError(
             f"{config.vocabulary} is another layout than the one that {checkpoint} was trained with, {layout}: "
             "restore it, or use another run_dir."
+        )
+
+
+def check_same_optimizer(config: OptimizerConfig, saved: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises UserError where the state of the checkpoint's optimiser does not fit the one that the config names."""
+
+    def states(kind: str, muon: Any) -> str:
+        by_adamw = sorted((muon or {}).get("exclude", ()))
+        return kind + (f" without {', '.join(by_adamw)}" if by_adamw else "")
+
+    was = states(saved.get("kind", "adamw"), saved.get("muon"))
+    now = states(config.kind, config.muon and config.muon.model_dump())
+    if was != now:
+        raise UserError(
+            f"optimizer.kind: {checkpoint} was trained with {was}, whose state does not fit {now}. Restore "
+            "optimizer.kind and optimizer.muon.exclude, or begin another run_dir from its weights (init_from)."
         )
 
 

@@ -32,6 +32,14 @@ _ONLY: dict[str, tuple[str, ...]] = {
 }
 
 
+_PART_OF: dict[str, Part] = {
+    "qkv_proj": "attention",
+    "gate_up_proj": "feed_forward",
+    "down_proj": "feed_forward",
+}
+"""The part that decouples a projection, where it has another name."""
+
+
 QUARTERS = 4
 """Number of parts that validation divides the diffusion timesteps into: t0 has the least noise and t3 the most."""
 
@@ -109,6 +117,35 @@ class ModelConfig(Section):
     def inner(self) -> int:
         """Inner width of a Mamba block."""
         return self.expand * self.dim
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """For each projection of a block, its input width and the rows of the linear maps that its matrix stacks.
+
+        in_proj stacks the maps to x and to z, x_proj those to dt, B and C, qkv_proj those to q, k and v, and
+        gate_up_proj those to gate and up. A decoupled projection has all of this once per modality (and expert).
+        """
+        d, D, h = self.dim, self.inner, self.feed_forward
+        if self.architecture == "transformer":
+            return {
+                "qkv_proj": (d, (d, d, d)),
+                "out_proj": (d, (d,)),
+                "gate_up_proj": (d, (h, h)),
+                "down_proj": (h, (d,)),
+            }
+        return {
+            "in_proj": (d, (D, D)),
+            "x_proj": (D, (self.rank, self.state, self.state)),
+            "dt_proj": (self.rank, (D,)),
+            "out_proj": (D, (d,)),
+        }
+
+    def copies(self, projection: str, modalities: int) -> int:
+        """Number of matrices of a projection: one, or one for each modality and expert if its part is decoupled."""
+        part: str = _PART_OF.get(projection, projection)
+        if self.architecture == "transformer" and projection == "out_proj":
+            part = "attention"
+        return modalities * self.experts if part in self.decoupled else 1
 
     @property
     def rank(self) -> int:

@@ -20,6 +20,7 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.data import DataConfig
 from mom_train.config.migrations import SCHEMA
 from mom_train.config.model import QUARTERS, ModelConfig, ObjectiveConfig
+from mom_train.config.muon import MuonConfig
 from mom_train.config.section import Name, Section
 
 Recompute = bool | Literal["selective"]
@@ -32,10 +33,15 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW, its learning rate over the run, and gradient clipping."""
+    """The optimiser, its learning rate over the run, and gradient clipping."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`adamw` trains everything with AdamW. `muon` trains the matrices in the blocks with Muon and everything else with
+    AdamW."""
+    muon: MuonConfig | None = None
+    """Settings of Muon (kind muon only). null takes the default of each."""
     learning_rate: float = Field(gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of AdamW and of Muon."""
     warmup: int = Field(0, ge=0)
     """Number of steps over which the learning rate rises linearly to its peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -43,13 +49,26 @@ class OptimizerConfig(Section):
     final_fraction: float = Field(0.1, ge=0, le=1)
     """Learning rate of the last step as a fraction of the peak (cosine schedule only)."""
     weight_decay: float = Field(0.1, ge=0)
-    """AdamW's weight decay. It applies to matrices only, not to norms, biases, A_log and D."""
+    """Weight decay of AdamW and Muon. It applies to matrices only, not to norms, biases, A_log and D."""
+    decay_convolution: bool = True
+    """Whether the weights of the convolution are decayed too, as in the published training of Mamba."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon. Without it, the embedding of an id that has not occurred yet would become NaN (0 / 0)."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient of the whole model. A gradient with a larger norm is scaled down to it."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> OptimizerConfig:
+        if self.kind == "adamw" and self.muon is not None:
+            raise UserError("optimizer.muon: these are settings of Muon, and optimizer.kind is adamw; set kind: muon")
+        return self
+
+    @property
+    def as_muon(self) -> MuonConfig | None:
+        """The settings of Muon, or None if AdamW trains everything."""
+        return None if self.kind == "adamw" else self.muon or MuonConfig()
 
 
 class TrainingConfig(Section):
@@ -250,6 +269,7 @@ class RunConfig(Section):
             )
         if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
+        self._check_muon()
         self._check_context()
         self._check_data()
         self._check_diffusion()
@@ -284,6 +304,16 @@ class RunConfig(Section):
             raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to use")
         if data.corrupt_share and len(self.layout.modalities) < 2:
             raise UserError("data.corrupt_share: the vocabulary has one modality, so there is no other to route to")
+
+    def _check_muon(self) -> None:
+        if (muon := self.optimizer.as_muon) is None:
+            return
+        muon.names(self.model)
+        if self.parallel.cpu_offload:
+            raise UserError(
+                "parallel.cpu_offload: the products of Muon would be computed on the host, which is too slow; set "
+                "optimizer.kind: adamw, or leave cpu_offload out"
+            )
 
     def _check_diffusion(self) -> None:
         if self.objective.diffusion is not None and "image" not in self.layout.modalities:

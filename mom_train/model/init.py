@@ -61,22 +61,10 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, genera
     if leaf == "router":
         return torch.empty(shape).normal_(0, 0.02, generator=generator)
     value = uniform(shape[1] ** -0.5)
-    if module in _OUTPUTS:
+    if module in config.matrices:
         if config.identical_modalities:
-            rows = _OUTPUTS[module](config)
+            rows = sum(config.matrices[module][1])  # those of one modality
             value = value[:rows].repeat(shape[0] // rows, 1)
         if module in ("out_proj", "down_proj"):
             value = value / math.sqrt(config.blocks * (2 if config.architecture == "transformer" else 1))
     return value
-
-
-# number of rows of the matrix of one modality, for each routed projection
-_OUTPUTS = {
-    "in_proj": lambda c: 2 * c.inner,
-    "x_proj": lambda c: c.rank + 2 * c.state,
-    "dt_proj": lambda c: c.inner,
-    "out_proj": lambda c: c.dim,
-    "qkv_proj": lambda c: 3 * c.dim,
-    "gate_up_proj": lambda c: 2 * c.feed_forward,
-    "down_proj": lambda c: c.dim,
-}
