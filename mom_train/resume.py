@@ -23,7 +23,7 @@ def compare_with_checkpoint(config: RunConfig, saved: TrainState, checkpoint: Ch
 
 
 def check_same_model(config: RunConfig, saved: TrainState, checkpoint: Checkpoint) -> None:
-    """Raises UserError where the checkpoint's model, vocabulary, objective or optimiser is another than the config's."""
+    """Raises UserError where the checkpoint's model, vocabulary, objective or optimiser differs from the config's."""
     if saved.config is None:
         return
     now, was = config.model_dump(mode="json"), dict(saved.config)
@@ -37,7 +37,7 @@ def check_same_model(config: RunConfig, saved: TrainState, checkpoint: Checkpoin
             + "\n  ".join(lines)
             + "\nRestore these keys, or use another run_dir for another model."
         )
-    check_same_optimizer(config.optimizer, saved.config["optimizer"], checkpoint)
+    check_same_optimizer(config.optimizer, saved.config.get("optimizer", {}), checkpoint)
     layout = config.run_dir / "vocab.json"
     if layout.is_file() and VocabLayout.load(layout) != config.layout:
         raise UserError(

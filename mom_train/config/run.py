@@ -62,7 +62,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _of_one_kind(self) -> OptimizerConfig:
         if self.kind == "adamw" and self.muon is not None:
-            raise UserError("optimizer.muon: these are settings of Muon, and optimizer.kind is adamw; set kind: muon")
+            raise UserError("muon: these are settings of Muon, and optimizer.kind is adamw; set kind: muon")
         return self
 
     @property
