@@ -39,15 +39,7 @@ def attention_mask(layout: RowLayout, past: int = 0, dtype: torch.dtype | None =
     document = layout.document.view(B, L)
     picture = None if layout.picture is None else layout.picture.view(B, L)
     if document.device.type == "cuda" and past == 0:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            ordered = k <= q
-            if picture is not None:
-                ordered = ordered | ((picture[b, q] >= 0) & (picture[b, q] == picture[b, k]))
-            return ordered & (document[b, q] == document[b, k])
-
-        return create_block_mask(visible, B, None, L, L, device=document.device)
+        return block_mask(document, picture)
     time = torch.arange(L, device=document.device)
     mask = (time[None, :] <= time[:, None]).expand(B, L, L)
     if picture is not None:
@@ -59,6 +51,31 @@ def attention_mask(layout: RowLayout, past: int = 0, dtype: torch.dtype | None =
     if dtype is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     return mask[:, None]
+
+
+def block_mask(document_BL: Tensor, picture_BL: Tensor | None) -> Any:
+    """The rule of `attention_mask` for whole rows as flex_attention's BlockMask, which names the blocks of 128 x 128
+    positions that have to be computed.
+
+    It is made once for each batch and shared by all layers. It is compiled, because otherwise the whole mask (B, L, L)
+    and several tensors of its size would be in memory for a moment.
+    """
+    B, L = document_BL.shape
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        ordered = k <= q
+        if picture_BL is not None:
+            ordered = ordered | ((picture_BL[b, q] >= 0) & (picture_BL[b, q] == picture_BL[b, k]))
+        return ordered & (document_BL[b, q] == document_BL[b, k])
+
+    return _create_block_mask()(visible, B, None, L, L, device=document_BL.device)
+
+
+@cache
+def _create_block_mask() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask)
 
 
 @cache

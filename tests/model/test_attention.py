@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mom_train.config.model import ModelConfig
-from mom_train.model.attention import TransformerBlock, attention_mask
+from mom_train.model import attention, language_model
+from mom_train.model.attention import TransformerBlock, attention_mask, block_mask
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel
 from mom_train.ops.layout import RowLayout
@@ -130,3 +131,41 @@ def test_nothing_leaks_from_another_document():
     after = m(changed.view(-1)[layout.rows], layout)[0][layout.order.long()].view(2, 14, -1)
     torch.testing.assert_close(after[1, ~first], before[1, ~first], rtol=0, atol=1e-6)
     assert (after[1, first] - before[1, first]).abs().max() > 1e-3
+
+
+def test_the_block_mask_is_compiled_once_and_allows_what_the_dense_mask_allows(monkeypatch):
+    import torch._dynamo.testing
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(attention, "_create_block_mask", lambda: torch.compile(create_block_mask, backend=counter))
+    compiled = []
+    for seed in range(3):
+        modality, document, picture = rows(L=300, seed=seed)  # three blocks, the last one ragged
+        document = (document + torch.arange(300) // 140).to(
+            torch.int32
+        )  # so that a document ends, and blocks are empty
+        layout = RowLayout.sort(modality, document, M, picture_BL=picture)
+        dense = attention_mask(layout)
+        ours = block_mask(document, picture)
+        assert torch.equal(create_mask(ours.mask_mod, 2, 1, 300, 300, device="cpu"), dense)
+        padded = torch.zeros(2, 1, 384, 384, dtype=torch.bool)
+        padded[:, :, :300, :300] = dense
+        assert torch.equal(ours.to_dense().bool(), padded.view(2, 1, 3, 128, 3, 128).any(5).any(3))
+        assert not ours.to_dense().bool().all(), "some block is empty, or the test shows nothing"
+        compiled.append(counter.frame_count)
+    assert compiled[0] > 0
+    assert compiled == compiled[:1] * 3, "compiled again for other documents"
+
+
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_the_mask_is_made_once_a_batch_whatever_the_layers_and_recomputation(recompute, monkeypatch):
+    m = LanguageModel(config(layers=3), 96, M, recompute=recompute)
+    initialize(m, 0)
+    made = []
+    monkeypatch.setattr(language_model, "attention_mask", lambda *a: made.append(a) or attention_mask(*a))
+    modality, document, _ = rows()
+    layout = RowLayout.sort(modality, document, M)
+    m(torch.arange(28) % 96, layout, torch.arange(28) % 96).tokens.backward()
+    assert len(made) == 1
