@@ -122,6 +122,11 @@ class BadSteps:
             self._known = torch.cuda.Event()
             self._known.record()
 
+    @property
+    def last_was_bad(self) -> bool:
+        """Whether the last step that `stay_bad` looked at was bad."""
+        return bool(self._in_a_row)
+
     def stay_bad(self) -> bool:
         """Looks at the verdict on the noted step. Returns whether too many steps in a row have been bad."""
         if self._noted is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -37,6 +37,7 @@ from mom_train.model.objective import Counts
 from mom_train.model.sharding import shard
 from mom_train.observe.environment import environment, write_environment
 from mom_train.observe.metrics import Clock, Record
+from mom_train.observe.timeline import Timeline
 from mom_train.observe.wandb import check_wandb
 from mom_train.optim.ema import Ema
 from mom_train.optim.optimizer import build_optimizer, learning_rate
@@ -80,6 +81,7 @@ class Trainer:
         self.documents = DocumentAccount(self.config.data)
         self._fill_weights(start)
         self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
+        self.timeline = agreed(lambda: Timeline(self.config.run_dir if ranks.main else None, self.state.step))
 
     def _fill_weights(self, start: Checkpoint | None) -> None:
         """Gives the model its initial values, or those of init_from, or those of a checkpoint, and begins their
@@ -114,7 +116,7 @@ class Trainer:
     def run(self, stop: Stop) -> tuple[RunState, str]:
         """Trains from the present step to `training.steps` or `training.stop_at`. Where steps stay bad, it goes back
         to a checkpoint and leaves the data of those steps out. Returns how the run ended, and why."""
-        with self.checkpointer, self.watch:
+        with closing(self.timeline), self.checkpointer, self.watch:
             self.watch.begin(self.config.parallel.first_step_timeout)
             dry_run = self.config.parallel.dry_run
             if dry_run or (dry_run is None and self.ranks.device.type == "cuda"):
@@ -122,6 +124,7 @@ class Trainer:
             while (outcome := self._train(stop)) is None:
                 if (checkpoint := self.bad_steps.roll_back(self.checkpointer, self.state.sequence)) is None:
                     return "failed", "steps stay bad: see incident.json"
+                self.timeline.back_to(checkpoint.step)
                 self._load(checkpoint)
             return outcome
 
@@ -135,15 +138,17 @@ class Trainer:
             stream, clock = self.stream(), Clock(sum(self._tokens.values()))
             outcome: tuple[RunState, str] = ("finished" if last == config.training.steps else "stopped", "")
             while state.step < last:
+                self.timeline.enter("data")
                 with clock.waiting():
                     step_batches = [self.passes.prepared(b) for b in islice(stream, self.accumulation)]
+                self.timeline.train()
                 agreement = self.agree(step_batches, stop)
                 if agreement.stop:
                     outcome = "preempted", stop.reason(agreement.stop)
                     log.warning("%s: checkpoint and end after step %d", outcome[1], state.step)
                     break
                 sums = self.passes.forward_backward(step_batches, agreement.counts)
-                if self.bad_steps.stay_bad():
+                if self._stay_bad():
                     self.optimizer.zero_grad()
                     return None
                 logged = self.due(config.log_every, state.step + 1, last)
@@ -152,9 +157,11 @@ class Trainer:
 
                 validating = self.due(config.validation.every, state.step, last)
                 saving = state.step == last or agreement.save or self.checkpointer.due(state.step)
-                if validating or saving or logged:
-                    values = clock.lap(sum(self._tokens.values()))
-                    values |= self.watch.report(clock.seconds) | self.values(all_sums, agreement.counts, norms)
+                recording = validating or saving or logged
+                values = self.lap(clock, all_sums, agreement.counts, norms) if recording else {}
+                self.timeline.trained(state.step)
+                if recording:
+                    values |= self.timeline.figures()
                     with clock.paused():
                         if validating:
                             values |= (validated := self.validate(stop))
@@ -168,15 +175,23 @@ class Trainer:
                         self.sample(self.sampler, record, stop)
                 if record is not None:
                     record.bar.update()
-            self.bad_steps.stay_bad()  # the last step's verdict, too, is said
+            self._stay_bad()  # the last step's verdict, too, is said
             self._save_the_end()
         return outcome
 
+    def _stay_bad(self) -> bool:
+        """Looks at the verdict on the last step. Returns whether too many steps in a row have been bad."""
+        stay_bad = self.bad_steps.stay_bad()
+        if self.bad_steps.last_was_bad:
+            self.timeline.skipped()
+        return stay_bad
+
     def _save_the_end(self) -> None:
-        self.checkpointer.wait()
-        if self.checkpointer.committed_step != self.state.step:
-            self.save()
+        with self.timeline.during("checkpoints"):
             self.checkpointer.wait()
+            if self.checkpointer.committed_step != self.state.step:
+                self.save()
+                self.checkpointer.wait()
         if self.checkpointer.committed_step != self.state.step:
             raise AgreedError(f"the state after step {self.state.step} could not be saved: see above")
 
@@ -281,6 +296,11 @@ class Trainer:
 
     # ---- what is said and kept ----------------------------------------------------------------------------
 
+    def lap(self, clock: Clock, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:
+        """The figures of a step that are logged, with the speed since the last ones. Collective."""
+        values = clock.lap(sum(self._tokens.values()))
+        return values | self.watch.report(clock.seconds) | self.values(sums, counts, norms)
+
     def values(self, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:
         """The figures of a step that are logged."""
         return self.passes.means("", sums, counts) | {
@@ -299,7 +319,7 @@ class Trainer:
 
     def validate(self, stop: Stop) -> dict[str, float]:
         """Computes the losses on the validation sets. Returns nothing where a rank is asked to end meanwhile."""
-        with self.evaluated():
+        with self.timeline.during("validation"), self.evaluated():
             values = validate(self.passes, self.validation_plans, self.text_bytes, lambda: bool(largest(stop.code)))
         if values:
             self.state.validated = self.state.step
@@ -318,18 +338,20 @@ class Trainer:
             record.write(step, {"flops/total": self.state.flops, **values})
 
     def sample(self, sampler: TrainingSampler, record: Record | None, stop: Stop) -> None:
-        with self.evaluated():
+        with self.timeline.during("samples"), self.evaluated():
             documents = sampler.sample(self.model, self.state.step, lambda: stop.code != 0)
         if record is not None:
             record.samples(self.state.step, documents)
 
     def save(self) -> None:
         """Begins to write a checkpoint. The seconds that training waited for it are logged with the next step."""
-        known: list[dict[str, Any]] = [{}] * self.ranks.world_size
-        dist.all_gather_object(known, self.state.lanes)
-        self.state.lanes = newest(*known)
-        self.state.judge = self.judge.state_dict()
-        self.checkpointer.save(self.model, self.optimizer, self.ema, self.state)
+        with self.timeline.during("checkpoints"):
+            known: list[dict[str, Any]] = [{}] * self.ranks.world_size
+            dist.all_gather_object(known, self.state.lanes)
+            self.state.lanes = newest(*known)
+            self.state.judge = self.judge.state_dict()
+            self.checkpointer.save(self.model, self.optimizer, self.ema, self.state)
+        self.timeline.save()
 
 
 def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | None, TrainState]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mom_tokenizers.errors import UserError
 from mom_train.distributed.status import read_status
+from mom_train.observe.goodput import described, goodput
 from torchrun_launch.record import ACTIVE, job_state, process_lives, read_record, slurm
 
 _TAG = re.compile(r"\[rank (\d+)\]: ")
@@ -25,7 +26,8 @@ def status(run_dir: Path) -> dict[str, Any]:
     """The state of a run, as a dict.
 
     It has kind, job or pid, state, logs (files), and again (the command that continues the run). Where known, it also
-    has status (what rank 0 last wrote), metrics (losses and tokens/s of the last logged step), and seconds_left. The
+    has status (what rank 0 last wrote), metrics (losses and tokens/s of the last logged step), seconds_left, and
+    goodput (where the wall time went, as `mom_train.observe.goodput.Account.result` returns it). The
     state of a job is Slurm's name for it; that of a local launch is RUNNING, ENDED, or UNKNOWN on another host. Raises
     UserError where nothing was launched in `run_dir`.
     """
@@ -44,6 +46,8 @@ def status(run_dir: Path) -> dict[str, Any]:
         again = ["python", "-m", "torchrun_launch", *record["command"]]
         found["again"] = f"cd {shlex.quote(record.get('folder', '.'))} && {shlex.join(again)}"
     found["status"] = said = read_status(run_dir)
+    if (account := goodput(run_dir)) is not None:
+        found["goodput"] = account
     lines = _last_lines(run_dir / "metrics.jsonl")
     if lines:
         last = found["metrics"] = lines[-1]
@@ -78,6 +82,8 @@ def describe(found: dict[str, Any]) -> str:
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss/"))
         speed = f"{metrics['perf/tokens_per_s']:,.0f} tokens/s" if "perf/tokens_per_s" in metrics else ""
         lines.append(f"  step {metrics['step']:,}: " + ", ".join(part for part in (losses, speed) if part))
+    if "goodput" in found:
+        lines.append(f"  {described(found['goodput'])}")
     if found.get("seconds_left"):
         minutes = int(found["seconds_left"] // 60)
         lines.append(f"  about {minutes // 60} h {minutes % 60:02d} min of training left")

@@ -175,6 +175,8 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
                 "perf/data_wait", "perf/straggling"
             ),
             "seconds that a checkpoint takes from training": chart("checkpoint/stall_s"),
+            "goodput: share of the wall time in steps that are in the run": chart("perf/goodput"),
+            "where the wall time went": ["Multiline", ["^perf/time/.*$"]],
         },
         "What has it seen?": {
             "tokens by modality": chart(*(f"tokens/{m}" for m in modalities)),

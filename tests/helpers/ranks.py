@@ -78,6 +78,14 @@ def mom_train(config, *overrides, timeout=900):
         return process.exitcode, Path(output.name).read_text()
 
 
+def start_mom_train(config, *overrides, output):
+    """The process of `python -m mom_train CONFIG OVERRIDES`, which writes what it prints to `output`."""
+    arguments = [str(config), *overrides]
+    process = _forking().Process(target=_command, args=(arguments, dict(os.environ), str(output)))
+    process.start()
+    return process
+
+
 def _program(module, arguments, environment, folder, output, errors):
     for path, number in ((output, 1), (errors, 2)):
         with open(path, "wb", buffering=0) as file:

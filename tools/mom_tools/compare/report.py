@@ -32,6 +32,7 @@ from mom_tools.options import command_parser
 from mom_train.baseline import read_baseline, unigram, write_baseline
 from mom_train.config.files import load_config
 from mom_train.distributed.status import read_status
+from mom_train.observe.goodput import PARTS, goodput
 
 _POINTS = 400  # of a curve
 _SAMPLES = 3  # newest steps whose samples are shown
@@ -95,6 +96,7 @@ def facts(run: Run, price: float | None) -> dict[str, Any]:
         "flops": last.get("flops/total"),
         "seconds": spent,
         "tokens_per_s": middle(run, "perf/tokens_per_s"),
+        "goodput": goodput(run.path),
         "mfu": middle(run, "perf/mfu"),
         "data_wait": middle(run, "perf/data_wait"),
         "straggling": middle(run, "perf/straggling"),
@@ -301,6 +303,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
         configs=configs,
         sources=[run.config.get("data", {}).get("train", []) for run in runs],
         samples=[samples(run) for run in runs],
+        parts=PARTS,
         modalities=list(dict.fromkeys(m for run in runs for line in run.lines[-1:] for m in tokens_of(line))),
         price=price,
         window=100 * WINDOW,
