@@ -25,21 +25,22 @@ _FP32 = 4
 Device = Literal["cuda", "cpu"]
 
 
-def block_activation_bytes(config: ModelConfig, element: int) -> int:
+def block_activation_bytes(config: ModelConfig, element: int, device: Device = "cpu") -> int:
     """Bytes per token that one block keeps for its backward pass. `element` is e, the bytes of an operand.
 
-    Mamba: 8d for the norm (the fp32 residual and its normalised form; a fused CUDA norm keeps only the first),
+    Mamba: 8d for the norm (the fp32 residual and its normalised form; on CUDA, where the norm is one kernel, 4d),
     e (d + 5D + R + 2N) for the input and output of in_proj, conv, x_proj, dt_proj and the output of the scan, and
     4DN / chunk for the states of the scan.
 
-    Transformer: 16d for two norms; e (9d + 4h) for q, k and v before and after RoPE, the output of attention in both
-    orders, the inputs, and the four tensors of SwiGLU; and 4 bytes per head for the softmax.
+    Transformer: 16d for two norms (on CUDA 8d); e (9d + 4h) for q, k and v before and after RoPE, the output of attention
+    in both orders, the inputs, and the four tensors of SwiGLU; and 4 bytes per head for the softmax.
     """
     d, D, N, R = config.dim, config.inner, config.state, config.rank
+    norm = 4 * d if device == "cuda" else 8 * d
     if config.architecture == "transformer":
         assert config.heads is not None
-        return 16 * d + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads
-    return 8 * d + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // chunks.SCAN_STEPS
+        return 2 * norm + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads
+    return norm + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // chunks.SCAN_STEPS
 
 
 def selective_activation_bytes(config: ModelConfig, element: int) -> int:
@@ -133,7 +134,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     accumulates, offload = config.accumulation(ranks) > 1, config.parallel.cpu_offload
     gathered = _FP32 * (2 if S > 1 else 1)  # bytes per weight of a whole unit, with the buffer it was gathered in
 
-    whole_block = block_activation_bytes(model, element)
+    whole_block = block_activation_bytes(model, element, device)
     if config.parallel.context_ranks > 1:  # the states of the first scan, and the time steps that it sums
         whole_block += _FP32 * model.inner + _FP32 * model.inner * model.state // chunks.SCAN_STEPS
     kept = {

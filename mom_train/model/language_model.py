@@ -86,12 +86,17 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.mom.modality_linear.default)
 _SEQUENCE_OPERATORS = (
     torch.ops.mom.selective_scan.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
 )
 
 
 def _dear(rank: int, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Decides what selective checkpointing keeps: scan, attention, and products of which each element takes more than
-    `rank` multiply-adds, which are all products but dt_proj."""
+    `rank` multiply-adds, which are all products but dt_proj.
+
+    It sees flex-attention in blocks that are compiled. In others flex-attention is a compiled region of its own, of
+    which selective checkpointing knows nothing, so that its forward pass is repeated there.
+    """
     keep = operator in _SEQUENCE_OPERATORS or (operator in _PRODUCTS and args[0].shape[1] > rank)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mom_train.config.model import PROJECTIONS, ModelConfig
 from mom_train.cost.memory import block_activation_bytes, selective_activation_bytes
+from mom_train.model import routed
 from mom_train.model.attention import attention_mask
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel
@@ -94,12 +95,15 @@ def kept_bytes(name, recompute, precision, B=2, L=480):
 
 @pytest.mark.parametrize("name", ["mixture", "dense", "transformer"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_block_keeps_as_much_as_predicted_in_each_way_to_recompute(name, precision):
+@pytest.mark.parametrize("norms_of", ["cpu", "cuda"])
+def test_a_block_keeps_as_much_as_predicted_in_each_way_to_recompute(name, precision, norms_of, monkeypatch):
+    """On a CPU; the joint norms of CUDA run there too, in PyTorch's operations."""
     if native.library(16) is None:
         pytest.skip("NO C COMPILER: the prediction is for the C scan's chunks")
+    monkeypatch.setattr(routed, "on_cuda", lambda _: norms_of == "cuda")
     element, config = (2 if precision == "bf16" else 4), CONFIGS[name]
     predicted = {
-        False: block_activation_bytes(config, element),
+        False: block_activation_bytes(config, element, norms_of),
         "selective": selective_activation_bytes(config, element),
         True: 4 * config.dim,
     }

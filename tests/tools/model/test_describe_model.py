@@ -222,7 +222,7 @@ def test_memory_sums_what_it_says_and_checkpointing_keeps_one_blocks_activations
     assert uses["units"] == 8 * 65_536 * 2048  # the head's weight, and the buffer it was gathered in
     assert uses["weight_casts"] == 2 * counts["projections"]
     assert recomputing["by_use"]["weight_casts"] == 0
-    block = block_activation_bytes(config.model, 2)
+    block = block_activation_bytes(config.model, 2, "cuda")
     assert uses["activations"] - recomputing["by_use"]["activations"] == 4096 * 48 * (block - 4 * 2048)
     for kind in (plain, recomputing):
         assert kind["total"] == sum(kind["by_use"].values()) == max(kind["moments"].values())
