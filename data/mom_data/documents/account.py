@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# The reasons why a member or a sample is left out. The first group, AS_MEANT, is what the corpus or the user intends;
-# every other reason counts against --max-bad-fraction.
+# The reasons why a member or a sample is left out. Each says what was found, and in parentheses what the user can do.
+# The details of one sample may follow after a colon. The first group, AS_MEANT, is what the corpus or the user intends;
+# every other reason counts against --max-bad-fraction. Finished parts store these texts, and later versions read them,
+# so a text of the first group must stay as it is.
 DIRECTORY = "a folder"
 SYSTEM = "a hidden or system file"
 SIDECAR = "metadata beside a sample"
@@ -30,24 +32,24 @@ AS_MEANT = frozenset({DIRECTORY, SYSTEM, SIDECAR, ANOTHER_TEXT, BLANK, EMPTY, TO
 # Members that were never meant to be in the data set. The share of bad members is computed without them.
 NOT_WANTED = AS_MEANT - {SIDECAR, ANOTHER_TEXT, TOO_LARGE}
 
-NO_EXTENSION = "a file without extension"
-NOT_READ = "a format that is not read"
-UNKNOWN = "not known what it is"
-EMPTY_MEMBER = "a picture or recording of 0 bytes"
-NOT_NAMED = "not named by the JSON that orders its document"
-FURTHER = "a further picture or recording that no JSON orders"
-SEVERAL = "several members, and no telling which is meant"
-NO_TEXT = "a JSON whose text, if it has one, stands under none of the keys asked for (--text-key names others)"
-ALONE = "a caption or transcript without its picture or recording"
-LINK = "a link that leads to no file of its tar"
-PACKED_LINK = "a link inside a compressed tar, which must be unpacked first"
-SPECIAL = "neither a file nor a folder nor a link"
-SPARSE = "a sparse file"
-PICKLE = "Python objects, which could run code"
+NO_EXTENSION = "a file whose name has no extension, so that its format is not known (give it one)"
+NOT_READ = "a format that is not read (convert or unpack the file)"
+UNKNOWN = "content that is not recognised (give the file a known extension, or leave it out with --ignore)"
+EMPTY_MEMBER = "a picture or recording of 0 bytes (fetch it again)"
+NOT_NAMED = "a file that the JSON of its document does not name (add it to the JSON, or remove it)"
+FURTHER = "a picture or recording beside those that were taken (a JSON with segments can order them all)"
+SEVERAL = "several files where one is expected (rename those of other samples, or order them in a JSON)"
+NO_TEXT = "a JSON that may hold a text, but under none of the expected keys (name its key with --text-key)"
+ALONE = "a caption or transcript without its picture or recording (store both in a tar under one key)"
+LINK = "a link that leads to no file of its tar (store the file itself)"
+PACKED_LINK = "a link inside a compressed tar (unpack the tar first)"
+SPECIAL = "a special file, such as a device (remove it from the tar)"
+SPARSE = "a sparse file (make the tar without --sparse)"
+PICKLE = "Python objects, which could run code (store plain files instead)"
 UNREADABLE = "cannot be read"
-BESIDE = "in a sample that is left out for another member"
+BESIDE = "a file of a sample that is left out because of another of its files"
 
-MISSING = "pictures that pages name and that are not in their tar"
+MISSING = "pictures that web pages name but that are not in their tar"
 
 
 def category(reason: str) -> str:

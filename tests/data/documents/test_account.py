@@ -370,7 +370,7 @@ def test_files_of_an_input_folder_that_are_not_read_are_counted(tmp_path):
     account = Account()
     assert [p.name for p in expand_inputs([str(tmp_path)], account)] == ["00000.tar", "more.TGZ"]
     assert account.bad_files == (3, 5)
-    assert account.files_left_out["a format that is not read", ".tar.zst"] == 1
+    assert account.files_left_out[raw_account.NOT_READ, ".tar.zst"] == 1
     with pytest.raises(UserError, match="zst files are not read"):
         read(tmp_path / "b.tar.zst")
 
