@@ -32,8 +32,8 @@ def block_activation_bytes(config: ModelConfig, element: int, device: Device = "
     e (d + 5D + R + 2N) for the input and output of in_proj, conv, x_proj, dt_proj and the output of the scan, and
     4DN / chunk for the states of the scan.
 
-    Transformer: 16d for two norms (on CUDA 8d); e (9d + 4h) for q, k and v before and after RoPE, the output of attention
-    in both orders, the inputs, and the four tensors of SwiGLU; and 4 bytes per head for the softmax.
+    Transformer: 16d for two norms (on CUDA 8d); e (9d + 4h) for q, k and v before and after RoPE, the output of
+    attention in both orders, the inputs, and the four tensors of SwiGLU; and 4 bytes per head for the softmax.
     """
     d, D, N, R = config.dim, config.inner, config.state, config.rank
     norm = 4 * d if device == "cuda" else 8 * d
