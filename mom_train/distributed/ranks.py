@@ -44,18 +44,27 @@ class Ranks:
 def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     """A context in which this process belongs to the group that torchrun describes, or else to a group of one.
 
-    NCCL carries CUDA tensors and gloo all others. A collective operation may take `timeout` seconds.
+    NCCL carries CUDA tensors and gloo all others. A collective operation may take `timeout` seconds. Raises UserError
+    if there are more processes than GPUs on this machine. docs/explanation/multi-gpu.md says what depends on NCCL.
 
     If the context is left by an error on one of several ranks, the group is not destroyed, because that could wait for
     the other ranks. The process must then end (`exit_clearly` does that), which is how the others learn of it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"process {local_rank} of this machine (LOCAL_RANK, from 0) has no GPU of its own, because "
+                f"{gpus} can be seen here: start at most {gpus} processes per machine (--nproc-per-node), and let each "
+                "see all GPUs of its machine (CUDA_VISIBLE_DEVICES, Slurm's --gpu-bind=none)"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    # Without device_id: with it, meshes of several dimensions split NCCL's group, and in versions of torch that split
+    # one backend only, the parts lack gloo, which parallel.cpu_offload needs.
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:

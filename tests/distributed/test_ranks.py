@@ -117,3 +117,38 @@ def test_a_checkpoint_of_shards_loads_into_replicas_and_back(tmp_path):
                     assert np.array_equal(value, saved[name]), name
         saved = ranks[0][2]
         assert any(name.endswith("exp_avg_sq") for name in saved)
+
+
+def test_more_processes_than_gpus_are_refused_before_anything_waits(monkeypatch):
+    import torch
+
+    from mom_train.distributed.ranks import process_group
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"process 2 of this machine .* 2 can be seen here"), process_group():
+        pass
+
+
+def objects_and_host_tensors(config):
+    """The devices that torch chooses for objects, in the default group and in those of a mesh, if NCCL is there too."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.distributed_c10d as c10d
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("cpu:gloo,cuda:gloo", rank=0, world_size=1, store=dist.HashStore())
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    groups = [dist.group.WORLD, mesh.get_group("replicate"), mesh.get_group("shard")]
+    for group in groups:
+        dist.all_reduce(torch.zeros(1), group=group)
+    devices = [(c10d._get_object_coll_device(g), sorted(d.type for d in g._device_types)) for g in groups]
+    dist.destroy_process_group()
+    return devices
+
+
+def test_a_group_with_a_backend_for_gpus_sends_objects_and_host_tensors_by_gloo(tmp_path):
+    """Also in groups of meshes, which must inherit both backends. Gloo stands in for NCCL."""
+    [devices] = run_ranks(1, objects_and_host_tensors, tiny_config(tmp_path))
+    assert devices == [("cpu", ["cpu", "cuda"])] * 3
