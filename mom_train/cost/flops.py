@@ -79,6 +79,41 @@ def training_flops(config: RunConfig, tokens: int, patches: int) -> int:
     return each * tokens + of_a_patch * patches
 
 
+def muon_matrices(config: RunConfig) -> list[tuple[int, int, int]]:
+    """The matrices that Muon orthogonalises, as (rows, columns, number of them in the model). Empty with AdamW."""
+    model, muon = config.model, config.optimizer.as_muon
+    if muon is None:
+        return []
+    return [
+        (rows, columns, model.blocks * model.copies(name, len(config.layout.modalities)))
+        for name in muon.names(model)
+        for columns, stacked in [model.matrices[name]]
+        for rows in stacked
+    ]
+
+
+def muon_parameters(config: RunConfig) -> int:
+    """Number of parameters that Muon trains, 0 with AdamW."""
+    return sum(rows * columns * count for rows, columns, count in muon_matrices(config))
+
+
+def newton_schulz_flops(rows: int, columns: int, iterations: int) -> int:
+    """FLOPs of orthogonalising one matrix. With m the smaller and n the larger side, an iteration is XX^T, 2m^2 n, its
+    square, 2m^3, and the product with X, 2m^2 n."""
+    m, n = sorted((rows, columns))
+    return iterations * (4 * m * m * n + 2 * m**3)
+
+
+def optimizer_flops(config: RunConfig) -> int:
+    """FLOPs of matrix products in a step of the optimiser: those of Muon, once in each copy of the model, 0 with AdamW.
+
+    They are not part of the training FLOPs by which models are compared. They do not depend on the number of tokens.
+    """
+    muon = config.optimizer.as_muon
+    iterations = 0 if muon is None else muon.iterations
+    return sum(count * newton_schulz_flops(rows, columns, iterations) for rows, columns, count in muon_matrices(config))
+
+
 def parameters(
     config: ModelConfig, vocabulary: int, modalities: int = 1, patch_width: int | None = None
 ) -> dict[str, int]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from mom_tokenizers.errors import UserError
 from mom_train.config.model import ModelConfig
 from mom_train.config.run import Recompute, RunConfig
-from mom_train.cost.flops import parameters
+from mom_train.cost.flops import muon_matrices, muon_parameters, parameters
 from mom_train.ops import chunks
 
 _FP32 = 4
@@ -84,15 +84,27 @@ def _head_forward(tokens: int, dim: int, vocabulary: int, element: int, device: 
     return 12 * weight + (2 if device == "cuda" else 6) * logits
 
 
+def _muon_workspace(config: RunConfig, S: int) -> int:
+    """Bytes of workspace in Muon's update: of each of its parameters the update before and after it was sent and its
+    orthogonal form, and of one matrix, with sides m <= n, three of its size and two products of m^2."""
+    muon, matrices = config.optimizer.as_muon, muon_matrices(config)
+    if muon is None:
+        return 0
+    element = 2 if muon.precision == "bf16" else _FP32
+    one = max(3 * rows * columns + 2 * min(rows, columns) ** 2 for rows, columns, _ in matrices)
+    return element * (3 * muon_parameters(config) // S + one)
+
+
 def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, Any]:
     """Predicted bytes on each of `ranks` ranks at the moment of a step when memory is highest.
 
     There are predictions without, with, and with selective activation checkpointing; `chosen` names the one that the
     config chooses. Each is divided by use:
 
-    parameters, gradients, optimizer, ema   4, 4, 8 and 4 bytes x n / S. With accumulation, gradients are whole, 4n,
-    from the first micro-batch until the backward pass of the last one reaches their unit. With parallel.cpu_offload all
-    of these are counted in `host` instead, except whole gradients. units           whole units that FSDP2 holds: fp32
+    parameters, gradients, optimizer, ema   4, 4, 8 and 4 bytes x n / S. The optimiser has 4 instead of 8 for what Muon
+    trains. With accumulation, gradients are whole, 4n, from the first micro-batch until the backward pass of the last
+    one reaches their unit. With parallel.cpu_offload all of these are counted in `host` instead, except whole
+    gradients. units           whole units that FSDP2 holds: fp32
     weights, the buffer they were gathered in (S > 1), a prefetched unit, gradients being computed, and those waiting to
     be summed weight_casts    bf16 copies of the linear maps, unsharded, which autograd keeps from forward to backward
     pass. With checkpointing, only those of one block (selective: also the out_proj of every Mamba block). activations
@@ -130,6 +142,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     element = 2 if config.training.precision == "bf16" else _FP32
     linear = sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
     casts = 2 * linear if element == 2 else 0
+    muon = muon_parameters(config)
     T = config.training.micro_batch * L // config.parallel.context_ranks
     accumulates, offload = config.accumulation(ranks) > 1, config.parallel.cpu_offload
     gathered = _FP32 * (2 if S > 1 else 1)  # bytes per weight of a whole unit, with the buffer it was gathered in
@@ -156,7 +169,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
         states = {
             "parameters": _FP32 * n // S,
             "gradients": _FP32 * done // S,
-            "optimizer": 2 * _FP32 * n // S,
+            "optimizer": (2 * _FP32 * n - _FP32 * muon) // S,
             "ema": 0 if config.training.ema_decay is None else _FP32 * n // S,
         }
         if offload:
@@ -196,11 +209,11 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
             work,
         ),
         "embedding_backward": at(n - ends, 2 * _FP32 * ends + _FP32 * block, 0, 8 * d, 0),
-        "update": at(n, 0, 0, 0, 0 if offload else 16 * max(ends, largest) // S),
+        "update": at(n, 0, 0, 0, 0 if offload else max(16 * max(ends, largest) // S, _muon_workspace(config, S))),
     }
     sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
     peak = max(sums, key=lambda moment: sums[moment])
-    states_bytes = (16 if config.training.ema_decay is None else 20) * n // S
+    states_bytes = (16 if config.training.ema_decay is None else 20) * n // S  # Muon cannot be offloaded
     return {
         "total": sums[peak],
         "peak_at": peak,

@@ -9,7 +9,14 @@ from typing import Any
 
 from mom_tokenizers.errors import UserError
 from mom_train.config.run import RunConfig
-from mom_train.cost.flops import TRAINING_FACTOR, forward_flops_per_token
+from mom_train.cost.flops import (
+    TRAINING_FACTOR,
+    forward_flops_per_token,
+    muon_matrices,
+    muon_parameters,
+    newton_schulz_flops,
+    optimizer_flops,
+)
 from mom_train.cost.memory import memory
 
 
@@ -86,6 +93,22 @@ def units(config: RunConfig, shard_ranks: int) -> list[Unit]:
     return found
 
 
+def muon_bytes(config: RunConfig) -> int:
+    """Bytes of the matrices that Muon trains, in the precision in which ranks send them. 0 with AdamW."""
+    muon = config.optimizer.as_muon
+    return 0 if muon is None else muon_parameters(config) * (2 if muon.precision == "bf16" else 4)
+
+
+def muon_seconds(config: RunConfig, shard_ranks: int, speed: float) -> float:
+    """Seconds in which the owner with most work orthogonalises its matrices, at `speed` FLOPs a second: its share of
+    all of them, or the largest of them if there are more ranks than matrices."""
+    muon = config.optimizer.as_muon
+    if muon is None:
+        return 0.0
+    largest = max(newton_schulz_flops(rows, columns, muon.iterations) for rows, columns, _ in muon_matrices(config))
+    return max(largest, optimizer_flops(config) / shard_ranks) / speed
+
+
 def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[str, Any]:
     """Bytes that one rank exchanges in a step, by kind of collective operation. `every` are the units of the model.
 
@@ -96,7 +119,9 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
     In each micro-batch, every unit is gathered for the forward pass and again for the backward pass, except the root,
     which stays gathered. Gradients are summed in the last micro-batch: among the ranks that share a copy and then, with
     parallel.shard_ranks, among the copies. All of this is in fp32. `small` is what the ranks agree on before and after
-    a step: counts, loss sums, one norm per parameter. Checkpoints, logging and validation are left out.
+    a step: counts, loss sums, one norm per parameter. `all_to_all` brings the matrices of Muon to their owners and
+    back; its payload is the share of one rank. Which matrices have a gradient is in `small`. Checkpoints, logging and
+    validation are left out.
 
     Raises UserError if the ranks cannot share the work as the config says.
     """
@@ -105,13 +130,15 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
     copies, M = ranks // S, len(config.layout.modalities)
     *inner, root = [4 * unit.padded for unit in every]
     whole = sum(inner) + root
+    flags = 4 * sum(count for _, _, count in muon_matrices(config)) if S > 1 else 0
     payload = {
         "all_gather": accumulation * (2 * sum(inner) + root) if S > 1 else 0,
         "reduce_scatter": whole if S > 1 else 0,
         "all_reduce": whole // S if copies > 1 else 0,
-        "small": 8 * (2 * M + 8) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) if ranks > 1 else 0,
+        "all_to_all": 2 * muon_bytes(config) // S if S > 1 else 0,
+        "small": 8 * (2 * M + 8) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) + flags if ranks > 1 else 0,
     }
-    factors = ((S - 1) / S, (S - 1) / S, 2 * (copies - 1) / copies, 2 * (ranks - 1) / ranks)
+    factors = ((S - 1) / S, (S - 1) / S, 2 * (copies - 1) / copies, (S - 1) / S, 2 * (ranks - 1) / ranks)
     return {
         "payload": payload,
         "sent": {name: round(payload[name] * factor) for name, factor in zip(payload, factors, strict=True)},
@@ -119,7 +146,8 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
             "all_gather": accumulation * (2 * len(inner) + 1) if S > 1 else 0,
             "reduce_scatter": len(every) if S > 1 else 0,
             "all_reduce": len(every) if copies > 1 else 0,
-            "small": 3 if ranks > 1 else 0,
+            "all_to_all": 2 if payload["all_to_all"] else 0,
+            "small": (4 if flags else 3) if ranks > 1 else 0,
         },
     }
 
@@ -210,9 +238,11 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
         return exposed + (sums[back[-1]] if last else 0.0)
 
     small = 3 * 2 * cluster.collective(0, ranks, cluster.nodes > 1) + accumulation * gather["root"] + sums["root"]
+    if config.optimizer.as_muon is not None:  # to the owners and back, after all gradients are there
+        small += 2 * cluster.collective(muon_bytes(config) / S, S, apart)
     exposed = accumulation * exposed_forward() + (accumulation - 1) * exposed_backward(False) + exposed_backward(True)
     return {
-        "computing": accumulation * sum(forward[n] + backward[n] for n in order),
+        "computing": accumulation * sum(forward[n] + backward[n] for n in order) + muon_seconds(config, S, speed),
         "communicating": sum(2 * accumulation * gather[n] + sums[n] for n in order) + small,
         "exposed": exposed + small,
         "at_peak": accumulation * TRAINING_FACTOR * sum(forward.values()) * assumed.mfu,

@@ -17,6 +17,7 @@ KINDS = {
     "c10d::_allgather_base_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
     "c10d::allreduce_": "all_reduce",
+    "c10d::alltoall_base_": "all_to_all",
     "_c10d_functional::all_reduce": "all_reduce",
 }
 
@@ -71,9 +72,23 @@ def test_predicted_traffic_is_what_ranks_really_call_for(tmp_path, ranks, shard_
     for table in predicted.values():  # small agreements are all-reduces, too
         table["all_reduce"] += table.pop("small")
     for calls in run_ranks(ranks, counted, config):
-        kinds = ("all_gather", "reduce_scatter", "all_reduce")
+        kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
         assert {kind: sum(b for k, b in calls if k == kind) for kind in kinds} == predicted["payload"]
         assert {kind: sum(k == kind for k, _ in calls) for kind in kinds} == predicted["calls"]
+
+
+def test_muon_sends_its_matrices_to_their_owners_and_back_and_agrees_on_those_without_a_gradient(tmp_path):
+    config = tiny_config(tmp_path, training__batch=2, optimizer={"learning_rate": 0.01, "kind": "muon"})
+    predicted = p.communication(config, 2, p.units(config, 2))
+    found = run_ranks(2, counted, config)
+    for calls in found:
+        small = sum(b for k, b in calls if k == "all_reduce")
+        assert small == predicted["payload"]["small"]
+        assert sum(k == "all_reduce" for k, _ in calls) == predicted["calls"]["small"]
+        assert sum(k == "all_to_all" for k, _ in calls) == predicted["calls"]["all_to_all"] == 2
+    # of each call the larger of what a rank sends and receives, where one is its shards and the other what it owns
+    sent = sum(b for calls in found for k, b in calls if k == "all_to_all") / 2
+    assert predicted["payload"]["all_to_all"] <= sent < 1.1 * predicted["payload"]["all_to_all"]
 
 
 def test_a_ring_sends_each_byte_that_others_lack(tmp_path):

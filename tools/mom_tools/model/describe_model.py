@@ -18,7 +18,13 @@ from mom_tools.options import add_configs, add_json, command_parser, configs_and
 from mom_tools.output import markdown_table, write_json
 from mom_train.config.files import load_config
 from mom_train.config.run import RunConfig
-from mom_train.cost.flops import TRAINING_FACTOR, active_parameters, forward_flops_per_token, parameters
+from mom_train.cost.flops import (
+    TRAINING_FACTOR,
+    active_parameters,
+    forward_flops_per_token,
+    optimizer_flops,
+    parameters,
+)
 from mom_train.cost.memory import memory
 
 
@@ -60,6 +66,8 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         },
         # of a discrete token; a latent patch has patch_in and patch_out in the head's place
         "flops_per_token": flops(None) | ({} if patch_width is None else {"patch": flops(patch_width)}),
+        # of a whole step, not among the training FLOPs; 0 with AdamW
+        "optimizer_flops_per_step": optimizer_flops(config),
         "tokens_per_batch": config.training.batch * length,
         "ranks": ranks,
         "accumulation": accumulation,
@@ -97,6 +105,9 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         rows = [(part, _millions(n), _millions(TRAINING_FACTOR * n)) for part, n in counted["by_part"].items()]
         rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
         said += ["", markdown_table((title, "forward", "training"), rows)]
+    if optimizer := d["optimizer_flops_per_step"]:
+        share = optimizer / (flops["training"] * d["tokens_per_batch"])
+        said += ["", f"Muon: {optimizer / 1e9:,.1f} GFLOPs a step, {100 * share:.2f} % of a step's training FLOPs"]
     names = ("without_checkpointing", "with_selective_checkpointing", "with_checkpointing")
     kinds = [mem[name] for name in names]
     memory_rows = [
