@@ -44,6 +44,10 @@ class StepCount:
     """Ranks whose part of the last checkpoint is written."""
     wants_to_stop: int = 0
     """Ranks that were asked to end."""
+    wants_profile: int = 0
+    """Ranks that were asked for a profile of the next steps."""
+    wants_snapshot: int = 0
+    """Ranks that were asked for a snapshot of the memory."""
 
     @classmethod
     def empty(cls, modalities: int) -> StepCount:
@@ -80,6 +84,10 @@ class Agreement:
     """`Stop.code` of whichever rank was asked to end, or 0."""
     save: bool
     """It is time for a checkpoint, by the clock."""
+    profile: bool = False
+    """Somebody asked for a profile of the next steps."""
+    snapshot: bool = False
+    """Somebody asked for a snapshot of the memory."""
 
 
 class DocumentAccount:

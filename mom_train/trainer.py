@@ -36,6 +36,7 @@ from mom_train.model.language_model import LanguageModel, build_model
 from mom_train.model.objective import Counts
 from mom_train.model.sharding import shard
 from mom_train.observe.environment import environment, write_environment
+from mom_train.observe.instruments import Instruments
 from mom_train.observe.metrics import Clock, Record
 from mom_train.observe.timeline import Timeline
 from mom_train.observe.wandb import check_wandb
@@ -81,6 +82,7 @@ class Trainer:
         self.documents = DocumentAccount(self.config.data)
         self._fill_weights(start)
         self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
+        self.instruments = Instruments(self.config, ranks)
         self.timeline = agreed(lambda: Timeline(self.config.run_dir if ranks.main else None, self.state.step))
 
     def _fill_weights(self, start: Checkpoint | None) -> None:
@@ -116,8 +118,9 @@ class Trainer:
     def run(self, stop: Stop) -> tuple[RunState, str]:
         """Trains from the present step to `training.steps` or `training.stop_at`. Where steps stay bad, it goes back
         to a checkpoint and leaves the data of those steps out. Returns how the run ended, and why."""
-        with closing(self.timeline), self.checkpointer, self.watch:
+        with closing(self.timeline), self.instruments, self.checkpointer, self.watch:
             self.watch.begin(self.config.parallel.first_step_timeout)
+            self.instruments.measure()
             dry_run = self.config.parallel.dry_run
             if dry_run or (dry_run is None and self.ranks.device.type == "cuda"):
                 log.info("a full batch takes %.1f GiB at most", self.passes.dry_run(self.optimizer))
@@ -136,6 +139,7 @@ class Trainer:
         with record or nullcontext():
             self._validate_before(record, stop, last)
             stream, clock = self.stream(), Clock(sum(self._tokens.values()))
+            self.instruments.speed.restart(self.state.flops)
             outcome: tuple[RunState, str] = ("finished" if last == config.training.steps else "stopped", "")
             while state.step < last:
                 self.timeline.enter("data")
@@ -147,6 +151,7 @@ class Trainer:
                     outcome = "preempted", stop.reason(agreement.stop)
                     log.warning("%s: checkpoint and end after step %d", outcome[1], state.step)
                     break
+                self.instruments.begin(state.step + 1, agreement.profile, agreement.snapshot)
                 sums = self.passes.forward_backward(step_batches, agreement.counts)
                 if self._stay_bad():
                     self.optimizer.zero_grad()
@@ -160,6 +165,7 @@ class Trainer:
                 recording = validating or saving or logged
                 values = self.lap(clock, all_sums, agreement.counts, norms) if recording else {}
                 self.timeline.trained(state.step)
+                self.instruments.end(state.step)
                 if recording:
                     values |= self.timeline.figures()
                     with clock.paused():
@@ -233,6 +239,8 @@ class Trainer:
         mine.wants_to_save = int(self.checkpointer.time_is_up)
         mine.saves_finished = int(self.checkpointer.finished)
         mine.wants_to_stop = int(stop.code != 0)
+        asked = self.instruments.requests()
+        mine.wants_profile, mine.wants_snapshot = int(asked["profile"]), int(asked["memory"])
         with self.watch.waiting():
             count = mine.over_all_ranks()
         if count.saves_finished == self.ranks.world_size:
@@ -241,7 +249,8 @@ class Trainer:
         positions = self.config.training.batch * self.config.data.sequence_length
         counts = Counts(count.targets_M, count.patches, positions)
         reason_to_stop = largest(stop.code) if count.wants_to_stop else 0
-        return Agreement(counts, count.tokens_M, reason_to_stop, bool(count.wants_to_save))
+        flags = [bool(n) for n in (count.wants_to_save, count.wants_profile, count.wants_snapshot)]
+        return Agreement(counts, count.tokens_M, reason_to_stop, *flags)
 
     def step(
         self, sums: Tensor, counts: Counts, step_batches: Sequence[PackedBatch], detailed: bool = False
@@ -299,6 +308,7 @@ class Trainer:
     def lap(self, clock: Clock, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:
         """The figures of a step that are logged, with the speed since the last ones. Collective."""
         values = clock.lap(sum(self._tokens.values()))
+        values |= self.instruments.speed.figures(self.state.flops, clock.seconds)
         return values | self.watch.report(clock.seconds) | self.values(sums, counts, norms)
 
     def values(self, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:

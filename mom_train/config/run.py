@@ -21,6 +21,7 @@ from mom_train.config.data import DataConfig
 from mom_train.config.migrations import SCHEMA
 from mom_train.config.model import QUARTERS, ModelConfig, ObjectiveConfig
 from mom_train.config.muon import MuonConfig
+from mom_train.config.observe import ObserveConfig
 from mom_train.config.section import Name, Section
 
 Recompute = bool | Literal["selective"]
@@ -250,6 +251,7 @@ class RunConfig(Section):
     anomaly: AnomalyConfig = AnomalyConfig()
     parallel: ParallelConfig = ParallelConfig()
     sampling: SamplingConfig = SamplingConfig()
+    observe: ObserveConfig = ObserveConfig()
     wandb: WandbConfig | None = None
     """Logging to Weights & Biases. null does without it."""
     log_every: PositiveInt = 1
@@ -267,6 +269,8 @@ class RunConfig(Section):
             raise UserError(
                 f"training.batch ({training.batch}) must be a multiple of training.micro_batch ({training.micro_batch})"
             )
+        if (profiled := self.observe.profile_steps) is not None and profiled[1] > training.steps:
+            raise UserError(f"observe.profile_steps: {profiled[1]} is beyond training.steps ({training.steps})")
         if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
         self._check_muon()

@@ -18,6 +18,7 @@ from mom_train.cost.flops import (
     optimizer_flops,
 )
 from mom_train.cost.memory import memory
+from mom_train.cost.peaks import BF16_PEAK
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu(312e12, 80e9, 300e9),
-    "h100": Gpu(989e12, 80e9, 450e9),
-    "h200": Gpu(989e12, 141e9, 450e9),
-    "b200": Gpu(2250e12, 180e9, 900e9),
+    "a100": Gpu(BF16_PEAK["A100"], 80e9, 300e9),
+    "h100": Gpu(BF16_PEAK["H100 SXM"], 80e9, 450e9),
+    "h200": Gpu(BF16_PEAK["H200"], 141e9, 450e9),
+    "b200": Gpu(BF16_PEAK["B200"], 180e9, 900e9),
 }
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mom_train.config.model import QUARTERS
 from mom_train.config.run import RunConfig
@@ -25,6 +26,9 @@ _PROBE_BYTES = 1 << 16  # bytes that a disk must accept before events are writte
 
 
 _POINTS = 1000  # points of a curve over FLOPs that are rewritten on a resume; TensorBoard shows no more of any curve
+
+
+_SHARES = "FLOP/s as a share of the card's peak and of a matrix product"
 
 
 class TensorBoard:
@@ -175,6 +179,7 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
                 "perf/data_wait", "perf/straggling"
             ),
             "seconds that a checkpoint takes from training": chart("checkpoint/stall_s"),
+            _SHARES: ["Multiline", ["^perf/(mfu|gemm_share)$"]],
             "goodput: share of the wall time in steps that are in the run": chart("perf/goodput"),
             "where the wall time went": ["Multiline", ["^perf/time/.*$"]],
         },
@@ -183,6 +188,11 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
             "training FLOPs": chart("flops/total"),
         },
     }
+    if torch.cuda.is_available():
+        memory = chart("perf/memory_peak_gib", "perf/memory_predicted_gib")
+        charts["Is it fast?"]["memory of rank 0 in GiB: measured and predicted"] = memory
+    if not config.observe.gemm and not torch.cuda.is_available():
+        del charts["Is it fast?"][_SHARES]
     if not config.model.decoupled:
         del charts["Is it stable?"]["gradient norm by modality"]
     return {question: named for question, named in charts.items() if named}

@@ -29,9 +29,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from mom_tokenizers.errors import EXIT_FAILED, UserError, exit_clearly
-from mom_tools.bench.suites import SUITES, Candidate, Sizes, draw
+from mom_tools.bench.suites import SUITES, Candidate, Sizes
 from mom_tools.options import add_json, command_parser
 from mom_tools.output import write_json
+from mom_train.cost.gemm import gemm_flops_per_second
 from mom_train.ops import native
 
 TOLERANCE = {"scan": (1e-5, 3e-2), "conv": (1e-5, 2e-2), "routing": (1e-5, 2e-2), "block": (1e-4, 8e-2)}
@@ -123,12 +124,11 @@ def _status(path: Path, key: str) -> int:
 def limits(s: Sizes) -> dict[str, float]:
     """What this machine reaches now: matrix products in FLOP/s, copying in bytes/s read and written, and on a
     CPU the seconds per element (token, channel, state) of the C scan's two inner loops on data in the nearest cache."""
-    n = 1024 if s.device == "cpu" else 8192
-    a, b = draw(s, (n, n), (n, n))
     source = torch.ones(1 << 24 if s.device == "cpu" else 1 << 28, device=s.device)
     target = torch.empty_like(source)
     best = lambda run: min(timed(run, s.device) for _ in range(5)) / 1e3  # noqa: E731
-    found = {"gemm_flops_per_s": 2 * n**3 / best(lambda: a @ b)}
+    once = lambda run: timed(run, s.device) / 1e3  # noqa: E731
+    found = {"gemm_flops_per_s": gemm_flops_per_second(torch.device(s.device), s.dtype, once, repetitions=5)}
     found["copy_bytes_per_s"] = 2 * 4 * source.numel() / best(lambda: target.copy_(source))
     library = native.library(s.state) if s.device == "cpu" else None
     if library is not None:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from mom_train.config.model import PROJECTIONS, ModelConfig
 from mom_train.config.run import OptimizerConfig, Recompute
 from mom_train.cost.flops import training_flops_per_token
+from mom_train.cost.gemm import gemm_flops_per_second
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel
 from mom_train.ops.layout import RowLayout
@@ -229,16 +230,16 @@ class _Laps:
 
 def _gemm_flops_per_second(arguments: argparse.Namespace) -> float:
     """The speed of one large matrix product in the run's precision, which no step can exceed."""
-    n = 1024 if arguments.device == "cpu" else 8192
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=arguments.device).to(dtype)
-    times = []
-    for _ in range(2 + arguments.repetitions):
-        lap = _Laps(torch.device(arguments.device))
+    device = torch.device(arguments.device)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        lap = _Laps(device)
         with lap("gemm"):
-            a @ b
-        times.append(lap.milliseconds()["gemm"])
-    return 2 * n**3 / (min(times[2:]) / 1e3)
+            work()
+        return lap.milliseconds()["gemm"] / 1e3
+
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    return gemm_flops_per_second(device, dtype, seconds, arguments.repetitions)
 
 
 def _device_name(arguments: argparse.Namespace) -> str:
