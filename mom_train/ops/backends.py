@@ -95,7 +95,7 @@ def why_not(backend: str, kernel: str, x: Tensor, size: int) -> str | None:
         raise UserError(f"there are no kernels named {backend!r}, only {', '.join(BACKENDS)}")
     if backend == "mamba_ssm":
         return mamba_ssm.why_not(kernel, x, size)
-    if backend == "cuda" and kernel == "conv":
+    if backend == "cuda" and kernel != "scan":
         return "only the scan has cuda kernels"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"

@@ -43,9 +43,9 @@ def missing() -> str | None:
 @functools.cache
 def compiler_version() -> tuple[int, int]:
     """Of NVRTC, such as (13, 0). Raises Unavailable if its library is not there."""
-    from cuda.bindings import nvrtc
-
     try:
+        from cuda.bindings import nvrtc
+
         major, minor = _checked(nvrtc, nvrtc.nvrtcVersion())
     except Unavailable:
         raise
@@ -141,9 +141,10 @@ class Kernels:
         self.processors = int(properties.multi_processor_count)
         attribute = driver.CUfunction_attribute
         limits = driver.CUdevice_attribute
-        torch.zeros(1, device=device)  # makes the context in which PyTorch works on this device
+        here = _checked(driver, driver.cuDeviceGet(device.index))
+        self._context = _checked(driver, driver.cuDevicePrimaryCtxRetain(here))  # the one that PyTorch works in
         with torch.cuda.device(device):
-            here = _checked(driver, driver.cuCtxGetDevice())
+            _checked(driver, driver.cuCtxSetCurrent(self._context))
             most = limits.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             self.shared_limit = int(_checked(driver, driver.cuDeviceGetAttribute(most, here)))
             self._module = _checked(driver, driver.cuModuleLoadData(code))
@@ -163,6 +164,7 @@ class Kernels:
         key = (name, threads, shared)
         if key not in self._resident:
             with torch.cuda.device(self.device):
+                _checked(self._driver, self._driver.cuCtxSetCurrent(self._context))
                 count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._functions[name], threads, shared)
                 self._resident[key] = int(_checked(self._driver, count))
         return self._resident[key]
@@ -171,12 +173,11 @@ class Kernels:
         self, name: str, grid: tuple[int, int, int], threads: int, shared: int, argument: ctypes.Structure
     ) -> None:
         """Starts a kernel with one argument, a structure by value, on the current stream of the device."""
+        driver = self._driver
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with torch.cuda.device(self.device):
-            _checked(
-                self._driver,
-                self._driver.cuLaunchKernel(
-                    self._functions[name], *grid, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
-                ),
-            )
+            # a thread of autograd may have no context yet
+            _checked(driver, driver.cuCtxSetCurrent(self._context))
+            function, arguments = self._functions[name], ctypes.addressof(pointers)
+            _checked(driver, driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, arguments, 0))

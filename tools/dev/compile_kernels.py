@@ -1,11 +1,14 @@
-"""Compile every Triton kernel for NVIDIA GPUs on any machine, and show what the compiler made of it.
+"""Compile every kernel for NVIDIA GPUs on any machine, and show what the compiler made of it.
 
     python tools/dev/compile_kernels.py                              # bf16 rows, sm_90
-    python tools/dev/compile_kernels.py --arch 80 90 100 --all --json kernels.json
+    python tools/dev/compile_kernels.py --arch 80 90 100 120 --all --json kernels.json
+    python tools/dev/compile_kernels.py --only cuda                  # the scan in CUDA C++, without those in Triton
 
-Registers, spilled bytes and shared memory are the assembler's own; instructions are counted in the innermost loops of
-the machine code, per step of the recurrence and warp: the issue slots that a roofline needs. Nothing runs. Needs
-`triton` (the CPU has no other use for it), and no GPU.
+Registers, spilled bytes and shared memory are the assembler's own, for three modalities where they matter. For Triton
+kernels, instructions are counted in the innermost loops of the machine code, per step of the recurrence and warp: the
+issue slots that a roofline needs. For CUDA kernels, `CTAs per SM` is how many CTAs the registers and the shared memory
+of an SM hold at a time. Nothing runs. Needs `triton` (the CPU has no other use for it), for CUDA kernels also
+`cuda-bindings` and `nvidia-cuda-nvrtc`, and no GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 from tabulate import tabulate
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_train.ops import nvrtc
 
 _ROWS = {"W", "GW", "GBIAS", "X", "DT", "Z", "B", "C", "Y", "GY", "GX", "GDT", "GZ", "INITIAL", "GINITIAL"}
 _INTEGERS = {"L", "D", "T", "SPAN", "CHUNKS"}
@@ -133,11 +137,8 @@ def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
     options = variant.get("options", triton_scan.OPTIONS)
     source = ASTSource(fn=fn, signature=signature, constexprs=settings, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(binary))
-        code = _run("nvdisasm", "-c", str(binary))
+    usage = _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    code = _tool("nvdisasm", "-c", compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise UserError(f"cuobjdump said nothing of registers for {variant['kernel']}:\n{usage}")
@@ -165,6 +166,39 @@ def compile_variant(variant: dict[str, Any], arch: int) -> dict[str, Any]:
     }
 
 
+_SHARED_OF_SM = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100, 121: 100}
+"""KiB of shared memory of an SM by architecture (CUDA C++ Programming Guide, table of technical specifications). The
+system keeps 1 KiB of it for each CTA."""
+_MODALITIES = 3
+
+
+def compile_cuda(arch: int, everything: bool) -> list[dict[str, Any]]:
+    """Registers, spills (bytes per thread) and shared memory (bytes) of the kernels in CUDA C++."""
+    from mom_train.ops.scan import cuda as cuda_scan
+
+    found = []
+    for dtype in ("bf16", "fp32") if everything else ("bf16",):
+        usage = _tool("cuobjdump", "-res-usage", cuda_scan.machine_code(arch, dtype == "bf16"))
+        for name in cuda_scan.NAMES:
+            resources = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+            if resources is None:
+                raise UserError(f"cuobjdump said nothing of {name}:\n{usage}")
+            registers, stack, local = map(int, resources.groups())
+            shared = cuda_scan.shared_bytes(name, dtype == "bf16", _MODALITIES)
+            per_cta = -(-registers // 8) * 8 * cuda_scan.THREADS
+            ctas = min(65536 // per_cta, _SHARED_OF_SM.get(arch, 100) * 1024 // (shared + 1024), 16)
+            found.append({
+                "kernel": f"{name.replace('_', ' ')}, CUDA C++",
+                "variant": dtype,
+                "arch": f"sm_{arch}",
+                "registers": registers,
+                "spilled_bytes": stack + local,
+                "shared_bytes": shared,
+                "ctas_per_sm": ctas,
+            })  # fmt: skip
+    return found
+
+
 def _type(name: str, dtype: str, settings: dict[str, Any]) -> str:
     if name in settings:
         return "constexpr"
@@ -175,12 +209,15 @@ def _type(name: str, dtype: str, settings: dict[str, Any]) -> str:
     return {"ORDER": "*i32", "OFFSETS": "*i32", "MODALITY": "*u8", "POSITION": "*u8"}.get(name, "*fp32")
 
 
-def _run(tool: str, *arguments: str) -> str:
-    """The disassemblers that come with triton."""
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of the disassemblers that come with triton says of a cubin."""
     import triton
 
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    done = subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        done = subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
@@ -204,22 +241,32 @@ def _innermost_loops(code: str) -> list[list[str]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     columns = ("kernel", "variant", "arch", "registers", "spilled_bytes", "shared_bytes", "instructions_per_step",
-               "exponentials_per_step")  # fmt: skip
-    return tabulate([[r[c] for c in columns] for r in results], [c.replace("_", " ") for c in columns], "pipe")
+               "exponentials_per_step", "ctas_per_sm")  # fmt: skip
+    heads = [c.replace("_", " ").replace("ctas per sm", "CTAs per SM") for c in columns]
+    return tabulate([[r.get(c) for c in columns] for r in results], heads, "pipe")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", type=int, default=[90], help="compute capabilities times ten (default 90)")
+    parser.add_argument("--only", choices=("triton", "cuda"), help="only the kernels in Triton, or in CUDA C++")
     parser.add_argument("--all", action="store_true", help="also fp32 rows, ragged lengths, carried states")
     parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="JSON, to OUT or standard output")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         raise UserError("no triton here: pip install -c requirements.lock triton")
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no machine code
+    absent = nvrtc.missing() if options.only != "triton" else None
+    if absent and options.only == "cuda":
+        raise UserError(absent)
+    if absent:
+        print(f"CUDA C++ kernels are left out: {absent}", file=sys.stderr)
     results = []
     for arch in options.arch:
-        for variant in variants(options.all):
+        if options.only != "triton" and not absent:
+            results += compile_cuda(arch, options.all)
+            print(f"sm_{arch}: the kernels in CUDA C++", file=sys.stderr, flush=True)
+        for variant in variants(options.all) if options.only != "cuda" else ():
             results.append(compile_variant(variant, arch))
             print(f"sm_{arch}: {variant['kernel']}, {variant['variant']}", file=sys.stderr, flush=True)
     if options.json != "-":

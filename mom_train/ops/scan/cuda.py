@@ -92,8 +92,8 @@ def why_not(x: Tensor, state: int) -> str | None:
     bf16 = x.dtype == torch.bfloat16
     try:
         limit = kernels(x.device, bf16).shared_limit
-    except nvrtc.Unavailable as error:
-        return str(error)
+    except RuntimeError as error:  # Unavailable, or what the bindings raise if the driver lacks a function
+        return f"they could not be compiled and loaded: {error}"
     needed = shared_bytes("scan_backward", bf16, _MODALITIES)
     rows = "bf16" if bf16 else "fp32"
     return None if needed <= limit else f"{rows} rows need {needed} bytes of shared memory, this GPU has {limit}"

@@ -110,7 +110,7 @@ def runnable(kernel: str, x: Tensor, size: int, absent: dict[str, str]) -> list[
         obstacle = backends.why_not(name, kernel, x, size)
         if obstacle:
             absent[f"ours, {name}"] = obstacle
-    return [name for name in ("c", "triton", "mamba_ssm", "torch") if f"ours, {name}" not in absent]
+    return [name for name in ("c", "cuda", "triton", "mamba_ssm", "torch") if f"ours, {name}" not in absent]
 
 
 def scan(s: Sizes) -> Suite:
@@ -263,7 +263,8 @@ def block(s: Sizes) -> Suite:
         return Candidate(label, run, {"x": rows, **named}, in_rows if not dense else gradient.view(-1, d), view, pick)
 
     one = x.new_empty(1, D)
-    usable = [b for b in runnable("scan", one, N, suite.absent) if backends.why_not(b, "conv", one, 4) is None]
+    convolves = lambda b: b == "cuda" or backends.why_not(b, "conv", one, 4) is None  # noqa: E731  (by Triton)
+    usable = [b for b in runnable("scan", one, N, suite.absent) if convolves(b)]
     suite.candidates += [ours(b, False) for b in usable]
     if s.length <= 40:
         define = lambda x, **w: peers.define_block(x, w, modality, document)  # noqa: E731
