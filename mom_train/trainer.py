@@ -25,6 +25,7 @@ from mom_train.config.run import RunConfig
 from mom_train.cost.flops import training_flops
 from mom_train.data import newest, open_data, planned_as_now
 from mom_train.distributed.context import Context
+from mom_train.distributed.flight_recorder import record_nccl
 from mom_train.distributed.ranks import Ranks, agreed, first_failure, model_mesh, process_group, set_timeout
 from mom_train.distributed.run_lock import RunLock
 from mom_train.distributed.status import RunState, Stop, write_status
@@ -423,6 +424,7 @@ def train(config: RunConfig) -> int:
     because torchrun would start the run again at once. 3: steps stayed bad.
     """
     stop = Stop(config.training.time_limit)
+    record_nccl(config.run_dir)
     with (
         process_group(config.parallel.first_step_timeout) as ranks,
         agreed(lambda: RunLock(config.run_dir) if ranks.main else nullcontext()),

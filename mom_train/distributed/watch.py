@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 
 from mom_tokenizers.errors import user_path
+from mom_train.distributed.flight_recorder import FlightRecorder
 
 
 class Watch:
     """Watches the steps of one rank. A context manager.
 
     If no step begins for 0.8 times the seconds that `begin` was given, the stacks of the rank's threads are written to
-    RUN/stacks/rank-N.txt, from a thread that does not need the interpreter. The timeout of the collective operation
-    then ends the rank a little later.
+    RUN/stacks/rank-N.txt, from a thread that does not need the interpreter, and its last collective operations to
+    RUN/stacks/collectives/rank_N. The timeout of the collective operation then ends the rank a little later.
     """
 
     def __init__(self, run_dir: Path, rank: int):
@@ -28,6 +29,7 @@ class Watch:
             path.parent.mkdir(parents=True, exist_ok=True)
             # appended to, because torchrun may restart the rank at once; kept open during the run for faulthandler
             self._file = open(path, "a")  # noqa: SIM115
+        self._recorder = FlightRecorder(run_dir, rank)
         self._waited = 0.0
 
     def __enter__(self) -> Watch:
@@ -35,11 +37,13 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+        self._recorder.close()
         self._file.close()
 
     def begin(self, timeout: float) -> None:
         """Says that a step, or other work that may take `timeout` seconds, begins now."""
         faulthandler.dump_traceback_later(0.8 * timeout, file=self._file)
+        self._recorder.begin(0.8 * timeout)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
