@@ -185,7 +185,7 @@ def validation_plans(config: RunConfig, datasets: Datasets) -> dict[str, Plan]:
 
 def log_forecast(config: RunConfig, plan: Plan, validation: Mapping[str, Plan]) -> None:
     """Logs how much of its data the run will see, and warns of settings that one would want to change beforehand."""
-    sequences = config.training.steps * config.training.batch
+    sequences = config.training.sequences_before(config.training.steps)
     line, warnings = remarks(plan, sequences, validation, config.validation.sequences)
     if line:
         log.info(line)

@@ -11,7 +11,8 @@ from mom_train.checkpoint.saver import TrainState
 from mom_train.checkpoint.store import Checkpoint
 from mom_train.config.files import differences, with_defaults
 from mom_train.config.model import ModelConfig, ObjectiveConfig
-from mom_train.config.run import OptimizerConfig, RunConfig
+from mom_train.config.optimizer import OptimizerConfig
+from mom_train.config.run import RunConfig
 
 log = logging.getLogger(__name__)
 

@@ -42,7 +42,8 @@ from mom_train.observe.metrics import Clock, Record
 from mom_train.observe.timeline import Timeline
 from mom_train.observe.wandb import check_wandb
 from mom_train.optim.ema import Ema
-from mom_train.optim.optimizer import build_optimizer, learning_rate
+from mom_train.optim.optimizer import build_optimizer, set_rate
+from mom_train.optim.schedule import rate_of_step
 from mom_train.passes import Passes
 from mom_train.resume import compare_with_checkpoint
 from mom_train.validation import validate
@@ -58,12 +59,14 @@ class Trainer:
     """The average of the weights, where one is kept."""
     stepped = False
     """Whether this process has done a step; the first one may take longer than the others."""
+    rate = 0.0
+    """The learning rate of the last step, before the factors of parameter groups."""
 
     def __init__(self, config: RunConfig, ranks: Ranks):
         """Prepares the run: every rank is to call this. Raises AgreedError, on all ranks alike, for what a user can
         mend."""
         self.ranks, self.vocab, self.modalities = ranks, config.layout, config.layout.modalities
-        self.accumulation = agreed(lambda: config.accumulation(ranks.world_size))
+        agreed(lambda: config.accumulation(ranks.world_size))
         agreed(lambda: check_wandb(config))
         self.sampler = None if config.sampling.every is None else agreed(lambda: TrainingSampler(config, ranks))
         self.checkpointer, start, saved = _open_checkpoints(config)
@@ -204,7 +207,8 @@ class Trainer:
 
     def stream(self) -> Iterator[PackedBatch]:
         config, ranks = self.config, self.ranks
-        share = self.context.share(config.training.batch, config.training.micro_batch)
+        training = config.training
+        share = self.context.share(training.batch, training.micro_batch, training.ramp_from(self.state.step))
         return batches(
             self.plan,
             self.vocab,
@@ -215,6 +219,11 @@ class Trainer:
             pin=ranks.device.type == "cuda",
             corrupt_share=config.data.corrupt_share,
         )
+
+    @property
+    def accumulation(self) -> int:
+        """Number of micro-batches of this rank in the present step."""
+        return self.config.accumulation(self.ranks.world_size, self.state.step)
 
     @staticmethod
     def due(every: int | None, step: int, last: int) -> bool:
@@ -247,7 +256,7 @@ class Trainer:
         if count.saves_finished == self.ranks.world_size:
             self.checkpointer.settle()
         self.documents.add(count)
-        positions = self.config.training.batch * self.config.data.sequence_length
+        positions = self.config.training.batch_at(self.state.step) * self.config.data.sequence_length
         counts = Counts(count.targets_M, count.patches, positions)
         reason_to_stop = largest(stop.code) if count.wants_to_stop else 0
         flags = [bool(n) for n in (count.wants_to_save, count.wants_profile, count.wants_snapshot)]
@@ -270,9 +279,8 @@ class Trainer:
         norms["total"] = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = self.judge.bad(self.passes.total(all_sums, counts), norm.to(sums.device))
         self.bad_steps.note(self.state.step + 1, bad, sums, step_batches)
-        rate = learning_rate(self.state.step, self.config.training.steps, self.config.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.rate = rate_of_step(self.state.step, self.config.training, self.config.optimizer)
+        set_rate(self.optimizer, self.rate)
         self.checkpointer.staged()  # the last moment to copy what a checkpoint holds
         self.optimizer.found_inf = bad.to(norm.device, torch.float32)  # type: ignore[attr-defined]  # fused AdamW's
         self.optimizer.step()
@@ -316,7 +324,10 @@ class Trainer:
         """The figures of a step that are logged."""
         return self.passes.means("", sums, counts) | {
             **{f"grad_norm/{part}": norm.item() for part, norm in norms.items()},
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.rate,
+            **(
+                {"batch": self.config.training.batch_at(self.state.step - 1)} if self.config.training.batch_ramp else {}
+            ),
             **{f"tokens/{m}": n for m, n in self._tokens.items()},
             "flops/total": self.state.flops,
             **self.documents.figures(),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -20,8 +20,8 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.data import DataConfig
 from mom_train.config.migrations import SCHEMA
 from mom_train.config.model import QUARTERS, ModelConfig, ObjectiveConfig
-from mom_train.config.muon import MuonConfig
 from mom_train.config.observe import ObserveConfig
+from mom_train.config.optimizer import OptimizerConfig
 from mom_train.config.section import Name, Section
 
 Recompute = bool | Literal["selective"]
@@ -30,46 +30,13 @@ Recompute = bool | Literal["selective"]
 _YEAR = 365 * 24 * 3600.0
 
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
+class RampConfig(Section):
+    """A part of the run with a smaller batch than later parts."""
 
-
-class OptimizerConfig(Section):
-    """The optimiser, its learning rate over the run, and gradient clipping."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    """`adamw` trains everything with AdamW. `muon` trains the matrices in the blocks with Muon and everything else with
-    AdamW."""
-    muon: MuonConfig | None = None
-    """Settings of Muon (kind muon only). null takes the default of each."""
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate, of AdamW and of Muon."""
-    warmup: int = Field(0, ge=0)
-    """Number of steps over which the learning rate rises linearly to its peak."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: it falls along a cosine, or it stays at its peak."""
-    final_fraction: float = Field(0.1, ge=0, le=1)
-    """Learning rate of the last step as a fraction of the peak (cosine schedule only)."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Weight decay of AdamW and Muon. It applies to matrices only, not to norms, biases, A_log and D."""
-    decay_convolution: bool = True
-    """Whether the weights of the convolution are decayed too, as in the published training of Mamba."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon. Without it, the embedding of an id that has not occurred yet would become NaN (0 / 0)."""
-    clip: float = Field(1.0, gt=0)
-    """Largest norm of the gradient of the whole model. A gradient with a larger norm is scaled down to it."""
-
-    @model_validator(mode="after")
-    def _of_one_kind(self) -> OptimizerConfig:
-        if self.kind == "adamw" and self.muon is not None:
-            raise UserError("muon: these are settings of Muon, and optimizer.kind is adamw; set kind: muon")
-        return self
-
-    @property
-    def as_muon(self) -> MuonConfig | None:
-        """The settings of Muon, or None if AdamW trains everything."""
-        return None if self.kind == "adamw" else self.muon or MuonConfig()
+    until: PositiveInt
+    """Number of steps, counted from the start of the run, after which this batch is over."""
+    batch: PositiveInt
+    """Number of sequences per optimiser step until then, over all ranks together."""
 
 
 class TrainingConfig(Section):
@@ -78,7 +45,11 @@ class TrainingConfig(Section):
     steps: PositiveInt
     """Number of optimiser steps of the whole run. The learning-rate schedule ends with the last of them."""
     batch: PositiveInt
-    """Number of sequences per optimiser step, over all ranks together."""
+    """Number of sequences per optimiser step, over all ranks together. With a batch_ramp, it is that of the steps after
+    the ramp."""
+    batch_ramp: tuple[RampConfig, ...] = ()
+    """Smaller batches at the start of the run, in the order of their steps, each larger than the one before. The order
+    of the data does not depend on it. Entries after the last step of the run are allowed and have no effect."""
     micro_batch: PositiveInt
     """Number of sequences per rank in one forward pass. Gradients are added up over passes until `batch` is reached."""
     stop_at: PositiveInt | None = None
@@ -97,6 +68,56 @@ class TrainingConfig(Section):
     """Whether to compile each block with torch.compile."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, such as 0.999. null keeps no average."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> TrainingConfig:
+        sizes = [*self.batches.values()]
+        for i, entry in enumerate(self.batch_ramp):
+            if entry.batch >= sizes[i + 1]:
+                later = [*self.batches][i + 1]
+                raise UserError(f"batch_ramp.{i}.batch ({entry.batch}) must be below {later} ({sizes[i + 1]})")
+            if i and entry.until <= self.batch_ramp[i - 1].until:
+                raise UserError(
+                    f"batch_ramp.{i}.until ({entry.until}) must be above that of the entry before "
+                    f"({self.batch_ramp[i - 1].until})"
+                )
+        return self
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """Every size that a batch of this run has, by the key that names it, in the order of steps."""
+        sizes = {f"training.batch_ramp.{i}.batch": entry.batch for i, entry in enumerate(self.batch_ramp)}
+        return {**sizes, "training.batch": self.batch}
+
+    def batch_at(self, step: int) -> int:
+        """Number of sequences of the optimiser step `step`, counted from 0."""
+        return next((entry.batch for entry in self.batch_ramp if step < entry.until), self.batch)
+
+    def ramp_from(self, step: int) -> tuple[tuple[int, int], ...]:
+        """What is left of the ramp before step `step`: (number of steps, batch) of each part, in order."""
+        parts = []
+        for entry in self.batch_ramp:
+            if entry.until > step:
+                parts.append((entry.until - step, entry.batch))
+                step = entry.until
+        return tuple(parts)
+
+    def sequences_before(self, step: int) -> int:
+        """Number of sequences that the steps before step `step` take together. So it is also the number of the first
+        sequence of that step, where no data has been left out."""
+        begun = total = 0
+        for entry in self.batch_ramp:
+            until = min(entry.until, step)
+            total += (until - begun) * entry.batch
+            begun = until
+        return total + (step - begun) * self.batch
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(number of steps, batch) of each part of the run that has one batch, in order."""
+        ends = [min(end, self.steps) for end in (0, *(entry.until for entry in self.batch_ramp), self.steps)]
+        sizes = self.batches.values()
+        return [(end - begin, batch) for (begin, end), batch in zip(pairwise(ends), sizes, strict=True) if end > begin]
 
 
 class ValidationConfig(Section):
@@ -265,12 +286,19 @@ class RunConfig(Section):
             raise UserError(
                 f"optimizer.warmup ({self.optimizer.warmup}) must be below training.steps ({training.steps})"
             )
-        if training.batch % training.micro_batch:
+        decay = self.optimizer.decay
+        if decay is not None and self.optimizer.warmup + decay > training.steps:
             raise UserError(
-                f"training.batch ({training.batch}) must be a multiple of training.micro_batch ({training.micro_batch})"
+                f"optimizer.warmup ({self.optimizer.warmup}) and optimizer.decay ({decay}) together are longer than "
+                f"training.steps ({training.steps})"
             )
         if (profiled := self.observe.profile_steps) is not None and profiled[1] > training.steps:
             raise UserError(f"observe.profile_steps: {profiled[1]} is beyond training.steps ({training.steps})")
+        if self.optimizer.scale_with_batch and not training.batch_ramp:
+            raise UserError("optimizer.scale_with_batch: the batch is always the same; name a training.batch_ramp")
+        for key, batch in training.batches.items():
+            if batch % training.micro_batch:
+                raise UserError(f"{key} ({batch}) must be a multiple of training.micro_batch ({training.micro_batch})")
         if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
         self._check_muon()
@@ -374,20 +402,24 @@ class RunConfig(Section):
         """Where the ids of each modality lie. Raises ValueError if the vocabulary cannot be laid out."""
         return VocabLayout.of(self.vocabulary)
 
-    def accumulation(self, world_size: int) -> int:
-        """Number of micro-batches per rank and step. Raises UserError if the batch cannot be divided evenly."""
+    def accumulation(self, world_size: int, step: int | None = None) -> int:
+        """Number of micro-batches per rank in the step `step`, or after the ramp of the batch (None).
+
+        Raises UserError if the batch of any step cannot be divided evenly.
+        """
         context = self.parallel.context_ranks
         if world_size % context:
             raise UserError(f"parallel.context_ranks={context} does not divide the {world_size} ranks")
         rows = world_size // context  # this many groups of ranks hold different rows
         per_pass = self.training.micro_batch * rows
-        if self.training.batch % per_pass:
-            shared = f" / parallel.context_ranks ({world_size} / {context})" if context > 1 else ""
-            raise UserError(
-                f"training.batch ({self.training.batch}) must be a multiple of training.micro_batch x ranks{shared} "
-                f"({self.training.micro_batch} x {rows} = {per_pass})"
-            )
-        return self.training.batch // per_pass
+        for key, batch in self.training.batches.items():
+            if batch % per_pass:
+                shared = f" / parallel.context_ranks ({world_size} / {context})" if context > 1 else ""
+                raise UserError(
+                    f"{key} ({batch}) must be a multiple of training.micro_batch x ranks{shared} "
+                    f"({self.training.micro_batch} x {rows} = {per_pass})"
+                )
+        return (self.training.batch if step is None else self.training.batch_at(step)) // per_pass
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values, preceded by the number of their schema. Runs and checkpoints keep this."""

@@ -250,18 +250,28 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
     }
 
 
+def _seconds_per_step(config: RunConfig, batch: int, cluster: Cluster, every: Sequence[Unit]) -> float:
+    """Predicted seconds of a step of this batch."""
+    training = config.training.model_copy(update={"batch": batch, "batch_ramp": ()})
+    seconds = step_time(config.model_copy(update={"training": training}), cluster, every)
+    return seconds["computing"] + seconds["exposed"]
+
+
 def plan(config: RunConfig, nodes: int, gpus: int, gpu: str, interconnect: str, assumed: Assumptions) -> dict[str, Any]:
     """All predictions for one cluster. Raises UserError if the config does not fit the number of ranks."""
     ranks = nodes * gpus
     config.accumulation(ranks)  # called early, to raise if the ranks cannot share the batch
     every = units(config, shared_by(config, ranks))
     counted = communication(config, ranks, every)
-    seconds = step_time(config, Cluster(GPUS[gpu], nodes, gpus, INTERCONNECTS[interconnect], assumed), every)
+    cluster = Cluster(GPUS[gpu], nodes, gpus, INTERCONNECTS[interconnect], assumed)
+    seconds = step_time(config, cluster, every)
     total, at_peak = seconds["computing"] + seconds["exposed"], seconds.pop("at_peak")
     tokens = config.training.batch * config.data.sequence_length
+    training = config.training
+    trained = training.sequences_before(training.steps) * config.data.sequence_length
     needed = memory(config, ranks)
     bytes_per_rank = needed[needed["chosen"]]["total"]
-    hours = total * config.training.steps / 3600
+    hours = sum(steps * _seconds_per_step(config, batch, cluster, every) for steps, batch in training.parts) / 3600
     return {
         "predicted": True,
         "nodes": nodes,
@@ -276,7 +286,7 @@ def plan(config: RunConfig, nodes: int, gpus: int, gpu: str, interconnect: str, 
         "mfu": at_peak / total,
         "tokens_per_s": tokens / total,
         "tokens_per_gpu_hour": tokens / total * 3600 / ranks,
-        "tokens": tokens * config.training.steps,
+        "tokens": trained,
         "hours": hours,
         "gpu_hours": hours * ranks,
         "cost": None if assumed.price is None else hours * ranks * assumed.price,

@@ -48,9 +48,9 @@ class Context:
             group = mesh.get_group("context")
         return cls(ranks.rank % size, size, ranks.rank // size, ranks.world_size // size, group)
 
-    def share(self, batch: int, micro_batch: int) -> Share:
-        """The share of each batch that this rank's context group processes."""
-        return Share(self.data_rank, self.data_ranks, batch, micro_batch)
+    def share(self, batch: int, micro_batch: int, ramp: tuple[tuple[int, int], ...] = ()) -> Share:
+        """The share of each batch that this rank's context group processes. `ramp` is as in `Share`."""
+        return Share(self.data_rank, self.data_ranks, batch, micro_batch, ramp)
 
 
 # PyTorch 2.13 renamed these functions; the second name is the one before

@@ -1,13 +1,11 @@
-"""The optimiser of a run, AdamW or Muon beside AdamW, and its learning rate."""
+"""The optimiser of a run, AdamW or Muon beside AdamW, and which parameters it treats alike."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
 
-from mom_train.config.run import OptimizerConfig
+from mom_train.config.optimizer import OptimizerConfig
 from mom_train.optim.matrices import matrix_rows
 from mom_train.optim.muon import Muon
 
@@ -23,29 +21,42 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     muon = config.as_muon
     rows = {} if muon is None else matrix_rows(model, muon)
     kept = _NO_DECAY if config.decay_convolution else (*_NO_DECAY, "conv_weight")
-    decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}  # (factor on the rate, weight decay) -> parameters
     for name, parameter in model.named_parameters():
-        (matrices if name in rows else keep if name.endswith(kept) else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+        if name in rows:
+            matrices.append(parameter)
+            continue
+        decay = 0.0 if name.endswith(kept) else config.weight_decay
+        alike.setdefault((getattr(config.groups, part_of(name)), decay), []).append(parameter)
+    groups = [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in alike.items()]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     if muon is None:
         return adamw
-    group = {"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay}
+    group = {
+        "params": matrices,
+        "lr": config.learning_rate,
+        "factor": config.groups.projection,
+        "weight_decay": config.weight_decay,
+    }
     return Muon(adamw, [group], [*rows.values()], muon)
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of optimiser step `step`, counted from 0 to steps - 1.
+def part_of(name: str) -> str:
+    """The kind of the parameter of this name: a key of `optimizer.groups`."""
+    *path, leaf = name.split(".")
+    if leaf in ("A_log", "D", "dt_bias"):
+        return "ssm"
+    if leaf in ("conv_weight", "conv_bias"):
+        return "conv"
+    if path[-1].endswith("norm"):
+        return "norm"
+    if path[0] == "blocks":
+        return "projection"
+    return "head" if path[0] in ("head", "patch_head") else "embedding"
 
-    It rises linearly to its peak during the warm-up and then falls along half a cosine. The first step after the
-    warm-up has the peak, and the last step has exactly `final_fraction` of it.
-    """
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.learning_rate
-    last, floor = steps - 1, config.final_fraction
-    progress = 1.0 if step >= last else (step - config.warmup) / (last - config.warmup)
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of the next step: `rate`, times the factor of each group (`optimizer.groups`)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]

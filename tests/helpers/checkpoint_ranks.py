@@ -16,7 +16,8 @@ def a_run(root, dim=32, **config):
     from mom_train.checkpoint.saver import Checkpointer
     from mom_train.checkpoint.store import Checkpoints
     from mom_train.config.model import ModelConfig
-    from mom_train.config.run import CheckpointConfig, OptimizerConfig
+    from mom_train.config.optimizer import OptimizerConfig
+    from mom_train.config.run import CheckpointConfig
     from mom_train.distributed.ranks import process_group
     from mom_train.model.init import initialize
     from mom_train.model.language_model import LanguageModel

@@ -6,7 +6,7 @@ import torch
 
 from mom_train.config.model import PROJECTIONS, ModelConfig
 from mom_train.config.muon import MuonConfig
-from mom_train.config.run import OptimizerConfig
+from mom_train.config.optimizer import OptimizerConfig
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel
 from mom_train.optim.muon import Muon, newton_schulz

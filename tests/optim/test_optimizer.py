@@ -1,33 +1,10 @@
-import math
-
 import pytest
 import torch
 
-from mom_train.config.model import PROJECTIONS, ModelConfig
-from mom_train.config.run import OptimizerConfig
+from mom_train.config.model import PROJECTIONS, DiffusionConfig, ModelConfig
+from mom_train.config.optimizer import OptimizerConfig, RateFactors
 from mom_train.model.language_model import LanguageModel
-from mom_train.optim.optimizer import build_optimizer, learning_rate
-
-
-def test_the_rate_warms_up_and_follows_half_a_cosine():
-    config = OptimizerConfig(learning_rate=2.0, warmup=10, final_fraction=0.1)
-    assert [learning_rate(s, 111, config) for s in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
-    assert learning_rate(10, 111, config) == 2.0
-    assert learning_rate(60, 111, config) == pytest.approx(1.1)  # half way: the mean of peak and floor
-    quarter = 0.2 + 1.8 * (1 + math.sqrt(0.5)) / 2
-    assert learning_rate(35, 111, config) == pytest.approx(quarter)
-    constant = OptimizerConfig(learning_rate=2.0, warmup=0, schedule="constant")
-    assert learning_rate(99, 100, constant) == 2.0
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.1, 1 / 3, 1.0])
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (3, 0), (7, 6), (360, 30), (250_000, 4000)])
-def test_the_last_steps_rate_is_exactly_the_final_fraction_of_the_peak(steps, warmup, fraction):
-    config = OptimizerConfig(learning_rate=3e-4, warmup=warmup, final_fraction=fraction)
-    assert learning_rate(steps - 1, steps, config) == 3e-4 * fraction
-    if steps > warmup + 1:
-        assert learning_rate(warmup, steps, config) == 3e-4
-        assert learning_rate(steps - 2, steps, config) >= 3e-4 * fraction
+from mom_train.optim.optimizer import build_optimizer, part_of, set_rate
 
 
 def test_only_matrices_decay():
@@ -38,3 +15,35 @@ def test_only_matrices_decay():
     assert {names[id(p)].split(".")[-1] for p in kept} == {"A_log", "D", "dt_bias", "conv_bias", "weight"}
     assert all("norm" in names[id(p)] for p in kept if names[id(p)].endswith("weight"))
     assert all(p.dim() == 2 and isinstance(p, torch.nn.Parameter) for p in decayed)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_each_parameter_gets_the_rate_of_its_kind(kind):
+    wanted = {"embedding": 0.1, "head": 0.2, "norm": 0.3, "ssm": 0.4, "conv": 0.5, "projection": 0.6}
+    leaves = {"A_log": "ssm", "D": "ssm", "dt_bias": "ssm", "conv_weight": "conv", "conv_bias": "conv"}
+    model = LanguageModel(ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS), 96, 3)
+    plain = OptimizerConfig(kind=kind, learning_rate=1)
+    optimizer = build_optimizer(model, plain.model_copy(update={"groups": RateFactors(**wanted)}))
+    set_rate(optimizer, 2.0)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    before = {id(p): g["weight_decay"] for g in build_optimizer(model, plain).param_groups for p in g["params"]}
+    assert decay == before  # the groups change the rate alone
+    for name, p in model.named_parameters():
+        leaf = name.split(".")[-1]
+        kind_of = leaves.get(leaf) or ("norm" if "norm" in name else name.split(".")[0])
+        assert rate[id(p)] == 2.0 * wanted[kind_of if kind_of in wanted else "projection"], name
+
+
+def test_every_part_of_a_model_of_pictures_is_of_a_kind():
+    model = LanguageModel(
+        ModelConfig(architecture="transformer", dim=32, heads=2, layers=1, decoupled=("norm",)),
+        96,
+        3,
+        diffusion=DiffusionConfig(patch_width=4),
+    )
+    parts = {name: part_of(name) for name, _ in model.named_parameters()}
+    assert {part for name, part in parts.items() if name.startswith("patch_embedding")} == {"embedding"}
+    assert {part for name, part in parts.items() if name.startswith("patch_head")} == {"head"}
+    assert {part for name, part in parts.items() if name.startswith("blocks")} == {"norm", "projection"}
+    assert all(("norm" in name) == (part == "norm") for name, part in parts.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice, repeat
 
 import torch
 import webdataset
@@ -20,23 +20,26 @@ from mom_tokenizers.vocab import VocabLayout
 @dataclass(frozen=True)
 class Share:
     """The sequences that a rank takes. Each step has `batch` sequences; the rank takes a contiguous part of them, in
-    micro-batches of `micro_batch`."""
+    micro-batches of `micro_batch`. The first steps may have batches of their own."""
 
     rank: int
     world_size: int
     batch: int
     micro_batch: int
+    ramp: tuple[tuple[int, int], ...] = ()
+    """(number of steps, batch) of the parts that come first, before all steps have `batch`."""
 
     def micro_batches(self, start: int) -> Iterator[tuple[range, int]]:
         """(numbers of the sequences, number of the next step's first sequence) from sequence `start` on."""
-        per_rank = self.batch // self.world_size
-        assert per_rank * self.world_size == self.batch
-        assert per_rank % self.micro_batch == 0
-        while True:
+        ramp = chain.from_iterable(repeat(batch, steps) for steps, batch in self.ramp)
+        for batch in chain(ramp, repeat(self.batch)):
+            per_rank = batch // self.world_size
+            assert per_rank * self.world_size == batch
+            assert per_rank % self.micro_batch == 0
             first = start + self.rank * per_rank
             for s in range(first, first + per_rank, self.micro_batch):
-                yield range(s, s + self.micro_batch), start + self.batch
-            start += self.batch
+                yield range(s, s + self.micro_batch), start + batch
+            start += batch
 
 
 class PlannedBatches(IterableDataset["PackedBatch | tuple[torch.Tensor, Header] | UserError"]):

@@ -26,7 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mom_train.config.model import PROJECTIONS, ModelConfig
-from mom_train.config.run import OptimizerConfig, Recompute
+from mom_train.config.optimizer import OptimizerConfig
+from mom_train.config.run import Recompute
 from mom_train.cost.flops import training_flops_per_token
 from mom_train.cost.gemm import gemm_flops_per_second
 from mom_train.model.init import initialize

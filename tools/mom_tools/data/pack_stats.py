@@ -55,7 +55,7 @@ def configured(config: Path, overrides: Sequence[str]) -> tuple[Plan, int]:
 
     run = load_config(config, overrides)
     plan, _ = training_plan(run, Datasets(run))
-    return plan, run.training.steps * run.training.batch
+    return plan, run.training.sequences_before(run.training.steps)
 
 
 def unconfigured(folders: Sequence[str], arguments: argparse.Namespace) -> Plan:
