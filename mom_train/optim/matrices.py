@@ -80,13 +80,14 @@ class Owners:
         for index, parameter in enumerate(parameters):
             start, stop = self._shard(index, self._rank)
             assert len(local(parameter)) == stop - start, "FSDP2 shards rows as torch.chunk does"
-        # what this rank sends: its rows of every matrix, ordered by owner; what it receives: by rank, its own matrices
-        self._outgoing = [i for rank in range(self._ranks) for i in range(len(self.matrices)) if self.owner[i] == rank]
-        self._sent = [sum(self._part(i, self._rank) for i in self._of(rank)) for rank in range(self._ranks)]
-        self._received = [sum(self._part(i, rank) for i in self.owned) for rank in range(self._ranks)]
-
-    def _of(self, rank: int) -> list[int]:
-        return [i for i in range(len(self.matrices)) if self.owner[i] == rank]
+        # This rank sends its rows of every matrix, ordered by owner, and receives those of its own matrices, by rank.
+        self._outgoing = sorted(range(len(self.matrices)), key=lambda i: (self.owner[i], i))
+        self._ranges = [self._range(i, self._rank) for i in self._outgoing]
+        self._incoming = [[self._part(i, rank) for i in self.owned] for rank in range(self._ranks)]
+        self._received = [sum(parts) for parts in self._incoming]
+        self._sent = [0] * self._ranks
+        for i in self._outgoing:
+            self._sent[self.owner[i]] += self._part(i, self._rank)
 
     def _shard(self, parameter: int, rank: int) -> tuple[int, int]:
         """First row and row after the last of a rank's shard: chunks of equal size, but for the last ones."""
@@ -124,15 +125,12 @@ class Owners:
 
         Each is in memory of its own, so that a product of it does not depend on how many ranks there are.
         """
-        pieces = []
-        for i in self._outgoing:
-            low, high = self._range(i, self._rank)
-            pieces.append(shards[self.matrices[i].parameter][low:high].reshape(-1))
-        received = self._exchange(torch.cat(pieces), self._sent, self._received)
-        by_rank = [
-            part.split([self._part(i, rank) for i in self.owned])
-            for rank, part in enumerate(received.split(self._received))
+        pieces = [
+            shards[self.matrices[i].parameter][low:high].reshape(-1)
+            for i, (low, high) in zip(self._outgoing, self._ranges, strict=True)
         ]
+        received = self._exchange(torch.cat(pieces), self._sent, self._received).split(self._received)
+        by_rank = [part.split(sizes) for part, sizes in zip(received, self._incoming, strict=True)]
         return [
             torch.cat([parts[k] for parts in by_rank]).view(self.matrices[i].rows, self.matrices[i].columns)
             for k, i in enumerate(self.owned)
@@ -140,24 +138,19 @@ class Owners:
 
     def scatter(self, whole: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `gather`: this rank's shards of all parameters, as large as `like`. Collective."""
-        pieces = [
-            t.reshape(-1)[begin : begin + self._part(i, rank)]
-            for rank in range(self._ranks)
-            for i, t in zip(self.owned, whole, strict=True)
-            for begin in [sum(self._part(i, before) for before in range(rank))]
+        by_matrix = [
+            matrix.reshape(-1).split(sizes)
+            for matrix, sizes in zip(whole, zip(*self._incoming, strict=True), strict=True)
         ]
-        empty = like[0].new_empty(0)
-        received = self._exchange(torch.cat(pieces) if pieces else empty, self._received, self._sent)
+        pieces = [parts[rank] for rank in range(self._ranks) for parts in by_matrix]
+        outgoing = torch.cat(pieces) if pieces else like[0].new_empty(0)
+        received = self._exchange(outgoing, self._received, self._sent)
         shards = [torch.empty_like(t) for t in like]
-        for i, part in zip(
-            self._outgoing, received.split([self._part(i, self._rank) for i in self._outgoing]), strict=True
-        ):
-            low, high = self._range(i, self._rank)
-            shards[self.matrices[i].parameter][low:high] = part.view(high - low, -1) if high > low else part.view(0, 1)
+        columns = [self.matrices[i].columns for i in self._outgoing]
+        sizes = [(high - low) * n for (low, high), n in zip(self._ranges, columns, strict=True)]
+        for i, (low, high), part in zip(self._outgoing, self._ranges, received.split(sizes), strict=True):
+            shards[self.matrices[i].parameter][low:high] = part.view(high - low, self.matrices[i].columns)
         return shards
-
-    def _by_rank(self, received: Tensor) -> list[tuple[int, Tensor]]:
-        return list(enumerate(received.split(self._received)))
 
     def _exchange(self, outgoing: Tensor, sent: list[int], received: list[int]) -> Tensor:
         if self._ranks == 1:
