@@ -86,7 +86,7 @@ class Trainer:
         self.documents = DocumentAccount(self.config.data)
         self._fill_weights(start)
         self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
-        self.instruments = Instruments(self.config, ranks)
+        self.instruments = Instruments(self.config, ranks, self.model)
         self.timeline = agreed(lambda: Timeline(self.config.run_dir if ranks.main else None, self.state.step))
 
     def _fill_weights(self, start: Checkpoint | None) -> None:
@@ -283,7 +283,8 @@ class Trainer:
         set_rate(self.optimizer, self.rate)
         self.checkpointer.staged()  # the last moment to copy what a checkpoint holds
         self.optimizer.found_inf = bad.to(norm.device, torch.float32)  # type: ignore[attr-defined]  # fused AdamW's
-        self.optimizer.step()
+        with self.instruments.update():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.state.step + 1)
@@ -317,7 +318,7 @@ class Trainer:
     def lap(self, clock: Clock, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:
         """The figures of a step that are logged, with the speed since the last ones. Collective."""
         values = clock.lap(sum(self._tokens.values()))
-        values |= self.instruments.speed.figures(self.state.flops, clock.seconds)
+        values |= self.instruments.figures(self.state.flops, clock.seconds)
         return values | self.watch.report(clock.seconds) | self.values(sums, counts, norms)
 
     def values(self, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:

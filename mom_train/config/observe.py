@@ -31,6 +31,11 @@ class ObserveConfig(Section):
     """Number of steps between garbage collections of Python, so that all ranks pause at the same step instead of one
     after another. null leaves the collections to Python."""
 
+    statistics_every: PositiveInt | None = None
+    """Number of steps between statistics: root mean square and largest magnitude of the residual stream behind each
+    block, by modality, and the size of the update over that of the weights. It must be a multiple of `log_every`.
+    null takes none."""
+
     @model_validator(mode="after")
     def _in_order(self) -> ObserveConfig:
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:

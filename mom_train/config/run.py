@@ -292,8 +292,6 @@ class RunConfig(Section):
                 f"optimizer.warmup ({self.optimizer.warmup}) and optimizer.decay ({decay}) together are longer than "
                 f"training.steps ({training.steps})"
             )
-        if (profiled := self.observe.profile_steps) is not None and profiled[1] > training.steps:
-            raise UserError(f"observe.profile_steps: {profiled[1]} is beyond training.steps ({training.steps})")
         if self.optimizer.scale_with_batch and not training.batch_ramp:
             raise UserError("optimizer.scale_with_batch: the batch is always the same; name a training.batch_ramp")
         for key, batch in training.batches.items():
@@ -302,6 +300,7 @@ class RunConfig(Section):
         if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
         self._check_muon()
+        self._check_observe()
         self._check_context()
         self._check_data()
         self._check_diffusion()
@@ -320,6 +319,18 @@ class RunConfig(Section):
         names += ["bits_per_byte/text"] if self.tokenizers is not None else []
         names += [f"mse/t{q}" for q in range(QUARTERS)] if self.objective.diffusion is not None else []
         return [f"val/{name}/{figure}" for name in self.data.validation for figure in names]
+
+    def _check_observe(self) -> None:
+        training = self.training
+        if (profiled := self.observe.profile_steps) is not None and profiled[1] > training.steps:
+            raise UserError(f"observe.profile_steps: {profiled[1]} is beyond training.steps ({training.steps})")
+        if (every := self.observe.statistics_every) is not None and every % self.log_every:
+            raise UserError(
+                f"observe.statistics_every ({every}) must be a multiple of log_every ({self.log_every}), because only "
+                "logged steps show statistics"
+            )
+        if self.observe.statistics_every is not None and training.compile:
+            raise UserError("observe.statistics_every needs training.compile=false: compiled blocks take no hooks")
 
     def _check_data(self) -> None:
         data = self.data

@@ -31,6 +31,13 @@ _POINTS = 1000  # points of a curve over FLOPs that are rewritten on a resume; T
 _SHARES = "FLOP/s as a share of the card's peak and of a matrix product"
 
 
+_STATISTICS = {
+    "rms": "root mean square of the residual stream behind each block, by modality",
+    "max": "its largest magnitude",
+    "update": "size of the update over that of the weights",
+}
+
+
 class TensorBoard:
     """Writes RUN/tensorboard: scalars, charts grouped by question (tab "Custom scalars"), the config, samples (text,
     images, audio), and hyperparameters beside the last figures (tab "HParams").
@@ -188,6 +195,9 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
             "training FLOPs": chart("flops/total"),
         },
     }
+    if config.observe.statistics_every is not None:
+        for figure, title in _STATISTICS.items():
+            charts["Is it stable?"][title] = ["Multiline", [f"^stats/{figure}/.*$"]]
     if torch.cuda.is_available():
         memory = chart("perf/memory_peak_gib", "perf/memory_predicted_gib")
         charts["Is it fast?"]["memory of rank 0 in GiB: measured and predicted"] = memory

@@ -6,6 +6,7 @@ import json
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from mom_train.observe.garbage import Collections
 from mom_train.observe.profiles import Requests
 from mom_train.observe.snapshots import MemorySnapshots
 from mom_train.observe.speed import Speed
+from tests.helpers.ranks import run_ranks
 from tests.helpers.run_config import tiny_config, write_config
 from tests.helpers.runs import assert_equal_tensors, metrics, run, weights
 
@@ -133,12 +135,66 @@ def test_garbage_is_collected_at_the_chosen_steps_alone():
         assert gc.isenabled()
 
 
+def measured_on(folder):
+    """A step of a sharded model on this rank: (its statistics, what they should be made of)."""
+    from mom_train.distributed.ranks import process_group
+    from mom_train.model.init import initialize
+    from mom_train.model.language_model import build_model
+    from mom_train.model.sharding import shard
+    from mom_train.observe.block_statistics import BlockStatistics
+    from mom_train.ops.layout import RowLayout
+
+    config = tiny_config(folder)
+    with process_group(60) as ranks:
+        torch.manual_seed(ranks.rank)
+        model = shard(build_model(config), ranks.mesh)
+        model.to_empty(device="cpu")
+        initialize(model, 0)
+        modality_BL = torch.randint(0, 2, (2, 8)).to(torch.uint8)  # nothing of the third one
+        layout = RowLayout.sort(modality_BL, torch.zeros(2, 8, dtype=torch.int32), 3)
+        seen = []
+        model.blocks[-1].register_forward_hook(lambda m, i, out: seen.append(out.detach().clone()))
+        statistics = BlockStatistics(model, list(model.blocks), config.layout.modalities)
+        tokens_T = torch.randint(0, 100, (16,))
+        statistics.begin()
+        for _ in range(2):  # two micro-batches
+            model(tokens_T, layout, tokens_T)
+        with statistics.update(), torch.no_grad():
+            model.head.weight.mul_(1.25)
+        figures = statistics.figures()
+        assert statistics.figures() == {}  # no hooks are left
+        return figures, torch.cat(seen).numpy(), modality_BL.flatten().sort().values.repeat(2).numpy()
+
+
+def test_statistics_are_those_of_the_positions_of_all_ranks(tmp_path):
+    tiny_config(tmp_path)
+    first, second = run_ranks(2, measured_on, tmp_path)
+    figures = first[0]
+    assert figures == second[0]
+    rows = np.concatenate([first[1], second[1]]).astype(np.float64)
+    modality = np.concatenate([first[2], second[2]])
+    last = max(int(key.split("/")[2]) for key in figures if key.startswith("stats/rms"))
+    for m, name in enumerate(("text", "image")):
+        own = rows[modality == m]
+        assert figures[f"stats/rms/{last}/{name}"] == pytest.approx(np.sqrt((own**2).mean()), rel=1e-6)
+        assert figures[f"stats/max/{last}/{name}"] == np.abs(own).max()
+    assert not any(key.endswith("/speech") for key in figures)
+    assert figures["stats/update/head"] == pytest.approx(0.25, rel=1e-6)
+    assert figures["stats/update/in_proj"] == 0
+
+
 @pytest.mark.parametrize(
-    ("steps", "says"), [([4, 3], "comes after the last one"), ([7, 9], "is beyond training.steps")]
+    ("changes", "says"),
+    [
+        ({"observe": {"profile_steps": [4, 3]}}, "comes after the last one"),
+        ({"observe": {"profile_steps": [7, 9]}}, "is beyond training.steps"),
+        ({"observe": {"statistics_every": 3}, "log_every": 2}, "must be a multiple of log_every"),
+        ({"observe": {"statistics_every": 3}, "training__compile": True}, "needs training.compile=false"),
+    ],
 )
-def test_steps_that_cannot_be_profiled_are_refused(tmp_path, steps, says):
+def test_what_cannot_be_observed_is_refused(tmp_path, changes, says):
     with pytest.raises((UserError, ValueError), match=says):
-        tiny_config(tmp_path, observe={"profile_steps": steps})
+        tiny_config(tmp_path, **changes)
 
 
 def test_all_instruments_together_leave_the_run_as_it_is(tmp_path):
@@ -151,9 +207,12 @@ def test_all_instruments_together_leave_the_run_as_it_is(tmp_path):
     seen.mkdir()
     (seen / "profile.request").touch()
     (seen / "memory.request").touch()
-    observe = ["profile_steps=[6,7]", "profile_ranks=all", "memory_history=100", "gc_every=2"]
+    observe = ["statistics_every=4", "profile_steps=[6,7]", "profile_ranks=all", "memory_history=100", "gc_every=2"]
     said = run(config, f"run_dir={seen}", *(f"observe.{key}" for key in observe))
-    assert metrics(seen) == plain
+    lines = metrics(seen)
+    measured = [line["step"] for line in lines if any(key.startswith("stats/") for key in line)]
+    assert measured == [4, 8]
+    assert [{k: v for k, v in line.items() if not k.startswith("stats/")} for line in lines] == plain
     assert_equal_tensors(weights(seen), plain_weights)
     assert not list(seen.glob("*.request"))
     assert "a snapshot of the memory needs CUDA" in said
