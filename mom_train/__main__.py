@@ -21,7 +21,9 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     parser = argparse.ArgumentParser(prog="mom_train", description="Start a training run or continue one.")
     parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes of the config, such as training.steps=100"
+    )
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", 0))
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:

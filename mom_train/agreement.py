@@ -131,8 +131,8 @@ class DocumentAccount:
         return {"data/damaged": self.damaged, "data/unreadable": self.unreadable, "data/left_out": self.left_out}
 
 
-def largest(value: int) -> int:
-    """The largest `value` of all ranks. Collective."""
+def largest_over_all_ranks(value: int) -> int:
+    """The largest `value` of all ranks. Collective: every rank is to call it."""
     agreed_on = torch.tensor(value)
     dist.all_reduce(agreed_on, dist.ReduceOp.MAX)
     return int(agreed_on)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from mom_data.batches.batch import PackedBatch
 from mom_data.batches.loader import batches
 from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, user_path
-from mom_train.agreement import Agreement, DocumentAccount, StepCount, largest
+from mom_train.agreement import Agreement, DocumentAccount, StepCount, largest_over_all_ranks
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint.saver import Checkpointer, TrainState, read_train_state
 from mom_train.checkpoint.store import Checkpoint, Checkpoints, with_absolute_place
@@ -258,7 +258,7 @@ class Trainer:
         self.documents.add(count)
         positions = self.config.training.batch_at(self.state.step) * self.config.data.sequence_length
         counts = Counts(count.targets_M, count.patches, positions)
-        reason_to_stop = largest(stop.code) if count.wants_to_stop else 0
+        reason_to_stop = largest_over_all_ranks(stop.code) if count.wants_to_stop else 0
         flags = [bool(n) for n in (count.wants_to_save, count.wants_profile, count.wants_snapshot)]
         return Agreement(counts, count.tokens_M, reason_to_stop, *flags)
 
@@ -343,7 +343,9 @@ class Trainer:
     def validate(self, stop: Stop) -> dict[str, float]:
         """Computes the losses on the validation sets. Returns nothing where a rank is asked to end meanwhile."""
         with self.timeline.during("validation"), self.evaluated():
-            values = validate(self.passes, self.validation_plans, self.text_bytes, lambda: bool(largest(stop.code)))
+            values = validate(
+                self.passes, self.validation_plans, self.text_bytes, lambda: bool(largest_over_all_ranks(stop.code))
+            )
         if values:
             self.state.validated = self.state.step
         return values

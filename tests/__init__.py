@@ -1,1 +1,1 @@
-"""Tests, in the rooms of the packages that they test."""
+"""The tests, in folders that are named as the packages and rooms that they test."""

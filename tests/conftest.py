@@ -1,4 +1,4 @@
-"""For all tests: the longest files come first, so that no worker is left alone with one of them at the end."""
+"""Orders the tests: the longest files come first, so that no worker is left alone with one of them at the end."""
 
 # minutes each, most first; a file that is not named comes after them, as it was collected
 LONGEST = (

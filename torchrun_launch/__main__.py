@@ -18,38 +18,64 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="start a run on this machine, or on several without Slurm")
     local.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks (default: one per GPU, or one)")
-    local.add_argument("--nnodes", default="1", metavar="N|MIN:MAX", help="machines; run the command on each of them")
-    local.add_argument("--node-rank", type=int, default=0, metavar="K", help="machine's number; 0 holds the rendezvous")
-    local.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="address of the machine with node rank 0")
-    local.add_argument("--rdzv-id", default="mom", metavar="NAME", help="the run's name, the same on all its machines")
     local.add_argument(
-        "--rdzv-timeout", type=int, default=600, metavar="S", help="seconds until all machines must meet"
+        "--nnodes", default="1", metavar="N|MIN:MAX", help="number of machines; the command must run on each"
+    )
+    local.add_argument(
+        "--node-rank", type=int, default=0, metavar="K", help="number of this machine; 0 holds the rendezvous"
+    )
+    local.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="address of the machine with node rank 0")
+    local.add_argument("--rdzv-id", default="mom", metavar="NAME", help="name of the run, the same on all its machines")
+    local.add_argument(
+        "--rdzv-timeout", type=int, default=600, metavar="S", help="seconds within which all machines must meet"
     )
     local.add_argument("--max-restarts", type=int, default=0, metavar="N", help="how often to restart ranks that fail")
     local.add_argument(
-        "--shutdown-timeout", type=float, default=300, metavar="S", help="seconds to save after a signal"
+        "--shutdown-timeout",
+        type=float,
+        default=300,
+        metavar="S",
+        help="seconds that ranks have to save after a signal",
     )
     _add_config(local)
 
     submit = commands.add_parser("submit", help="submit to Slurm a job that saves, requeues and resumes by itself")
-    submit.add_argument("--nodes", type=int, required=True, metavar="N")
-    submit.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="0 on a cluster without GPUs")
+    submit.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes")
+    submit.add_argument(
+        "--gpus-per-node", type=int, required=True, metavar="G", help="GPUs of a node, 0 where there are none"
+    )
     submit.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks (default: one per GPU, or one)")
     submit.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores per node")
     submit.add_argument("--time", default="24:00:00", help="time limit of one attempt, as in sbatch (%(default)s)")
-    for name in ("name", "partition", "account", "qos", "constraint", "exclude"):
-        submit.add_argument(f"--{name}")
+    for name, what in {
+        "name": "name of the job", "partition": "Slurm partition of the job", "account": "Slurm account of the job",
+        "qos": "Slurm quality of service of the job", "constraint": "features that the nodes must have, as in sbatch",
+        "exclude": "nodes that the job must not use, as in sbatch",
+    }.items():  # fmt: skip
+        submit.add_argument(f"--{name}", help=what)
     submit.add_argument("--container-image", help="image for pyxis, as in srun --container-image")
     submit.add_argument("--container-mounts", metavar="FROM:TO,...", help="mounts besides the run's own folders")
     submit.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="another option of sbatch"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="a further option of sbatch; may be given several times",
     )
-    submit.add_argument("--signal-delay", type=int, default=120, metavar="S", help="seconds to save before --time ends")
-    submit.add_argument("--max-requeues", type=int, default=100, metavar="N", help="how many attempts after the first")
-    submit.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts of ranks within an attempt")
-    submit.add_argument("--rdzv-timeout", type=int, default=300, metavar="S", help="seconds until all nodes must meet")
-    submit.add_argument("--sweep", metavar="'configs/*.yaml'", help="instead of CONFIG: a job array, a task per config")
-    submit.add_argument("--array-parallelism", type=int, default=256, metavar="N", help="tasks that run at a time")
+    submit.add_argument(
+        "--signal-delay", type=int, default=120, metavar="S", help="seconds to save in before --time ends"
+    )
+    submit.add_argument("--max-requeues", type=int, default=100, metavar="N", help="most attempts after the first")
+    submit.add_argument(
+        "--max-restarts", type=int, default=3, metavar="N", help="most restarts of the ranks within one attempt"
+    )
+    submit.add_argument(
+        "--rdzv-timeout", type=int, default=300, metavar="S", help="seconds in which all nodes must meet"
+    )
+    submit.add_argument(
+        "--sweep", metavar="'configs/*.yaml'", help="submit a job array, with a task per config, instead of CONFIG"
+    )
+    submit.add_argument("--array-parallelism", type=int, default=256, metavar="N", help="most tasks that run at a time")
     submit.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
     _add_config(submit, optional=True)
 
@@ -71,7 +97,9 @@ def main() -> None:
 
 def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     parser.add_argument("config", nargs="?" if optional else None, help="YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes of the config, such as training.steps=100"
+    )
 
 
 def _local(arguments: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ def main() -> None:
     from torch.distributed.launcher import api
 
     class Agent(LocalElasticAgent):
-        """torchrun's agent, which would otherwise start ranks again whatever their exit code."""
+        """torchrun's agent, changed so that it considers the exit code of ranks before it starts them again."""
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)

@@ -14,7 +14,7 @@ from typing import Any
 from mom_tokenizers.errors import EXIT_PREEMPTED, NOT_RESTARTED, UserError
 from mom_train.distributed.status import read_status
 from torchrun_launch.ranks import Agent, exit_code, rank_environment, rendezvous
-from torchrun_launch.record import job_state, slurm, write_json
+from torchrun_launch.record import job_state, replace_json, slurm
 
 _REPORT_SECONDS = 20.0  # how long a node waits for the reports of the others after its own ranks have failed
 
@@ -79,7 +79,7 @@ class NodeTask:
         status = read_status(run_dir)
         status = status if status != before else None
         report = {"node": names[node], "code": code, "asked": agent.asked and agent.asked.name}
-        write_json(folder / f"node-{node}.json", report)
+        replace_json(folder / f"node-{node}.json", report)
         reported = self.reports(folder, nodes, everyone=code != 0)
         if node != min(reported):
             return 0 if code == 0 else exit_code(code, status)
@@ -122,7 +122,7 @@ class NodeTask:
             verdict = f"left to Slurm: the job is {state}"
         else:
             verdict = "again"
-        write_json(self.folder(self.attempt) / "decision.json", decision | {"verdict": verdict, "time": time.time()})
+        replace_json(self.folder(self.attempt) / "decision.json", decision | {"verdict": verdict, "time": time.time()})
         print(f"torchrun_launch: {verdict}" + (f", without {', '.join(lost)}" if lost else ""), flush=True)
         if verdict == "again":
             self.requeue(lost)

@@ -47,10 +47,10 @@ def rank_environment(ranks: int, cores: int, given: Mapping[str, str]) -> dict[s
 
 
 def rendezvous(nodes: str, endpoint: str, run_id: str, timeout: int, hosts_it: bool | None = None) -> list[str]:
-    """torchrun's arguments for `nodes` machines ("2", or "1:4") that meet at `endpoint`, HOST:PORT.
+    """The arguments of torchrun for `nodes` machines ("2", or "1:4") that meet at `endpoint`, HOST:PORT.
 
     A host that is silent for 10 s is taken for dead. All hosts must come together within `timeout` seconds, at the
-    start and after a restart. `hosts_it` says whether this node holds the store; with None torchrun decides by the
+    start and after a restart. `hosts_it` says whether this node holds the store; with None, torchrun decides by the
     address.
     """
     settings = [f"timeout={timeout}", f"join_timeout={timeout}", "last_call_timeout=5"]
@@ -74,7 +74,7 @@ def exit_code(agent_code: int, status: Mapping[str, Any] | None) -> int:
 
 
 class Agent:
-    """The process of torchrun on this node. `asked` is the signal by which it was asked to end, or None."""
+    """The process of torchrun on this node. `asked` is the signal that asked it to end, or None."""
 
     def __init__(
         self,
@@ -149,8 +149,8 @@ class Agent:
 
 
 def _prepare_agent() -> Callable[[], None]:
-    """A function that torchrun's process calls between fork and exec. Little may be done there, so everything else is
-    prepared here."""
+    """A function that the process of torchrun calls between fork and exec. Little is allowed there, so everything else
+    is prepared here."""
     launcher = os.getpid()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 

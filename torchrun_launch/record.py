@@ -18,7 +18,7 @@ _CLIENT_SECONDS = 30  # Slurm's commands hang for long where its controller cann
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"}
 
 
-def write_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: Any) -> None:
     """Replace the file `path` by `value` as JSON in one step."""
     with user_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
     """Write what starts a run into its launch.json, with the time and the working directory."""
-    write_json(run_dir / "launch.json", record | {"time": time.time(), "folder": os.getcwd()})
+    replace_json(run_dir / "launch.json", record | {"time": time.time(), "folder": os.getcwd()})
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
@@ -52,14 +52,15 @@ def this_process() -> dict[str, Any]:
 
 
 def process_lives(record: dict[str, Any]) -> bool | None:
-    """Whether the process of a local launch still runs; None where it is on another host."""
+    """Whether the process of a local launch still runs. None where it is on another host."""
     if record["host"] != socket.gethostname():
         return None
     return _born(record["pid"]) == record["born"]
 
 
 def _born(pid: int) -> int | None:
-    """Clock ticks from the start of the machine to the start of the process; None where there is no such process."""
+    """The time when the process began, in clock ticks since the machine started. None where there is no such
+    process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -69,7 +70,8 @@ def _born(pid: int) -> int | None:
 
 
 def check_free(run_dir: Path) -> None:
-    """Raises UserError where another launch of the run is active, since two overwrite each other's checkpoints."""
+    """Raises UserError where another launch of the run is active, because two launches overwrite each other's
+    checkpoints."""
     if not (run_dir / "launch.json").exists():
         return
     record = read_record(run_dir)

@@ -24,14 +24,14 @@ from mom_train.config.files import load_config
 from mom_train.config.run import RunConfig
 from mom_train.config.section import PATH_KEYS
 from torchrun_launch.job import NodeTask
-from torchrun_launch.record import check_free, write_json, write_record
+from torchrun_launch.record import check_free, replace_json, write_record
 
 _PACKAGES = ("torchrun_launch", "mom_train", "mom_data", "mom_tokenizers", "mom_tools")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options of a job: what is requested from Slurm, and how often the job may be restarted and requeued."""
+    """The options of a job: what Slurm is asked for, and how often the job may be restarted and requeued."""
 
     nodes: int
     gpus_per_node: int
@@ -151,7 +151,7 @@ def submit(
             "request": asdict(request),
             **version,
         }
-        write_json(run.run_dir / "submissions" / unique / "submission.json", record)
+        replace_json(run.run_dir / "submissions" / unique / "submission.json", record)
         write_record(run.run_dir, record)
     script = next((folder / "jobs").glob("*_submission.sh")).read_text()
     return {

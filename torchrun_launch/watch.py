@@ -91,8 +91,8 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _seconds_left(lines: list[dict[str, float]], step: float, steps: int) -> float | None:
-    """The seconds of training that are left at the last logged speed, with as many tokens per step as on average so
-    far."""
+    """The seconds of training that are left at the last logged speed, if the remaining steps have as many tokens as the
+    steps so far had on average."""
     speed = lines[-1].get("perf/tokens_per_s")
     tokens = sum(value for key, value in lines[-1].items() if key.startswith("tokens/"))
     return (steps - step) * tokens / step / speed if speed and step else None
@@ -128,8 +128,8 @@ def _logs(record: dict[str, Any]) -> list[Path]:
 
 
 def logs(run_dir: Path, rank: int | None, follow: bool) -> Iterator[str]:
-    """The lines of the log. Where `rank` is given, only the lines of this rank, without its tag. With `follow`, new
-    lines are yielded until the run has ended."""
+    """The lines of the log. Where `rank` is given, these are only the lines of that rank, without its tag. With
+    `follow`, new lines are yielded until the run has ended."""
     offsets: dict[Path, int] = {}
     while True:
         active = follow and _active(run_dir)

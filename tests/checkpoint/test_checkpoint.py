@@ -1,4 +1,4 @@
-"""Checkpoints that survive: with real ranks, killed processes, full and read-only disks, flipped bytes, real S3."""
+"""Checkpoints survive killed processes, full and read-only disks, and flipped bytes, with real ranks and on real S3."""
 
 import contextlib
 import json
@@ -154,7 +154,7 @@ def test_a_run_whose_checkpoints_fail_goes_on_and_then_ends_with_exit_code_2(sma
 
 
 def evil(path):
-    """A pickle that would make the file `path`."""
+    """A pickle that would make the file `path` if it were unpickled."""
 
     class Evil:
         def __reduce__(self):
@@ -164,7 +164,7 @@ def evil(path):
 
 
 def with_sums(folder):
-    """Make checksums.json agree with what lies there, as whoever planted it would."""
+    """Make checksums.json agree with the files that are there, as somebody who had planted them would."""
     content = {
         p.name: {"size": p.stat().st_size, "crc32": zlib.crc32(p.read_bytes())}
         for p in folder.iterdir()
@@ -260,7 +260,7 @@ def test_checkpoints_go_to_s3_and_come_back(tmp_path):
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    """A run with an average of the weights and a checkpoint of every step."""
+    """A run with an average of its weights and a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("averaged")
     config = tiny_config(folder, **AVERAGED)
     run_ranks(1, train, config)
@@ -275,7 +275,7 @@ AVERAGED = {
 
 
 def weights_of(run_dir, step):
-    """By torch's own converter."""
+    """The tensors of a checkpoint, read by torch's own converter."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

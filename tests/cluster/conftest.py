@@ -52,7 +52,7 @@ def hosts(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with token shards and config.yaml, a run of 0.07 M parameters."""
+    """A folder with token shards and the config.yaml of a run of 0.07 M parameters."""
     from tests.helpers.run_config import write_config
 
     folder = tmp_path_factory.mktemp("tiny")

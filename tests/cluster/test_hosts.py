@@ -17,7 +17,7 @@ def fleet(hosts, tiny, tmp_path):
 
 
 class Fleet:
-    """One run on two hosts, the same command on each."""
+    """One run on two hosts, started by the same command on each."""
 
     def __init__(self, hosts, config, folder):
         self.hosts, self.config, self.folder = hosts, config, folder

@@ -17,7 +17,7 @@ PATIENCE = 900  # seconds; what is waited for comes in seconds on a quiet machin
 
 @pytest.fixture
 def cluster(slurm, tiny, tmp_path):
-    """A job's whole surroundings; whatever it leaves is cancelled."""
+    """The cluster with the folder and the config of one run. Jobs that a test has left are cancelled at its end."""
     until(lambda: len(slurm.idle()) == 3)
     made = Cluster(slurm, tiny, tmp_path)
     yield made
@@ -41,7 +41,7 @@ class Cluster:
         return done.stdout if code == 0 else done.stderr
 
     def submit(self, *options, steps, nodes=2):
-        """Returns the job's number."""
+        """Submit a job that trains `steps` steps. Returns the number of the job."""
         given = ["--nodes", nodes, "--gpus-per-node", 0, "--cpus-per-task", 1, *options]
         changes = [f"run_dir={self.run_dir}", f"training.steps={steps}", "checkpoint.every=10"]
         out = self.launcher("submit", *given, self.config, *changes)
@@ -51,11 +51,11 @@ class Cluster:
         return json.loads(self.launcher("status", self.run_dir, "--json"))
 
     def step(self):
-        """The last logged."""
+        """The last step that is logged, or 0."""
         return max(self.steps(), default=0)
 
     def until(self, ready):
-        """Wait for it, or fail at once where the job has given up."""
+        """Wait until `ready()` is true. Fails at once where the job has given up."""
         until(lambda: ready() or self.given_up())
         assert ready(), f"the job was given up: {self.given_up()}"
 
@@ -64,7 +64,7 @@ class Cluster:
         return [d["verdict"] for d in decisions if d["verdict"].startswith("not again")]
 
     def checkpointed(self):
-        """Wait for a checkpoint and a few steps more."""
+        """Wait until a checkpoint is committed and at least one more step is logged."""
         self.until((self.run_dir / "LATEST").exists)
         saved = int((self.run_dir / "LATEST").read_text().split("-")[1])
         self.until(lambda: self.step() > saved)
@@ -82,8 +82,8 @@ class Cluster:
         return json.loads(path.read_text())
 
     def started_again(self, job, excluded=None):
-        """Wait until the job is back in the queue, and start it now instead of at Slurm's two minutes' notice. Returns
-        the step that it had saved."""
+        """Wait until the job is back in the queue, and start it at once, because Slurm would wait about two minutes.
+        Returns the step that the job had saved."""
 
         def shown():
             return self.slurm.client("scontrol", "show", "job", job).stdout
@@ -98,7 +98,7 @@ class Cluster:
         self.until(lambda: self.status()["state"] == "COMPLETED")
 
     def processes(self):
-        """Command lines of what trains on the nodes."""
+        """The command lines of the training processes on the nodes."""
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:

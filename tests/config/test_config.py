@@ -80,7 +80,7 @@ TRANSFORMER = {"model": {"architecture": "transformer", "dim": 32, "layers": 1, 
 
 
 def numbers(section=RunConfig, path=""):
-    """Dotted keys of all numbers of all sections that stand in no list."""
+    """The dotted keys of all numbers in all sections that are in no list."""
     for name, field in section.model_fields.items():
         kinds = {field.annotation, *get_args(field.annotation)}
         if get_origin(field.annotation) is tuple and name != "betas":

@@ -152,8 +152,8 @@ def test_the_ablation_is_the_sixteen_subsets_and_nothing_else_differs():
 
 
 class PlainTransformer(nn.Module):
-    """Written from the definition: each position attends to itself and what precedes it, one position at a time, so
-    that nothing masked is computed, or counted."""
+    """A Transformer written from the definition. Each position attends to itself and to those before it, one position
+    at a time, so that nothing that is masked is computed or counted."""
 
     def __init__(self, d, h, layers, vocabulary):
         super().__init__()

@@ -14,7 +14,7 @@ from tests.helpers.steps import assert_same, smooth, train_steps
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """(folder, what one rank does)"""
+    """(a folder, the result of one rank)."""
     folder = tmp_path_factory.mktemp("alone")
     [one] = run_ranks(1, train_steps, smooth(folder), 2)
     assert {"total", "in_proj", "embedding", "text", "image"} <= set(one["history"][0][1])
@@ -84,8 +84,8 @@ def test_gradients_travel_once_a_step_whatever_is_accumulated(tmp_path, shard_ra
 
 
 def train_on(config):
-    """Train, from where the run stands, to `training.stop_at`; (step it began from, tensors there, tensors at the
-    end)."""
+    """Train from where the run stands to `training.stop_at`. Returns (the step it began from, the tensors there, the
+    tensors at the end)."""
     from mom_train.distributed.ranks import process_group
     from mom_train.distributed.status import Stop
     from mom_train.trainer import Trainer

@@ -96,7 +96,8 @@ def image(tmp_path_factory):
 
 @pytest.fixture
 def container(image):
-    """Calls the image's entry point as a container does: container(argument, ..., volumes={here: there})."""
+    """A function that calls the entry point of the image as a container does: container(argument, ..., volumes={here:
+    there})."""
     buildah, name = image
     made = buildah("from", "--pull-never", name).strip()
     (entry,) = json.loads(buildah("inspect", "--type", "image", name))["OCIv1"]["config"]["Entrypoint"]

@@ -257,7 +257,7 @@ def test_a_head_that_is_no_longer_the_embedding_it_is_said_to_be_is_refused(publ
 
 
 def exported(folder, model, vocabulary, diffusion=None):
-    """What tools/export_model.py writes, of what `open_weights` looks at."""
+    """What `open_weights` looks at in the files that tools/export_model.py writes."""
     folder.mkdir()
     save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors")
     values = {"model": model.config.model_dump(mode="json"), "vocabulary": dict(vocabulary.sizes)}

@@ -1,13 +1,14 @@
-"""Disturb a training run at seeded random moments, and see that it ends as if nothing had been.
+"""Disturb a training run at seeded random moments, and check that it ends as if nothing had happened.
 
     python -m tests.faults.campaign --faults 200 --seed 0 [--ranks 2] [--kinds kill-rank full-disk ...] [--json OUT]
 
-First a reference run is left alone, with a checkpoint of every step. Then runs of the same config are killed,
-signalled, stopped, starved of disk, network and object store, and their checkpoints damaged, one fault after another,
-and the same command is started again each time, until the faults are used up. Whenever a run is down, and at its end:
-each step stands in metrics.jsonl once and equals the reference's to the last bit, every checkpoint is whole and the
-newest one's tensors are the reference's of that step, it went on from the newest checkpoint there was, status.json
-tells the truth, and nothing is left running. Exit code 1 where any of that does not hold, with how to have it again.
+First a reference run trains undisturbed and saves a checkpoint at every step. Then runs of the same config are
+disturbed by one fault after another: they are killed, signalled or stopped, they lose disk, network or object store, or
+their checkpoints are damaged. The same command is started again each time, until all faults are used up. Whenever a run
+is down, and at its end, the campaign checks that each step is in metrics.jsonl once and equals the reference to the
+last bit, that every checkpoint is whole and the newest one has the tensors of the reference, that the run went on from
+the newest checkpoint there was, that status.json tells the truth, and that no process is left running. Where any of
+that does not hold, the exit code is 1, and a message says how to produce it again.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def table(outcomes):
 
 
 def deal(kinds, count, rng):
-    """Kinds by weight, shuffled; each one once before any comes again as its weight says."""
+    """Draws `count` kinds at random by their weights, in shuffled order. Each kind comes once before any comes
+    again."""
     once = list(kinds)
     rng.shuffle(once)
     rest = rng.choices(list(kinds), list(kinds.values()), k=max(0, count - len(once)))
@@ -59,7 +61,8 @@ def deal(kinds, count, rng):
 
 
 class Progress:
-    """progress.json: a campaign that was cut short goes on with the run that it was at, from that run's beginning."""
+    """The file progress.json, with which a campaign that was cut short goes on. It begins anew the run that it was
+    at."""
 
     def __init__(self, folder, command):
         self.path, self.folder = folder / "progress.json", folder
@@ -102,20 +105,26 @@ class Progress:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=200, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of which faults come, and when")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=150, help="of each run")
-    parser.add_argument("--kinds", nargs="+", choices=f.EVERY, metavar="KIND", help=f"of {', '.join(f.EVERY)}")
+    parser.add_argument("--faults", type=int, default=200, metavar="N", help="faults to inject (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of faults and of their moments (%(default)s)"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each run (%(default)s)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=f.EVERY, metavar="KIND", help=f"inject only these kinds: {', '.join(f.EVERY)}"
+    )
     parser.add_argument(
         "--minutes",
         type=float,
         default=1e9,
-        help="no new fault after that long; the same command with the same --output goes on",
+        help="begin no new fault after so many minutes; the same command with the same --output goes on",
     )
-    output = "kept, and gone on with by the same command; a new folder in TMPDIR otherwise"
+    output = "folder to keep, with which the same command goes on (default: a new folder in TMPDIR)"
     parser.add_argument("--output", type=Path, metavar="DIR", help=output)
-    parser.add_argument("--json", nargs="?", const="-", metavar="OUT", help="every fault, to OUT or standard output")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="OUT", help="write every fault to OUT or to standard output"
+    )
     given = parser.parse_args(arguments)
     rng = random.Random(given.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing running

@@ -1,4 +1,4 @@
-"""A run of one place - a small disk, an object store, two hosts - and one fault after another done to it."""
+"""Disturbs runs at one place (a small disk, an object store, or two hosts) with one fault after another."""
 
 import random
 import shutil
@@ -16,7 +16,7 @@ from tests.helpers import hosts as hosts_module
 
 @dataclass
 class Outcome:
-    """Of one fault."""
+    """What one fault did to a run."""
 
     kind: str
     place: str
@@ -29,7 +29,7 @@ class Outcome:
 
 @dataclass
 class Campaign:
-    """Of one place: on a small disk, an object store, or two hosts."""
+    """The faults and runs of a campaign at one place: on a small disk, on an object store, or on two hosts."""
 
     place: str
     reference: Reference
@@ -43,8 +43,8 @@ class Campaign:
     number: int = 0  # of runs
 
     def run_all(self):
-        """Use up the faults, run by run; the last one is finished undisturbed. Yields after each, with nothing running:
-        `state_dict` is then all that a later process needs to go on."""
+        """Inject all faults, run by run, and finish the last run undisturbed. Yields after each run, when nothing is
+        running. A later process can then go on with `state_dict` alone."""
         while self.deck and time.monotonic() <= self.until:
             self.number += 1
             self._one_run(self.number)
@@ -102,7 +102,7 @@ class Campaign:
         return kind
 
     def _start_and_disturb(self):
-        """One start, and faults until one ends it. True where the run has finished."""
+        """Start the run once, and inject faults until one of them ends it. Returns whether the run has finished."""
         run = self.run
         run.from_step = self.expected or 0
         run.start(restarts=self.rng.choice((0, 0, 2)) if self.place != "hosts" else 3)
@@ -173,14 +173,16 @@ class Campaign:
             time.sleep(0.02)
 
     def _restarts_itself(self):
-        """After the death of a rank: wait for torchrun to start them all again. False where it ends instead."""
+        """Wait, after the death of a rank, until torchrun starts all ranks again. Returns False where the run ends
+        instead."""
         ups = len(self.run.resumed())
         self.run.expect_new()
         return self._comes_up(ups)
 
     def _comes_up(self, ups):
-        """Wait for ranks to say for more than the `ups`th time that they carry on, and to do so: the two come by
-        different ways, either first. False where the run ends instead."""
+        """Wait until the ranks have said more than `ups` times that they carry on from a checkpoint, and have logged
+        a step since. The two reports come by different ways and in any order. Returns False where the run ends
+        instead."""
         run, deadline = self.run, time.monotonic() + PATIENCE
         while not run.ended:
             require(
@@ -193,7 +195,8 @@ class Campaign:
         return False
 
     def _inject(self, outcome, alone):
-        """False where it came too late. `alone`: a rank that fails ends the command."""
+        """Inject one fault. Returns False where it came too late. `alone` says that a rank that fails ends the
+        command."""
         run, rng, kind = self.run, self.rng, outcome.kind
         if kind == "pause":
             stopped, seconds = f.stop_a_rank(run, rng), rng.uniform(0.2, 0.4 * TIMEOUT)
@@ -259,12 +262,14 @@ class Campaign:
         print(f"[{self.place}, {left} to come, step {step}] {what}", file=sys.stderr, flush=True)
 
     def _bound(self, outcome):
-        """A save waits for the one before: at most two intervals, and one for each save that failed."""
+        """Check that no more steps were lost than allowed: two intervals, because a save waits for the one before it,
+        and one more interval for each save that failed."""
         most = INTERVAL * (2 + len(f.failed_saves(self.run)))
         require(outcome.steps_lost <= most, f"{outcome.kind}: {outcome.steps_lost} steps lost, at most {most} may be")
 
     def _after_the_end(self):
-        """Check everything; note what the faults cost. True where the run has finished."""
+        """Check everything once the run is down, and note what the faults cost. Returns whether the run has
+        finished."""
         run, rng = self.run, self.rng
         code = run.wait(300)
         for outcome in self.recovering:
@@ -321,7 +326,7 @@ class Campaign:
         return code == 0
 
     def _damage(self):
-        """While the run is down."""
+        """Damage a checkpoint while the run is down."""
         saved = self.run.saved
         others = any(k not in f.DOWN for k in self.deck)
         if self.expected is None or self.damaged or (others and self.rng.random() < 0.3):
@@ -352,7 +357,8 @@ class Campaign:
         self._note(outcome)
 
     def _check_bad_steps(self):
-        """The NaN in the data: every line about a bad step names the step and the rank that the reference's do."""
+        """Check the steps with a NaN in the data: each line about a bad step must name the same step and rank as in the
+        reference."""
         said = "".join(path.read_text() for path in sorted(self.run.folder.glob("start-*.log")))
         found = bad_steps(said)
         for step, rank in self.reference.bad_steps.items():

@@ -1,6 +1,7 @@
-"""One training run seen from outside: its command, its processes, what it has written. And what must hold of that.
+"""Observes one training run from outside (its command, its processes, its files), and checks what must hold of it.
 
-Nothing here asks the trainer: processes come from /proc, files are read byte by byte, tensors by torch's own converter.
+Nothing here asks the trainer: processes come from /proc, files are read byte by byte, and tensors are read by torch's
+own converter.
 """
 
 import json
@@ -25,7 +26,7 @@ _COMPARED = ("loss/", "grad_norm/", "tokens/", "flops/", "anomaly/", "learning_r
 
 
 class Violation(Exception):
-    """Something that must hold does not."""
+    """Raised where something that must hold does not."""
 
 
 def require(holds, what):
@@ -34,20 +35,20 @@ def require(holds, what):
 
 
 class Saved:
-    """The checkpoints in a folder or under a URL, without the trainer's own reader."""
+    """The checkpoints in a folder or under a URL, read without the trainer's own reader."""
 
     def __init__(self, root, options=None):
         self.fs, self.root = fsspec.core.url_to_fs(str(root), use_listings_cache=False, **(options or {}))
 
     def read(self, name):
-        """Bytes of a file, or None."""
+        """The bytes of a file, or None where it is not there."""
         try:
             return self.fs.cat_file(f"{self.root}/{name}")
         except FileNotFoundError:
             return None
 
     def folders(self):
-        """{step: names of its files}"""
+        """The names of the files of each checkpoint: {step: names}."""
         found = {}
         with suppress(FileNotFoundError):
             for path in self.fs.ls(f"{self.root}/checkpoints", detail=False):
@@ -64,12 +65,12 @@ class Saved:
         return [s for s, names in self.folders().items() if not {".metadata", ".metadata.damaged"} & set(names)]
 
     def latest(self):
-        """Step that LATEST names; None without it."""
+        """The step that the file LATEST names, or None without that file."""
         content = self.read("LATEST")
         return None if content is None else int(content.decode().strip().removeprefix("step-"))
 
     def damage(self, step):
-        """Files of a checkpoint that are not as it says they were written."""
+        """The files of a checkpoint whose bytes differ from what its checksums say."""
         folder = f"checkpoints/step-{step}"
         sums = json.loads(self.read(f"{folder}/checksums.json"))
         found = []
@@ -83,7 +84,7 @@ class Saved:
         return json.loads(self.read(f"checkpoints/step-{step}/train_state.json"))
 
     def tensors(self, step, scratch):
-        """{name: tensor} of weights and optimiser."""
+        """The tensors of weights and optimiser in a checkpoint: {name: tensor}."""
         import torch
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -103,7 +104,7 @@ def _flat(values, prefix=""):
 
 
 class Process:
-    """Of a run, by its number and birth."""
+    """A process of a run, identified by its number and the time of its birth."""
 
     def __init__(self, pid):
         self.pid = pid
@@ -115,7 +116,7 @@ class Process:
 
 
 class Run:
-    """One run and its present start. `hosts` as in tests/helpers/hosts.py, or None for this machine alone."""
+    """One run and its present start. `hosts` is as in tests/helpers/hosts.py, or None for this machine alone."""
 
     def __init__(self, folder, config, saved, ranks=2, hosts=None, environment=None, overrides=()):
         self.folder, self.config, self.saved, self.ranks, self.hosts = folder, config, saved, ranks, hosts
@@ -159,7 +160,8 @@ class Run:
         return all(p.poll() is not None for p in self.launchers.values())
 
     def wait(self, timeout):
-        """Exit code of the launcher that began last, or the first that is not 0."""
+        """Wait until the launchers end. Returns the exit code of the one that began last, or the first that is not
+        0."""
         deadline = time.monotonic() + timeout
         while not self.ended:
             require(time.monotonic() < deadline, f"the command has not ended after {timeout:.0f} s")
@@ -183,7 +185,7 @@ class Run:
         return [p.pid for p in self.processes() if "-m torchrun_launch.agent" in p.command]
 
     def rank_pids(self):
-        """{rank: pid}; loader processes are their children and have the same command."""
+        """The process of each rank: {rank: pid}. Loader processes are its children and have the same command line."""
         found = {}
         everyone = self.processes()
         ranks = {p.pid: p for p in everyone if "-m mom_train" in p.command and "torchrun_launch" not in p.command}
@@ -193,7 +195,8 @@ class Run:
         return found
 
     def all_gone(self, timeout, mark=None):
-        """Seconds until nothing of it runs; None where something still does after `timeout`, which is then killed."""
+        """Wait until no process of the run is left. Returns the seconds that this took, or None where something still
+        runs after `timeout` and is then killed."""
         began = time.monotonic()
         while left := self.processes(mark):
             if time.monotonic() - began > timeout:
@@ -214,7 +217,7 @@ class Run:
         return [json.loads(x) for x in path.read_text().split("\n")[:-1] if x] if path.exists() else []
 
     def step(self):
-        """The last that is logged, 0 without any."""
+        """The last step that is logged, or 0 without any."""
         try:
             with open(self.run_dir / "metrics.jsonl", "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
@@ -224,7 +227,7 @@ class Run:
         return json.loads(lines[-1])["step"] if len(lines) > 1 or (lines and lines[0].startswith(b"{")) else 0
 
     def _file(self):
-        """Number and size of metrics.jsonl; None without it."""
+        """The inode number and the size of metrics.jsonl, or None without that file."""
         path = self.run_dir / "metrics.jsonl"
         if not path.exists():
             return None
@@ -232,12 +235,12 @@ class Run:
         return found.st_ino, found.st_size
 
     def expect_new(self):
-        """From now on `new_step` means ranks that have yet to come up."""
+        """From now on, `new_step` considers only ranks that have yet to come up."""
         self._seen, self._ups_seen = self._file(), len(self.resumed())
 
     def new_step(self):
-        """As `step`, of ranks that came up since the start. None before. They write metrics.jsonl anew, or where it
-        ends at the step that they carry on from, append to it."""
+        """The last step that ranks have logged which came up since the start; None before they have. Ranks that come up
+        write metrics.jsonl anew, or append to it where it ends at the step from which they carry on."""
         now = self._file()
         if now is None:
             return None
@@ -254,7 +257,7 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def resumed(self):
-        """Steps that this start's ranks carried on from, one for each time they came up."""
+        """The steps from which the ranks of this start carried on, one for each time that they came up."""
         return [int(x) for x in re.findall(r"ranks on \w+, from step (\d+) of", self.log())]
 
 
@@ -262,8 +265,8 @@ class Run:
 
 
 def check_rows(rows, reference, last=None):
-    """Each step once, up to `last`, and what was trained equal to the reference's to the last bit. Validation may be
-    missing where the run was asked to end meanwhile."""
+    """Check that each step up to `last` is logged once, and that what was trained equals the reference to the last bit.
+    Validation may be missing where the run was asked to end meanwhile."""
     steps = [row["step"] for row in rows]
     require(steps == list(range(len(steps))), f"metrics.jsonl: steps {_around(steps)}, each should be there once")
     require(last in (None, len(rows) - 1), f"metrics.jsonl ends at step {len(rows) - 1}, the run at {last}")
@@ -280,7 +283,8 @@ def _around(steps):
 
 
 def check_saved(saved, reference, steps, scratch):
-    """Every committed checkpoint is whole; the newest one's tensors and position are those of the reference."""
+    """Check that every committed checkpoint is whole, and that tensors and position of the newest one are those of the
+    reference."""
     for step in steps:
         require(not (bad := saved.damage(step)), f"checkpoint of step {step}: {bad} not as written")
     if steps:

@@ -1,4 +1,4 @@
-"""What is done to a run: each fault is injected for real, from outside."""
+"""The faults of a campaign. Each is really injected into a run from outside."""
 
 import os
 import random
@@ -32,8 +32,8 @@ EVERY = ENDING | PASSING | DISK | DOWN | STORE | HOSTS
 
 @dataclass
 class Moment:
-    """When: `seconds` after the start, or that long after it has logged `steps` more, or once it then writes a
-    checkpoint."""
+    """The moment of a fault: `seconds` after the start, or that long after the run has logged `steps` more steps. With
+    `saving`, it waits then until a checkpoint is being written."""
 
     seconds: float = 0.0
     steps: int | None = None
@@ -52,7 +52,7 @@ class Moment:
         return f"{self.steps} steps on" + (", while saving" if self.saving else "")
 
     def reached(self, run, timeout):
-        """Wait for it. False where the command has ended before."""
+        """Wait for the moment. Returns False where the command has ended before it."""
         deadline = time.monotonic() + timeout
         target = None
         while not run.ended:
@@ -77,7 +77,7 @@ def send(pid, number):
 
 
 def signal_to(run, rng, kind):
-    """sigterm-rank, kill-launcher and their like. Returns the name of who got it."""
+    """Send the signal of a kind such as sigterm-rank or kill-launcher. Returns the name of the process that got it."""
     what, _, who = kind.partition("-")
     number = {"kill": signal.SIGKILL}.get(what) or signal.Signals[what.upper()]
     if run.ended:
@@ -98,7 +98,7 @@ def signal_to(run, rng, kind):
 
 
 def stop_a_rank(run, rng):
-    """SIGSTOP. (rank, pid), or None."""
+    """Stop a rank by SIGSTOP. Returns (rank, pid), or None where no rank is there."""
     there = run.rank_pids()
     if not there:
         return None
@@ -108,12 +108,12 @@ def stop_a_rank(run, rng):
 
 
 def failed_saves(run):
-    """Steps; every rank says it."""
+    """The steps at which a save failed. Every rank logs such a failure."""
     return set(re.findall(r"CHECKPOINT FAILED at step (\d+)", run.log()))
 
 
 def until_failed_saves(run, disk_back, timeout=240):
-    """Wait for a save to fail, mend the disk. Returns how many failed."""
+    """Wait until a save has failed, and mend the disk. Returns how many saves failed."""
     before, deadline = failed_saves(run), time.monotonic() + timeout
     try:
         while not run.ended and failed_saves(run) == before and time.monotonic() < deadline:
@@ -144,7 +144,7 @@ def read_only_disk(run, disk):
 
 
 def damage(saved, step, rng, kind):
-    """Change a file of a checkpoint. Returns its name."""
+    """Change a file of a checkpoint. Returns the name of the file."""
     folder = f"{saved.root}/checkpoints/step-{step}"
     names = sorted(p.rsplit("/", 1)[-1] for p in saved.fs.ls(folder, detail=False))
     path = f"{folder}/{rng.choice(names)}"
@@ -159,7 +159,7 @@ def damage(saved, step, rng, kind):
 
 
 class Disk:
-    """A small file system in memory, for checkpoints. A context manager."""
+    """A small file system in memory for checkpoints. It is a context manager."""
 
     def __init__(self, folder, megabytes=16):
         self.folder = folder
@@ -177,7 +177,7 @@ class Disk:
 
 
 class Store:
-    """moto's S3 server, which can be told to hang, or to answer 503. A context manager."""
+    """moto's S3 server, which can be told to hang or to answer 503. It is a context manager."""
 
     def __init__(self):
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -227,7 +227,7 @@ class Store:
         self._server.shutdown()
 
     def fail(self, kind, seconds):
-        """For that long. Returns how many requests met it."""
+        """Let the store fail for `seconds`. Returns how many requests met the failure."""
         before = self.refused
         if kind == "store-503":
             self.failing = True

@@ -1,4 +1,4 @@
-"""The run that is left alone: its config, its data, and what of it can be checked without another."""
+"""The run that is left alone: its config, its data, and the checks that need no other run."""
 
 import re
 import time
@@ -31,14 +31,15 @@ class Reference:
 
     @classmethod
     def of(cls, folder, state):
-        """The one that was made there before."""
+        """The reference that was made in `folder` before."""
         bad = {int(step): int(rank) for step, rank in state["bad_steps"]}
         saved = Saved(folder / "reference/run")
         return cls(folder / "config.yaml", state["rows"], saved, bad, state["start_seconds"], state["step_seconds"])
 
 
 def make_config(folder, steps, ranks):
-    """Transfusion on real shards, three documents of which hold a latent that is not a number."""
+    """The config of a run of Transfusion on real shards, in which three documents hold a latent that is not a
+    number."""
     made, bad = iter(range(10**6)), {60, 200, 330}
 
     def make(rng, latent_width):
@@ -65,7 +66,8 @@ def make_config(folder, steps, ranks):
 
 
 def make_reference(folder, config, ranks):
-    """Run it undisturbed, and check what can be checked of it alone: that a bad step changes no weight."""
+    """Train the reference run undisturbed, and check what can be checked of it alone: that a bad step changes no
+    weight."""
     saved = Saved(folder / "reference/run")
     run = Run(folder / "reference", config, saved, ranks, overrides=["checkpoint.every=1", "checkpoint.keep=100000"])
     try:
@@ -89,5 +91,5 @@ def make_reference(folder, config, ranks):
 
 
 def bad_steps(log):
-    """{step: rank whose patches were not finite}, as said there."""
+    """The bad steps that the log names, with the rank whose patches were not finite: {step: rank}."""
     return {int(s): int(r) for s, r in re.findall(r"BAD STEP (\d+), .*patches not finite on rank (\d+)", log)}

@@ -1,4 +1,4 @@
-"""The campaign itself, short: faults that fit into a few minutes on two cores."""
+"""A short campaign of faults, which takes a few minutes on two cores."""
 
 import json
 import math

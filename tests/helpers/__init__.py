@@ -1,4 +1,4 @@
-"""What several tests share: a small corpus, a small config, real ranks, a real Slurm."""
+"""Helpers that several tests share: a small corpus, a small config, real ranks, and a real Slurm."""
 
 from pathlib import Path
 

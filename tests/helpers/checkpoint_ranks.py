@@ -1,4 +1,4 @@
-"""What the ranks of test_checkpoint.py do: a small sharded model, its optimiser and average, saved and loaded."""
+"""The work of the ranks in test_checkpoint.py: they save and load a small sharded model, its optimiser and average."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def a_run(root, dim=32, **config):
 
 
 def everything(model, optimizer, ema):
-    """All tensors, whole, as numpy by name."""
+    """All tensors by name, whole and as numpy arrays."""
     found = {}
     for name, p in model.named_parameters():
         found[f"model.{name}"] = p
@@ -57,7 +57,8 @@ def everything(model, optimizer, ema):
 
 
 def save_steps(root, steps, config, environment=()):
-    """{step: tensors when it was saved}; the weights change while each save is being written."""
+    """Save at several steps while the weights change during each save. Returns {step: tensors at the time of the
+    save}."""
     from mom_train.checkpoint.saver import TrainState
 
     os.environ.update(environment)
@@ -75,7 +76,7 @@ def save_steps(root, steps, config, environment=()):
 
 
 def load_newest(root, environment=()):
-    """(step, tensors), or what the user is told."""
+    """(step, tensors) of the newest checkpoint, or the message that the user gets where it cannot be loaded."""
     os.environ.update(environment)
     with a_run(root) as (checkpointer, model, optimizer, ema, _):
         try:
@@ -93,7 +94,7 @@ def step_to_carry_on_from(root):
 
 
 def save_two_large(root):
-    """Tens of megabytes a rank; returns the newest committed step."""
+    """Save two checkpoints of tens of megabytes per rank. Returns the newest committed step."""
     from mom_train.checkpoint.saver import TrainState
 
     with a_run(root, dim=512) as (checkpointer, model, optimizer, ema, change):
@@ -106,7 +107,8 @@ def save_two_large(root):
 
 
 def save_on_a_bad_disk(folder):
-    """What happened at each save on a small tmpfs: when there was room, none, room again, and then a read-only disk."""
+    """Save on a small tmpfs with room, without room, with room again, and read-only. Returns what happened at each
+    save."""
     import torch.distributed as dist
 
     from mom_train.checkpoint.saver import TrainState
@@ -149,8 +151,8 @@ def save_on_a_bad_disk(folder):
 
 
 def bests(root, story):
-    """(BEST, steps of the committed checkpoints) after each (step, loss[, "fails"]) of a run that keeps the newest one
-    and the best."""
+    """Save each (step, loss[, "fails"]) of a run that keeps the newest checkpoint and the best one. Returns (BEST,
+    steps of the committed checkpoints) after each."""
     import torch.distributed as dist
 
     from mom_train.checkpoint.saver import TrainState

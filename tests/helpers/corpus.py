@@ -29,7 +29,7 @@ def random_document(rng, latent_width=0):
 
 
 def write_dataset(folder, documents=60, shards=3, seed=0, latent_width=0, tokenizers=TOKENIZERS, make=random_document):
-    """Returns {(shard, document): segments}."""
+    """Write token shards. Returns {(shard, document): segments}."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     truth, records = {}, []
@@ -44,17 +44,17 @@ def write_dataset(folder, documents=60, shards=3, seed=0, latent_width=0, tokeni
 
 
 def rewrite_manifest(folder, manifest):
-    """Put another manifest in a dataset's folder, with a checksum that fits it."""
+    """Replace the manifest in the folder of a dataset, with a checksum that fits it."""
     content = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(content)
     (folder / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
 
 
 class Indices:
-    """What a plan reads of a dataset, in memory: no file, no payload.
+    """What a plan reads of a dataset, held in memory without files or payloads.
 
-    `documents` are the segments of each document, (length, modality, latent) each, and `shards` the number of documents
-    in each shard.
+    `documents` has the segments of each document, (length, modality, latent) each, and `shards` has the number of
+    documents in each shard.
     """
 
     def __init__(self, name, documents, shards):

@@ -1,6 +1,6 @@
-"""Hosts of our own: network namespaces on one bridge, each with its own address, host name and /etc/hosts.
+"""Hosts for tests: network namespaces on one bridge, each with its own address, host name and /etc/hosts.
 
-Needs Linux and root.
+They need Linux and root.
 """
 
 import os
@@ -13,7 +13,7 @@ NSENTER = 'mount --bind "$1" /etc/hosts; hostname "$2"; shift 2; exec "$@"'
 
 
 class Hosts:
-    """`count` hosts n0, n1, ... A context manager; at its end every process inside is killed."""
+    """`count` hosts called n0, n1, and so on. It is a context manager, at whose end every process inside is killed."""
 
     def __init__(self, folder: Path, count: int):
         self.names = [f"n{i}" for i in range(count)]
@@ -27,7 +27,7 @@ class Hosts:
 
     @property
     def here(self) -> str:
-        """This machine's address on the hosts' network."""
+        """The address of this machine on the network of the hosts."""
         return f"{self.network}.1"
 
     def _space(self, host: int) -> str:
@@ -66,7 +66,7 @@ class Hosts:
         ip("link", "del", f"{self._prefix}b", check=False)
 
     def popen(self, host: int, command: list[str], **options) -> subprocess.Popen:
-        """Start a command there; its pid is the command's own."""
+        """Start a command on a host. The process id is that of the command itself."""
         # not `ip netns exec`: that mounts /sys anew, and slurmd finds no cgroups there
         enter = ["nsenter", f"--net=/run/netns/{self._space(host)}", "unshare", "--uts", "--mount"]
         there = ["sh", "-c", NSENTER, "sh", str(self.hosts_file), self.names[host]]
@@ -76,13 +76,13 @@ class Hosts:
         return [int(pid) for pid in ip("netns", "pids", self._space(host), check=False).split()]
 
     def kill(self, host: int) -> None:
-        """The power cut: every process of the host ends at once."""
+        """Cut the power of a host: all its processes end at once."""
         for pid in self.pids(host):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def link(self, host: int, state: str) -> None:
-        """Pull (`down`) or plug in (`up`) the host's cable."""
+        """Pull (`down`) or plug in (`up`) the cable of a host."""
         ip("link", "set", f"{self._prefix}v{host}", state)
 
 
@@ -94,7 +94,7 @@ def ip(*arguments: str, check: bool = True) -> str:
 
 
 def why_not() -> str | None:
-    """Why this machine cannot make such hosts, or None."""
+    """The reason why this machine cannot make such hosts, or None where it can."""
     if os.name != "posix" or os.geteuid() != 0:
         return "network namespaces need root"
     try:

@@ -1,4 +1,4 @@
-"""Real ranks for tests, in processes forked from one that has imported torch and the trainer, which takes seconds."""
+"""Starts ranks for tests, in processes forked from one that has already imported torch and the trainer."""
 
 import fcntl
 import importlib
@@ -67,7 +67,7 @@ def _command(arguments, environment, output):
 
 
 def mom_train(config, *overrides, timeout=900):
-    """`python -m mom_train CONFIG OVERRIDES`: (exit code, what it printed)."""
+    """Run `python -m mom_train CONFIG OVERRIDES`. Returns (exit code, what it printed)."""
     with tempfile.NamedTemporaryFile() as output:
         arguments = [str(config), *overrides]
         process = _forking().Process(target=_command, args=(arguments, dict(os.environ), output.name))
@@ -79,7 +79,7 @@ def mom_train(config, *overrides, timeout=900):
 
 
 def start_mom_train(config, *overrides, output):
-    """The process of `python -m mom_train CONFIG OVERRIDES`, which writes what it prints to `output`."""
+    """Start `python -m mom_train CONFIG OVERRIDES`, which writes what it prints to `output`. Returns the process."""
     arguments = [str(config), *overrides]
     process = _forking().Process(target=_command, args=(arguments, dict(os.environ), str(output)))
     process.start()
@@ -103,8 +103,8 @@ def _program(module, arguments, environment, folder, output, errors):
 
 
 def program(module, *arguments, cwd=CHECKOUT, timeout=900):
-    """Run `main` of a module, or a script, as `python -m MODULE ARGUMENT ...` and `python FILE.py ARGUMENT ...` do,
-    without the seconds that a new process needs to import torch."""
+    """Run `main` of a module as `python -m MODULE ARGUMENT ...` does, or of a script as `python FILE.py ARGUMENT ...`
+    does, without the seconds that a new process needs to import torch."""
     module, *arguments = map(str, (module, *arguments))
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
@@ -128,8 +128,9 @@ def _ranked_command(rank, world_size, port, prepare, arguments, output):
 
 
 def mom_train_ranks(world_size, prepare, config, *overrides, timeout=120):
-    """`mom_train CONFIG OVERRIDES` on several ranks, without torchrun and so without anyone who ends the others when
-    one fails: [(exit code, what it printed), ...]. `prepare(rank)` runs first in each process, to do mischief."""
+    """Run `mom_train CONFIG OVERRIDES` on several ranks without torchrun, so that nobody ends the other ranks when one
+    fails. Returns [(exit code, what it printed), ...]. Each process calls `prepare(rank)` first, with which a test can
+    make it fail."""
     port, context = free_port(), _forking()
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(world_size)]
@@ -151,7 +152,7 @@ def mom_train_ranks(world_size, prepare, config, *overrides, timeout=120):
 
 
 def _pipe(path):
-    """A named pipe that holds a megabyte: a process that may write to no file can still say things."""
+    """A named pipe that holds a megabyte, through which a process that may not write to files can still print."""
     os.mkfifo(path)
     reader = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
     fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
@@ -159,8 +160,9 @@ def _pipe(path):
 
 
 def run_ranks(world_size, function, *args, timeout=900):
-    """[function(*args) of each rank]; raises with the first failing rank's traceback. The function must be
-    importable, and what it returns picklable without torch (numpy arrays, numbers)."""
+    """Run function(*args) on each rank and return the results in a list. Raises with the traceback of the first rank
+    that fails. The function must be importable, and its result must be picklable without torch (numpy arrays,
+    numbers)."""
     context = _forking()
     results, port = context.Queue(), free_port()
     ranks = [

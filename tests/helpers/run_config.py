@@ -1,11 +1,11 @@
-"""A tiny run for tests: model, data, config file."""
+"""Makes a tiny run for tests: its model, its data and its config file."""
 
 from mom_train.config.run import RunConfig
 from tests.helpers.corpus import VOCAB, write_dataset
 
 
 def tiny_config(folder, **changes):
-    """A config over datasets in `folder` (made where missing)."""
+    """A config over datasets in `folder`, which are made where they are missing."""
     if not (folder / "train").exists():
         write_dataset(folder / "train", documents=120, shards=2, seed=1)
         write_dataset(folder / "val", documents=30, shards=1, seed=2)

@@ -1,4 +1,4 @@
-"""Runs started by their public commands, and what they leave, compared."""
+"""Starts runs by their public commands, and compares what they leave."""
 
 import json
 import subprocess
@@ -16,8 +16,9 @@ def command(config, *overrides, ranks=2):
 
 
 def run(config, *overrides, ranks=2, code=0, torchrun=False):
-    """Ends with `code` on every rank; what they say, rank 0 first. With torchrun=True by the launcher, as a user starts
-    it; else ranks are forked from a process that has imported torch, and ranks=0 is one process without a group."""
+    """Train, and require that every rank ends with the exit code `code`. Returns what the ranks print, rank 0 first.
+    With torchrun=True the launcher starts the run, as a user would. Otherwise ranks are forked from a process that has
+    imported torch, and ranks=0 means one process without a process group."""
     if torchrun:
         done = subprocess.run(command(config, *overrides, ranks=ranks), cwd=CHECKOUT, capture_output=True, text=True)
         assert done.returncode == code, done.stderr[-3000:]
@@ -34,7 +35,7 @@ def metrics(run_dir):
 
 
 def weights(run_dir):
-    """All tensors of the newest checkpoint, by torch's own converter."""
+    """All tensors of the newest checkpoint, read by torch's own converter."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     out = run_dir / "weights.pt"

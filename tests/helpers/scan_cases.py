@@ -1,4 +1,4 @@
-"""Inputs of the selective scan, and its outputs and gradients by a backend and by the float64 definition."""
+"""Inputs of the selective scan, with outputs and gradients from a backend and from the float64 definition."""
 
 import torch
 
@@ -30,7 +30,8 @@ def close(ours, theirs, tolerance, what):
 
 
 def scan_inputs(B, L, D, N, M, carried, dtype, seed):
-    """(x, dt, A, B, C, D, z, dt_bias), h0 and the gradients that come in, float64 with the rows rounded to dtype."""
+    """Returns (x, dt, A, B, C, D, z, dt_bias), h0, and the gradients of the outputs. All are float64, and those by row
+    are rounded to `dtype`."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     rounded = lambda t: t.to(dtype).double()  # noqa: E731
@@ -42,7 +43,8 @@ def scan_inputs(B, L, D, N, M, carried, dtype, seed):
 
 
 def run_scan(inputs, h0, gy, ghT, layout, dtype, backend):
-    """y, hT and all gradients, in time order; x and z are halves of one tensor and B and C slices of another."""
+    """y, hT and all gradients by a backend, in time order. x and z are halves of one tensor, and B and C slices of
+    another."""
     x, dt, A, Bm, Cm, skip, z, bias = (t.to(DEVICE) for t in inputs)
     D, N, order = x.shape[2], A.shape[1], layout.order.long()
     rows = lambda t: t.flatten(0, 1)[layout.rows]  # noqa: E731
@@ -61,7 +63,7 @@ def run_scan(inputs, h0, gy, ghT, layout, dtype, backend):
 
 
 def defined_scan(inputs, h0, gy, ghT, modality, document):
-    """y, hT and all gradients by the definition, in float64."""
+    """y, hT and all gradients by the definition in float64."""
     leaves = [t.clone().requires_grad_() for t in (*inputs, *([] if h0 is None else [h0]))]
     y, hT = naive.selective_scan(*leaves[:8], modality, document, None if h0 is None else leaves[8])
     return [y.detach(), hT.detach(), *torch.autograd.grad([y, hT], leaves, [gy, ghT])]

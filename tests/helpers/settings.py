@@ -1,4 +1,4 @@
-"""The paper's settings and architectures at a size for tests."""
+"""The settings and architectures of the paper at a size for tests."""
 
 import pydoc_data.topics
 
@@ -37,8 +37,8 @@ SETTINGS = {
 
 
 def write_digits(folder, vocabulary, continuous):
-    """Handwritten digits after bytes of Python's manual: as 64 codes, or as 16 patches of 2 x 2 pixels; their column
-    profiles stand in for a third modality."""
+    """Write documents of handwritten digits after bytes of Python's manual. Digits are 64 codes, or 16 patches of 2 x 2
+    pixels, and their column profiles stand in for a third modality."""
     folder.mkdir()
     digits = load_digits()
     manual = "".join(pydoc_data.topics.topics.values()).encode()

@@ -89,7 +89,7 @@ StorageLoc=slurm_acct
 
 
 def why_not() -> str | None:
-    """Why a Slurm cannot be started here, or None."""
+    """The reason why a Slurm cannot be started here, or None where it can."""
     if os.geteuid() != 0:
         return "starting a Slurm needs root"
     missing = [program for program in PROGRAMS if _find(program) is None]
@@ -99,7 +99,8 @@ def why_not() -> str | None:
 
 
 class Slurm:
-    """A cluster in `root`, a context manager. `hosts` is None where its nodes are on loopback."""
+    """A Slurm cluster with its files in `root`. It is a context manager. `hosts` is None where its nodes are on
+    loopback."""
 
     def __init__(self, root: Path, nodes: int):
         self.root, self.nodes = root.resolve(), nodes
@@ -227,14 +228,14 @@ class Slurm:
             time.sleep(0.1)
 
     def client(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """One of Slurm's commands. They hang long where the controller is away."""
+        """Run one of Slurm's commands, with a time limit, because they hang long where the controller is away."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
         if check and done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done
 
     def idle(self) -> list[str]:
-        """Names of the nodes that answer and have no work."""
+        """The names of the nodes that answer and have no work."""
         return self.client(
             "sinfo", "-h", "-r", "-N", "-p", "debug", "-t", "idle", "-o", "%N", check=False
         ).stdout.split()

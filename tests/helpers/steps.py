@@ -1,4 +1,4 @@
-"""A few training steps on any number of ranks, and their comparison."""
+"""Trains a few steps on any number of ranks, and compares the results."""
 
 from itertools import islice
 
@@ -13,7 +13,8 @@ def whole(tensors):
 
 
 def train_steps(config, steps):
-    """Losses, all gradient norms and the gradient of each step, and the weights after the last."""
+    """Train a few steps. Returns the losses, all gradient norms, the gradient of each step, and the weights after the
+    last step."""
     from mom_train.distributed.ranks import process_group
     from mom_train.distributed.status import Stop
     from mom_train.trainer import Trainer
@@ -48,7 +49,7 @@ def assert_same(a, b):
 
 
 def smooth(folder, **changes):
-    """AdamW's update as smooth as its gradients, so that rounding stays rounding; clipped at every step; two
-    micro-batches on each of four ranks."""
+    """A config whose AdamW update is as smooth as its gradients, so that rounding errors stay small. It clips at every
+    step, and takes two micro-batches on each of four ranks."""
     optimizer = {"learning_rate": 0.01, "warmup": 0, "eps": 1e-3, "clip": 0.05}
     return tiny_config(folder, **{"training__batch": 8, "optimizer": optimizer} | changes)

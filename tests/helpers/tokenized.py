@@ -41,7 +41,7 @@ def write_documents(folder, tokenizers, documents, seed):
 
 
 def tokenized_config(folder, **changes):
-    """A config, its tokenizers and its data in `folder` (made where missing)."""
+    """A config with its tokenizers and data in `folder`, which are made where they are missing."""
     path = folder / "tokenizers" / "tokenizers.yaml"
     if not path.exists():
         (folder / "tokenizers").mkdir(parents=True)

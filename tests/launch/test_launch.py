@@ -65,7 +65,8 @@ def alive(pid):
 
 @pytest.fixture
 def two_ranks(tmp_path):
-    """Starts torchrun with two ranks that run a script, in `tmp_path`; waits until both have begun."""
+    """A function that starts torchrun in `tmp_path` with two ranks that run a script, and waits until both have
+    begun."""
     started = []
 
     def start(script, shutdown_timeout=30, driver=""):

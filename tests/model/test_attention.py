@@ -42,7 +42,7 @@ def rows(B=2, L=14, seed=0):
 
 
 def reference(block: TransformerBlock, x, modality, document, picture):
-    """One query at a time, in float64, RoPE by complex numbers."""
+    """Attention for one query at a time, in float64, with RoPE by complex numbers."""
     w = {n: p.detach().double().requires_grad_() for n, p in block.named_parameters()}
     hidden, head = block.feed_forward.down_proj.weight.shape[1], D // HEADS
 

@@ -1,4 +1,4 @@
-"""Rows dealt to several ranks by position: outputs and gradients are those of one rank that has the whole rows."""
+"""Rows whose positions are divided among several ranks give the outputs and gradients of one rank with whole rows."""
 
 import numpy as np
 import pytest
@@ -94,7 +94,8 @@ def test_losses_and_all_gradients_are_those_of_one_rank(ranks):
 
 
 def test_a_later_slice_depends_on_an_earlier_one():
-    """So that the test above cannot pass by dropping what crosses: cutting the documents changes the losses."""
+    """This shows that the test above cannot pass by dropping what crosses slices: cutting the documents changes the
+    losses."""
     whole, _ = losses_and_gradients(Context(), [[], []], "float32")
     cut, _ = losses_and_gradients(Context(), CUT, "float32")
     assert np.array_equal(whole[:, :32], cut[:, :32])
@@ -102,7 +103,7 @@ def test_a_later_slice_depends_on_an_earlier_one():
 
 
 def smooth(folder, context, **changes):
-    """As tests/distributed/test_ranks.py, one row a micro-batch."""
+    """The config of tests/distributed/test_ranks.py with one row in a micro-batch."""
     optimizer = {"learning_rate": 0.01, "warmup": 0, "eps": 1e-3, "clip": 0.05}
     parallel = {"context_ranks": context}
     return tiny_config(folder, **{"training__batch": 4, "optimizer": optimizer, "parallel": parallel} | changes)
@@ -149,7 +150,8 @@ def transfusion(folder, context):
 
 
 def test_pictures_that_lie_on_several_ranks_are_noised_as_on_one(tmp_path):
-    """16 patches a picture, slices of 64 positions: some pictures are cut. bf16 matmuls, so to bf16 tolerance."""
+    """A picture has 16 patches and a slice 64 positions, so some pictures are cut. Products are in bf16, so the
+    tolerance is that of bf16."""
     write_digits(tmp_path / "digits", SETTINGS["transfusion"]["vocabulary"], True)
     [one] = run_ranks(1, train_steps, transfusion(tmp_path, 1), 1)
     for rank in run_ranks(4, train_steps, transfusion(tmp_path, 4), 1):

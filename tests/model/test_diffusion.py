@@ -75,7 +75,7 @@ def test_half_precision_latents_are_noised_in_fp32_even_at_the_first_timesteps()
 
 
 def test_noise_belongs_to_the_picture_not_to_the_batch_it_comes_in(plan):
-    """So neither ranks, micro-batches nor a resume change it."""
+    """Therefore ranks, micro-batches and a resume do not change the noise."""
     whole = batch(plan, 6)
     patches = noised_patches(whole, 0, CONFIG)
     at = 0

@@ -16,8 +16,8 @@ from tests.helpers.models import SMALL, M, V, batch, build, run
 
 
 def algorithm_2(mixer: MambaMixer, x, modality, document):
-    """The paper's Algorithm 2, one token at a time in float64, weights looked up per token; with the published
-    code's exp(Delta A) and D u where the paper prints Delta A and u."""
+    """The paper's Algorithm 2, one token at a time in float64, with the weights looked up for each token. Where the
+    paper prints Delta A and u, it takes exp(Delta A) and D u as the published code does."""
     w = {n: p.detach().double().requires_grad_() for n, p in mixer.named_parameters()}
 
     def choose(name, m, rows):
@@ -213,7 +213,8 @@ def test_the_z_loss_adds_the_squared_normaliser_of_rows_with_a_label():
 
 @pytest.mark.parametrize("architecture", ["mamba", "transformer"])
 def test_compiled_and_eager_blocks_agree(architecture):
-    """Through dynamo and AOT autograd, over batches whose modalities differ, without recompiling for each."""
+    """The blocks go through dynamo and AOT autograd, over batches whose modalities differ, without being recompiled for
+    each."""
     import torch._dynamo.testing
 
     more = {"heads": 2, "decoupled": ("attention", "feed_forward")} if architecture == "transformer" else {}

@@ -1,4 +1,4 @@
-"""Chunk by chunk, or token by token, with a carried state: equal to the whole at once."""
+"""A sequence read chunk by chunk, or token by token, with a carried state gives the same as the whole at once."""
 
 import pytest
 import torch
@@ -52,7 +52,8 @@ def test_prefill_and_steps_equal_the_full_forward(name, chunks):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_picture_denoised_from_the_saved_state_equals_the_whole_sequence(name):
-    """What image sampling does: from the state after the opening bracket, all patches at once."""
+    """This is what sampling a picture does: it computes all patches at once from the state after the opening
+    bracket."""
     model = LanguageModel(ARCHITECTURES[name], V, M, diffusion=DiffusionConfig(patch_width=4)).eval()
     initialize(model, 0)
     torch.nn.init.normal_(model.patch_head.patch_out.weight)

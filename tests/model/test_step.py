@@ -1,4 +1,4 @@
-"""The step as it is run: what is kept for the backward pass, what is computed again, and when the host must wait."""
+"""A training step: what is kept for the backward pass, what is computed again, and when the host must wait."""
 
 from contextlib import nullcontext
 
@@ -55,8 +55,8 @@ def test_recomputing_changes_no_bit_of_loss_or_gradients(name, precision):
 
 
 def operators_of_backward(recompute):
-    """How often PyTorch's operators run in the backward pass of a block of the mixture. In float64, so that the scan
-    and the convolution are made of them."""
+    """How often PyTorch's operators run in the backward pass of a block of the mixture. It is in float64, so that the
+    scan and the convolution consist of such operators."""
     model = build("mixture", recompute).double()
     modality, document, *_ = batch()
     layout = RowLayout.sort(modality, document, M)
@@ -114,7 +114,7 @@ def test_a_block_keeps_as_much_as_predicted_in_each_way_to_recompute(name, preci
 
 
 def step_without_data(name, precision, device, objective=None):
-    """Forward and backward pass, clipping and the judgement of one step through the trainer's parts."""
+    """The forward and backward pass, the clipping and the judgement of one step, with the trainer's own parts."""
     from mom_data.batches.batch import PackedBatch
     from mom_train.anomaly import Judge
     from mom_train.config.run import AnomalyConfig, RunConfig

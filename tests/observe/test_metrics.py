@@ -60,7 +60,7 @@ def test_a_resume_takes_back_what_came_after_its_checkpoint_over_steps_and_over_
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """A run over two ranks that samples, and logs to Weights & Biases where that is installed."""
+    """A run over two ranks that samples, and that logs to Weights & Biases where that is installed."""
     folder = tmp_path_factory.mktemp("seen")
     changes = {
         "training": {"steps": 4, "batch": 4, "micro_batch": 2},

@@ -25,7 +25,7 @@ gpu = pytest.mark.skipif(DEVICE == "cpu", reason="NO GPU: the CUDA kernels only 
 
 
 class Emulator:
-    """Stands in for nvrtc.Kernels."""
+    """Takes the place of nvrtc.Kernels and runs the kernels in the emulator."""
 
     processors, shared_limit, device = 132, 227 * 1024, torch.device("cpu")
 

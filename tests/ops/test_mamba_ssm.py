@@ -17,8 +17,8 @@ from mom_train.ops.scan.selective_scan import selective_scan
 
 
 def stock_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-    """u, delta (B, D, L), B and C (B, N, L), all of one dtype and contiguous in time; A (D, N) fp32. No reset, no
-    initial state; the last state carries no gradient."""
+    """The contract of `selective_scan_fn`: u, delta (B, D, L), B and C (B, N, L), all of one dtype and contiguous in
+    time; A (D, N) fp32. It has neither resets nor an initial state, and the last state carries no gradient."""
     assert u.dtype == delta.dtype == B.dtype == C.dtype
     assert A.dtype == torch.float32
     assert all(t.stride(-1) == 1 for t in (u, delta, B, C))
@@ -33,8 +33,8 @@ def stock_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplu
 
 
 def stock_conv(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
-    """x (B, D, L), channels innermost in memory where seq_idx (B, L) int32 is given; a tap counts where it lies in
-    the row and in the same sequence."""
+    """The contract of `causal_conv1d_fn`: x (B, D, L), whose channels are innermost in memory where seq_idx (B, L)
+    int32 is given. A tap counts where it lies in the row and in the same sequence."""
     assert seq_idx is not None
     assert seq_idx.dtype == torch.int32
     assert seq_idx.shape == (x.shape[0], x.shape[2])

@@ -238,7 +238,7 @@ def test_modality_linear_in_bf16_is_as_near_to_float64_as_one_product_is(rows, b
 
 
 def test_on_a_cpu_in_bf16_products_soon_have_no_new_shapes():
-    """Each new one is compiled by oneDNN."""
+    """oneDNN compiles a program for each new shape."""
     shapes = set()
 
     class Recorder(TorchDispatchMode):

@@ -24,7 +24,7 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="NO GPU: the grouped prod
 
 
 def errors(module, offsets, K, O, dtype, bias=False, device="cpu"):
-    """Largest errors of y, grad x, grad W and grad b, relative to their largest values in float64."""
+    """The largest errors of y, grad x, grad W and grad b, relative to the largest values in float64."""
     g = torch.Generator().manual_seed(K)
     T, groups = offsets[-1], len(offsets) - 1
     wide = torch.randn(T, K + 3, generator=g).to(dtype)
@@ -68,7 +68,7 @@ def test_the_triton_kernels_equal_the_float64_definition(groups, K, O, bias, dty
 
 
 def test_the_least_grid_covers_every_segment(monkeypatch):
-    """T rows in M segments never need more row tiles than are launched: one row here and there is the worst case."""
+    """T rows in M segments never need more row tiles than are launched. One row here and there is the worst case."""
     small = {"ROWS": 16, "COLUMNS": 16, "REDUCED": 16, "num_warps": 1, "num_stages": 1}
     monkeypatch.setattr(triton_routing, "blocks", lambda *_: dict(small))
     for offsets in ([0, 16, 32], [0, 17, 34, 51], [0, 1, 2, 3], [0, 1, 1, 18]):
@@ -125,7 +125,7 @@ def test_other_shares_of_modalities_compile_nothing_anew():
 
 
 def test_a_norm_scales_each_row_by_its_modality_without_segments(monkeypatch):
-    """As on a GPU and in compiled graphs, where no bounds are read."""
+    """This is the case on a GPU and in compiled graphs, where no bounds are read."""
     modality, document, *_ = batch(missing=1)
     layout = RowLayout.sort(modality, document, M)
     norm = Norm(32, M, 1e-5)

@@ -1,4 +1,4 @@
-"""A file that is replaced whole is never seen in part."""
+"""A file that is being replaced is never seen in part."""
 
 import os
 

@@ -72,7 +72,7 @@ def test_foreign_tokenizer_adds_no_specials_and_does_not_truncate(tmp_path):
 
 
 def gpt2_folder(path):
-    """vocab.json and merges.txt, as GPT-2's model folders have them, and no tokenizer.json."""
+    """A folder with vocab.json and merges.txt, as GPT-2's has them, and no tokenizer.json."""
     path.mkdir()
     TOKENIZER.save(path)
     model = json.loads((path / "tokenizer.json").read_text())["model"]
@@ -87,7 +87,8 @@ def gpt2_folder(path):
 
 
 def llama_folder(path):
-    """A tokenizer.json of Llama's make: spaces as U+2581, one put in front, unknown characters as bytes."""
+    """A folder with a tokenizer.json of the kind of Llama's: a space is U+2581, one is put in front, and unknown
+    characters become bytes."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdehlortw", "ll", "he"]
@@ -185,7 +186,8 @@ def test_no_text_becomes_the_id_of_a_control_token_however_the_file_declares_it(
 
 
 def split_by(pattern):
-    """The small tokenizer, cutting texts by another model's pattern; spaces in pairs are a token, as GPT-NeoX's are."""
+    """The small tokenizer, which cuts texts by the pattern of another model. A pair of spaces is a token, as in
+    GPT-NeoX's."""
     from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer.from_str(TOKENIZER._tokenizer.to_str())

@@ -54,7 +54,8 @@ def test_sizes_that_cannot_be_laid_out_are_refused(sizes):
 
 @st.composite
 def layouts(draw):
-    """Text with some of its ids drawn at random for codes and specials, and a further modality behind."""
+    """Layouts of a text some of whose ids are drawn at random for codes and specials, with a further modality behind
+    it."""
     text = draw(st.integers(20, 200))
     free = draw(st.permutations(range(text)))
     image, placed = draw(st.integers(1, 10)), draw(st.integers(0, 8))

@@ -1,4 +1,4 @@
-"""A mistake on a command line is one message, and it comes before torch does: one process makes all of them."""
+"""A mistake on a command line gives one message, before torch is imported. One process makes all the mistakes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Every program decides how waiting threads behave before torch is imported, for OpenMP reads that once."""
+"""Every program decides how waiting threads behave before it imports torch, because OpenMP reads that only once."""
 
 import json
 import os

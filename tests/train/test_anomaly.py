@@ -19,7 +19,7 @@ def judged(config, values, judge=None):
 
 
 def expected(config, values):
-    """The same rule, with a list."""
+    """The same rule, computed with a list."""
     good, bad = [], []
     for pair in values:
         wrong = not all(map(math.isfinite, pair))

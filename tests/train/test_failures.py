@@ -1,4 +1,4 @@
-"""What fails while a run trains: who says it, with which exit code, and that a full disk costs no step."""
+"""Failures while a run trains: which rank reports them, with which exit code, and that a full disk costs no step."""
 
 import errno
 import json
@@ -171,7 +171,7 @@ def test_a_copy_to_host_memory_that_fails_on_one_rank_is_a_failed_save_on_all(tm
 
 
 def disk_that_is_full_for_steps_3_to_5(rank):
-    """As far as this process can tell: no file may grow beyond 2 KiB."""
+    """Make the disk full for this process: no file may grow beyond 2 KiB."""
     from mom_train.trainer import Trainer
 
     advance = Trainer.advance
@@ -250,7 +250,7 @@ def test_the_state_of_a_run_is_written_over_in_place_where_no_second_file_can_be
 
 
 def holder(run_dir, ended=None):
-    """Starts a process that holds the lock until it is killed; its pid."""
+    """Start a process that holds the lock until it is killed. Returns its pid."""
     ready, write = os.pipe()
     if (pid := os.fork()) == 0:
         with RunLock(run_dir):

@@ -1,4 +1,4 @@
-"""The public commands, as processes: train, resume, stop, and what they say to bad input."""
+"""The public commands as processes: they train, resume and stop, and say what is wrong with bad input."""
 
 import os
 import signal

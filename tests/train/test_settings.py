@@ -9,7 +9,7 @@ from tests.helpers.settings import ARCHITECTURES, ROUTERS, SETTINGS, write_digit
 
 
 def train_few_steps(configs, steps):
-    """{architecture: [losses of each step]}"""
+    """Train a few steps. Returns {architecture: [losses of each step]}."""
     from itertools import islice
 
     from mom_data.batches.loader import Share, batches

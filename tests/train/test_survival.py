@@ -1,4 +1,4 @@
-"""What a run does about bad steps, a time limit and a changed mix: the public command, as a process."""
+"""What a run does about bad steps, a time limit and a changed mix of sources, by the public command as a process."""
 
 import json
 
@@ -27,7 +27,7 @@ def status(folder):
 
 
 def latents_with_nan(bad):
-    """A maker of documents with a picture each, of which those numbered `bad` hold one value that is no number."""
+    """A function that makes documents with a picture each. Those numbered `bad` hold one value that is not a number."""
     made = iter(range(10**6))
 
     def make(rng, latent_width):
@@ -73,7 +73,7 @@ def test_a_bad_step_is_skipped_and_named_and_the_run_goes_on(tmp_path):
 
 
 def test_steps_that_stay_bad_are_gone_back_from_and_in_the_end_reported(tmp_path):
-    """Every document of the second source is bad; the mix takes it in at sequence 16 of the run."""
+    """Every document of the second source is bad, and the run reads the first of them at its sequence 16."""
     write_dataset(tmp_path / "train", documents=120, shards=2, seed=1, latent_width=4)
     write_dataset(tmp_path / "val", documents=30, shards=1, seed=2, latent_width=4)
     write_dataset(tmp_path / "bad", documents=60, shards=1, seed=3, latent_width=4, make=latents_with_nan(range(60)))

@@ -1,4 +1,4 @@
-"""What validation says of a model, and what a run keeps because of it."""
+"""The losses that validation computes, and the checkpoint that a run keeps because of them."""
 
 import json
 import math
@@ -117,7 +117,8 @@ def test_a_validation_set_is_scored_once_and_whole_whatever_the_training_order_a
 
 
 def train_until_interrupted(folder, where):
-    """A run that a signal on the last rank meets in the validation after step `where`, or does not where that is 0."""
+    """Train a run in which a signal meets the last rank during the validation after step `where`. With 0 there is no
+    signal."""
     from mom_train.distributed.ranks import process_group
     from mom_train.distributed.status import Stop
     from mom_train.trainer import Trainer

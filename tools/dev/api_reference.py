@@ -76,7 +76,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def signature(function: griffe.Function, name: str) -> str:
-    """The function's head as it stands in the code, without decorators and `self`."""
+    """The head of the function as it is written in the code, without decorators and `self`."""
     given = [p for p in function.parameters if p.name not in ("self", "cls")]
     parts, keyword_only = [], False
     for parameter in given:
@@ -128,7 +128,7 @@ def described(thing: griffe.Object) -> Iterator[str]:
 
 
 def pages() -> dict[str, str]:
-    """Name -> content of each page."""
+    """The name and the content of each page."""
     loader = griffe.GriffeLoader(search_paths=PATHS)
     found = {}
     for page, (about, names) in PAGES.items():

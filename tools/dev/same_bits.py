@@ -133,7 +133,7 @@ Row = tuple[str, int, int, str]
 
 @dataclass(frozen=True)
 class Side:
-    """A folder to work in, and the checkout whose code works in it."""
+    """One of the two checkouts, and a folder in which its code works."""
 
     folder: Path
     checkout: Path
@@ -147,7 +147,7 @@ class Side:
             (self.folder / name).write_text(text)
 
     def run(self, command: str) -> str:
-        """Standard output of the command. Raises RuntimeError where it fails."""
+        """Run a command. Returns its standard output. Raises RuntimeError where it fails."""
         path = os.pathsep.join(str(self.checkout / root) for root in ROOTS)
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         given = [self.python, *shlex.split(command)[1:]]
@@ -157,7 +157,7 @@ class Side:
         return done.stdout
 
     def check_imports(self) -> str:
-        """What the checkout is, once it is sure that its own packages are what is imported."""
+        """Check that the packages of this checkout are the ones that are imported. Returns what the checkout is."""
         packages = {file.parent.name for root in ROOTS for file in self.checkout.glob(f"{root}/mom_*/__init__.py")}
         names = sorted({*packages, "torchrun_launch"})
         look = f"import {', '.join(names)}; print({', '.join(f'{name}.__file__' for name in names)}, sep=chr(10))"
@@ -192,7 +192,7 @@ def of_bytes(content: bytes) -> Value:
 
 
 def of_json(values: Any, name: str = "") -> Iterator[tuple[str, Value]]:
-    """Every number, text and truth value inside; floats in the digits that tell them from all other floats."""
+    """Every number, text and truth value inside. Floats have the digits that tell them from all other floats."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             if not key.startswith(CLOCKS):
@@ -205,7 +205,7 @@ def of_json(values: Any, name: str = "") -> Iterator[tuple[str, Value]]:
 
 
 def of_run(run: Path) -> Iterator[tuple[str, Value]]:
-    """The metrics of every step and the tensors and the state of every checkpoint."""
+    """The metrics of every step, and the tensors and the state of every checkpoint."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

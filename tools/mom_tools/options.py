@@ -23,8 +23,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_configs(parser: argparse.ArgumentParser) -> None:
-    """Add one or more configs with overrides, in any order; `configs_and_overrides` tells them apart."""
-    parser.add_argument("config", nargs="+", metavar="CONFIG | key=value", help="overrides hold for every CONFIG")
+    """Add one or more configs with overrides, in any order. `configs_and_overrides` tells them apart."""
+    parser.add_argument(
+        "config", nargs="+", metavar="CONFIG | key=value", help="configs, and overrides that hold for all"
+    )
 
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a key of the config and its value; a path may hold = as well
@@ -59,9 +61,14 @@ def add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def add_packing(parser: argparse.ArgumentParser, length: int, lanes: int) -> None:
-    """Add what decides how token shards are packed where no config says it. The arguments are default values."""
-    parser.add_argument("--length", type=int, default=length, help="positions in a row, without a config (%(default)s)")
-    parser.add_argument("--lanes", type=int, default=lanes, help="lanes of the order, without a config (%(default)s)")
+    """Add the options that say how token shards are packed where there is no config. The arguments are the default
+    values."""
     parser.add_argument(
-        "--window", type=int, default=1024, help="pieces that are packed together, without a config (%(default)s)"
+        "--length", type=int, default=length, help="positions in a row, where no config says it (%(default)s)"
+    )
+    parser.add_argument(
+        "--lanes", type=int, default=lanes, help="lanes of the order, where no config says it (%(default)s)"
+    )
+    parser.add_argument(
+        "--window", type=int, default=1024, help="pieces packed together, where no config says it (%(default)s)"
     )

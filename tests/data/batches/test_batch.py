@@ -167,7 +167,8 @@ def damage(folder, index, document):
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Codes, then latents in a dataset whose speech comes before its pictures; the vocabulary has one more modality."""
+    """A dataset of codes, and one of latents whose speech comes before its pictures. The vocabulary has one more
+    modality."""
     folder = tmp_path_factory.mktemp("corpora")
     truth = [write_dataset(folder / "codes", documents=40, shards=2, seed=3)]
     other = ("text", "speech", "image")
@@ -260,7 +261,7 @@ def test_a_damaged_document_in_a_hundred_pieces_is_one_damaged_document(tmp_path
 
 
 class Sender(torch.utils.data.IterableDataset):
-    """Yields the batches of a list, flat, from a worker process."""
+    """Yields the batches of a list, as flat buffers, from a worker process."""
 
     def __init__(self, built):
         self.built = built

@@ -1,4 +1,4 @@
-"""Every member of raw input is accounted for, and no document is a half."""
+"""Every member of raw input is accounted for, and no document is incomplete."""
 
 import bz2
 import gzip
@@ -23,7 +23,7 @@ from mom_tokenizers.errors import UserError
 
 
 def write_tar(path, members):
-    """`members`: (name, bytes), or (name, a TarInfo type and what it links to)."""
+    """Write a tar of `members`: (name, bytes), or (name, (a type of TarInfo, the name that it links to))."""
     with tarfile.open(path, "w:" + {".gz": "gz", ".tgz": "gz", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix, "")) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -37,7 +37,7 @@ def write_tar(path, members):
 
 
 def read(path, part=None, reading=None, account=None):
-    """Documents and bad samples, each told to the account as tokenization tells it."""
+    """The documents and bad samples of a file, each reported to the account as tokenization does it."""
     account = account if account is not None else Account()
     items = list(read_documents(path, part, reading or Reading(), account))
     for item in items:
@@ -93,7 +93,7 @@ def tars(draw):
 
 
 def modality_of(name):
-    """An oracle of its own: what a member's name says that it is."""
+    """What the name of a member says that it is. This is an oracle of its own."""
     last = name.rpartition(".")[2].lower()
     kinds = {"image": {"jpg", "png", "gif", "tif", "avif"}, "speech": SOUND, "text": {"txt", "caption"}}
     return next((m for m, e in (kinds | {"lost": LEFT | {"pkl"}}).items() if last in e), None)

@@ -1,4 +1,4 @@
-"""Which files a command means, and what is held out of them."""
+"""Which files a command reads, and which documents are held out of them."""
 
 import json
 from pathlib import Path

@@ -16,7 +16,7 @@ ROW = 64
 
 
 def source_of(seed, documents, longest, shards, kinds):
-    """Documents of text, or also of codes (1) and of latents (2); some of its shards are empty."""
+    """A source of documents of text, or also of codes (1) and of latents (2). Some of its shards are empty."""
     rng = np.random.default_rng(seed)
     modality = rng.integers(0, kinds, (documents, 3))
     length = np.where(modality == 2, rng.integers(1, 20, (documents, 3)), rng.integers(1, longest + 1, (documents, 3)))

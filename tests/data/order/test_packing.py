@@ -14,7 +14,7 @@ documents = st.lists(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 2)), 
 
 
 def spans(segments):
-    """(start, end) of each bracketed span of an assembled document, and its length."""
+    """(start, end) of each bracketed span of an assembled document, and the length of the document."""
     at, found = 1, []
     for n, modality in segments:
         end = at + n + 2 * (modality > 0)

@@ -49,7 +49,7 @@ def plan(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def streams_plan(plan):
-    """The same sources with a stream per lane, as where they have many documents."""
+    """A plan of the same sources with a stream for each lane, as where they have many documents."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "ONE_STREAM_DOCUMENTS", 0)
         many = Plan(plan.sources, length=128, lanes=4, window=64, seed=5)
@@ -77,7 +77,7 @@ def rows_of(plan, world, batch, micro_batch, workers, start, steps):
 
 @pytest.fixture(scope="module")
 def reference(plan):
-    """One rank, one batch at a time, from the first sequence."""
+    """What one rank reads, one batch at a time, from the first sequence."""
     return rows_of(plan, 1, 8, 8, 0, 0, 24)
 
 

@@ -1,4 +1,4 @@
-"""What was made from a file is used for its content alone, whatever its name, size and times."""
+"""A result that was made from a file is reused by the content of the file alone, whatever its name, size and times."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from mom_tokenizers.text import TextTokenizer
 
 
 def lines(seed):
-    """Of the same size for every seed."""
+    """JSON lines with a text that depends on the seed. They have the same size for every seed."""
     rng = random.Random(seed)
     return "\n".join(json.dumps({"text": " ".join(rng.choices(("one", "two", "six", "ten"), k=9))}) for _ in range(20))
 
@@ -30,7 +30,7 @@ def tokenizers(tmp_path_factory):
 
 
 def replace(file, text, at):
-    """Another file of the same name, size and time of change, as `cp -p` and rsync make it."""
+    """Replace a file by another one of the same name, size and time of change, as `cp -p` and rsync do."""
     other = file.with_name("other")
     other.write_text(text)
     os.utime(other, ns=at)

@@ -1,4 +1,4 @@
-"""mom_data.shards.manifest: what was changed after it was written is refused, wherever a dataset is opened."""
+"""A dataset whose manifest was changed after it was written is refused, wherever the dataset is opened."""
 
 import json
 import shutil

@@ -45,7 +45,7 @@ def sentence(rng):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Raw shards of text and pictures, and tokenizers: of both, and of text alone."""
+    """Raw shards of text and pictures, and two sets of tokenizers: for both, and for text alone."""
 
     folder, rng = tmp_path_factory.mktemp("made"), random.Random(0)
     TextTokenizer.train((sentence(rng) for _ in range(50)), 300).save(folder / "text")

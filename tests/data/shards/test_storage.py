@@ -1,4 +1,4 @@
-"""Against real servers: a threaded HTTP server that can be told to fail, and moto's S3 over a socket."""
+"""Token shards on real servers: a threaded HTTP server that can be told to fail, and moto's S3 over a socket."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ SHARDS = 4
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder. `faults[name]` are what the next GETs of a file meet, one after another."""
+    """An HTTP server of a folder. `faults[name]` lists what the next GETs of a file meet, one after another."""
 
     daemon_threads = True
 
@@ -103,7 +103,7 @@ def server(folder):
 
 @pytest.fixture
 def at(server, tmp_path):
-    """Opens the server's dataset, through a cache of the test's own."""
+    """A function that opens the server's dataset through a cache of the test's own."""
 
     def opened(**settings):
         return TokenDataset(server.url, cache=tmp_path / "cache", **{"attempts": 3, "timeout": 30.0} | settings)
@@ -134,7 +134,7 @@ def bucket(folder, monkeypatch):
 
 
 def documents(dataset, shards=range(SHARDS)):
-    """Every document's bytes; None for one that is masked."""
+    """The bytes of every document, or None for one that is masked."""
     read = (dataset.read(k, d) for k in shards for d in range(dataset.shards[k]["documents"]))
     return [segments and [(s.modality, s.latent, s.values.tobytes()) for s in segments] for segments in read]
 

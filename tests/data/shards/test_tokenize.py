@@ -1,4 +1,4 @@
-"""One part of a raw file, tokenized in this process by tokenizers that fail."""
+"""What happens to one part of a raw file that is tokenized in this process by tokenizers that fail."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from mom_tokenizers.bundle import Tokenizers
 
 @dataclass
 class Letters:
-    """A tokenizer of letters, but for some texts that it fails on."""
+    """A tokenizer of letters that fails on some texts."""
 
     kind: str = "bpe"
     size: int = 256

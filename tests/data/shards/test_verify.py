@@ -25,7 +25,7 @@ from tests.helpers.corpus import TOKENIZERS, write_dataset
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Two shards of several blocks each, with latents."""
+    """A dataset of two shards with several blocks each, and with latents."""
     folder = tmp_path_factory.mktemp("verify") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "BLOCK_BYTES", 3000)
@@ -58,7 +58,7 @@ def members(path):
 
 
 def keys_by_webdataset(path):
-    """Keys of the documents that a stock reader delivers."""
+    """The keys of the documents that webdataset, a stock reader, delivers."""
     keys = []
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
         length = int.from_bytes(sample["safetensors"][:8], "little")

@@ -34,7 +34,7 @@ def picture(width=40, height=30, seed=0):
 
 @torch.inference_mode()
 def latents_of(model, image, resolution=16):
-    """diffusers' own: float32 (1, C, H, W)."""
+    """The latents by diffusers' own model, float32 (1, C, H, W)."""
     return model.encode(torch.from_numpy(preprocess(image, resolution))[None]).latent_dist.mode()
 
 

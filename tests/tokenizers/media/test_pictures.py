@@ -20,7 +20,8 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
 
 
 def png(depth: int, colour: int, rows: list[list[int]], key: bytes = b"", palette: bytes = b"") -> bytes:
-    """A PNG as its specification says, of any depth and colour type; `rows`: their samples one after another."""
+    """A PNG of any depth and colour type, written after its specification. `rows` has the samples of each row one after
+    another."""
     channels = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}[colour]
 
     def chunk(name: bytes, body: bytes) -> bytes:
@@ -49,7 +50,7 @@ def saved(picture: Image.Image, kind: str, **options) -> bytes:
 
 
 def colours(data: bytes) -> list[list[int]]:
-    """Of the first pixel and of the last, as the model is given them."""
+    """The colours of the first pixel and of the last one, as the model gets them."""
     picture = decode_image(data)
     assert picture.mode == "RGB"
     pixels = ((preprocess(picture, picture.width) + 1) * 127.5).round().astype(int)
@@ -259,7 +260,7 @@ def test_pictures_above_the_limit_are_refused_by_their_header():
 
 
 def exif(*entries: tuple[int, int, int, bytes], tail: bytes = b"") -> bytes:
-    """A little-endian block of one directory; entries: tag, type, count, four bytes."""
+    """A little-endian EXIF block of one directory. An entry is a tag, a type, a count, and four bytes."""
     body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4) + tail
 

@@ -44,7 +44,7 @@ AT_50: dict[str, Any] = {"conv_dim": (8,) * 7, "conv_stride": (5, *(2,) * 6), "c
 
 
 def published(name):
-    """(extractor, a published class, small and random)."""
+    """(name of the extractor, a published model class with few random weights)."""
     torch.manual_seed(0)
     if name == "hubert":
         return name, HubertModel(HubertConfig(**SMALL, **AT_25))
@@ -74,7 +74,7 @@ HIDDEN_STATES = ("hubert", "hubert, layer norm", "wav2vec2", "wav2vec2, stable",
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Name -> (extractor, folder), written once."""
+    """Name -> (extractor, folder with its model), each written once."""
     made = {}
 
     def get(name):
@@ -94,7 +94,7 @@ def hubert(folder):
 
 
 def tokenizer_of(folder, name, values, size=12, **options):
-    """Trained on `values` where the class needs units."""
+    """A tokenizer, trained on `values` where its class needs units."""
     extractor, path = folder(name)
     if extractor == "mimi":
         return SpeechTokenizer(None, extractor, model=path, **options)
@@ -350,7 +350,7 @@ def test_mistakes_are_explained(hubert, tmp_path):
 
 
 class Trap:
-    """Pickled, it makes a file when it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, file):
         self.file = file

@@ -20,7 +20,8 @@ STEP = 4e9  # FLOPs
 
 
 def write_run(path, losses, seed=0, flops=STEP):
-    """A run's directory. `losses`: name -> loss as a function of FLOPs; validation every 20 steps of 1,000."""
+    """Write the folder of a run. `losses` has a name -> its loss as a function of FLOPs. Of 1,000 steps, every 20th
+    validates."""
     path.mkdir(parents=True)
     lines = []
     for step in range(0, 1001):
@@ -37,7 +38,7 @@ def write_run(path, losses, seed=0, flops=STEP):
 
 
 def law(scale=1.0):
-    """A loss that falls as a power of FLOPs; one with `scale` s needs s times the FLOPs for the same loss."""
+    """A loss that falls as a power of FLOPs. With `scale` s it needs s times the FLOPs for the same loss."""
     return lambda flops: 1.5 + 3.0 * (1 + flops / scale / 3e10) ** -0.4
 
 

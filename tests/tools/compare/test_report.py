@@ -26,7 +26,7 @@ PIXEL = base64.b64decode(
 
 
 class Page(HTMLParser):
-    """A page's tags, attributes and text; every tag must be closed."""
+    """The tags, attributes and text of a page, in which every tag must be closed."""
 
     def __init__(self, html):
         super().__init__()
@@ -66,7 +66,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A dense model and a mixture, trained by the public command; and the dense one as if with another seed."""
+    """A dense model and a mixture, trained by the public command, and a copy of the dense one as if with another
+    seed."""
     folder = tmp_path_factory.mktemp("report")
     runs = []
     for name, seed, decoupled in [("dense-0", 0, []), ("mixture-0", 0, ["in_proj"])]:

@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, as loops over the formula: softmax(q k / sqrt(C)) v."""
+    """Attention of one head over all positions, as loops over the formula softmax(q k / sqrt(C)) v."""
 
     def __init__(self, width):
         super().__init__()
@@ -74,7 +74,7 @@ class Level(nn.Module):
 
 
 class Coder(nn.Module):
-    """Encoder or decoder, with the published names."""
+    """The encoder or the decoder, with the published names."""
 
     def __init__(self, side, channels_in, channels_out, widths, blocks, attention):
         super().__init__()
@@ -154,7 +154,7 @@ def published(**settings):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """The tool in this process, which has imported torch already: (exit code, stdout, stderr)."""
+    """Run the tool in this process, which has imported torch already. Returns (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["convert_vqgan.py", *map(str, arguments)])

@@ -24,7 +24,8 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags, its text, packed pieces by key and padding; and that every tag is closed."""
+    """What a page holds: its tags, its text, and its packed pieces by key and padding. It checks that every tag is
+    closed."""
 
     def __init__(self, html):
         super().__init__()
@@ -104,7 +105,7 @@ def tokenizers(tmp_path_factory):
 
 
 def write_decodable(folder, tokenizers, documents=16):
-    """Documents of an evil text and key, a picture, and a recording."""
+    """Write documents of a hostile text, with a key that is HTML, a picture, and a recording."""
     folder.mkdir()
     image = tokenizers.tokenizer("image")
     with ShardWriter(folder / "x-00000.tar", tokenizers.modalities) as writer:

@@ -19,7 +19,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory):
-    """A trained BPE whose vocabulary also has image codes and specials, out of order, as Chameleon's."""
+    """A trained BPE whose vocabulary also has image codes and specials, out of order, as Chameleon's has."""
     from tokenizers import AddedToken, Tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"

@@ -31,7 +31,7 @@ def plan_of(*folders, weights=(1.0,), length=96, lanes=2, window=32, **kwargs):
 
 
 def counted(plan, sequences):
-    """The same figures from batches: padding, cut documents, tokens by modality, documents."""
+    """The same figures counted from batches: padding, cut documents, tokens by modality, documents."""
     tokens, pieces, begun, split = np.zeros(3, int), 0, 0, 0
     for batch in islice(batches(plan, VOCAB, Share(0, 1, 1, 1)), sequences):
         tokens += batch.real_tokens.numpy()
@@ -62,7 +62,7 @@ def test_the_figures_are_those_of_the_batches(tmp_path, latent_width, how):
 
 
 def caption(rng, _):
-    """A caption and a picture of 1,024 codes: three fit a row of 4,096, whatever the algorithm."""
+    """A caption and a picture of 1,024 codes. Three of them fit into a row of 4,096, whatever the algorithm."""
     words, codes = rng.integers(20, 40), rng.integers(0, 32, 1024)
     return [TokenSegment(0, rng.integers(0, 100, words).astype(np.uint16)), TokenSegment(1, codes.astype(np.uint16))]
 

@@ -78,7 +78,7 @@ def command(made, output, *more, raw=None):
 
 
 def run(*args, code=0, process=False, **kwargs):
-    """With process=True as a user starts it; else in a process that has imported torch already."""
+    """Run the tool: with process=True as a user starts it, otherwise in a process that has imported torch already."""
     line = command(*args, **kwargs)
     if process:
         done = subprocess.run(line, capture_output=True, text=True)
@@ -132,7 +132,7 @@ def test_too_many_unreadable_samples_are_an_error_and_nothing_is_lost(made, tmp_
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """Many lines of text and a tokenizer for nothing else: processes that start soon."""
+    """Many lines of text and a tokenizer for nothing else, with which processes start soon."""
     folder, rng = tmp_path_factory.mktemp("words"), random.Random(1)
     (folder / "raw").mkdir()
     for name in ("a", "b"):
@@ -162,7 +162,7 @@ def undisturbed(words):
 
 
 def workers_of(pid):
-    """The processes that were forked from the server which a tool has started for this."""
+    """The processes that were forked from the server which a tool has started for them."""
 
     def children(pid):
         return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -314,7 +314,7 @@ def test_a_run_refuses_shards_of_other_tokenizers(made, tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def continuous(made):
-    """A tokenizers folder beside the other: the same text, a KL-VAE with random weights, no speech."""
+    """A folder of tokenizers beside the other: the same text, a KL-VAE with random weights, and no speech."""
     import torch
     from diffusers import AutoencoderKL
 

@@ -26,7 +26,7 @@ CONFIG = {
 
 
 def picture(rng):
-    """A gradient between two greys: something a small autoencoder can learn."""
+    """A gradient between two greys, which a small autoencoder can learn."""
     start, end = rng.integers(0, 256, (2, 1)).repeat(3, axis=1)
     ramp = np.linspace(0, 1, 8)[None, :, None]
     pixels = np.broadcast_to(start * (1 - ramp) + end * ramp, (8, 8, 3)).astype(np.uint8)
@@ -109,7 +109,7 @@ def test_pictures_come_back_better_than_their_mean_colour(trained):
 
 @pytest.fixture(scope="module")
 def trained_kl(raw, tmp_path_factory):
-    """A VAE in place of the codes, and text."""
+    """A VAE in place of the codes, and a text tokenizer."""
     output = tmp_path_factory.mktemp("trained_kl") / "tokenizers"
     image = {k: v for k, v in CONFIG["image"].items() if k not in ("size", "autoencoder_steps", "quantized_steps")}
     train(raw, output, {"text": CONFIG["text"], "image": {**image, "kind": "kl", "steps": 240}})

@@ -1,4 +1,4 @@
-"""The main job, whole but small: the same program as `make demo`."""
+"""The demo, whole but small, by the same program as `make demo`."""
 
 import json
 import shlex

@@ -69,7 +69,7 @@ def test_pictures_are_32_pixels_and_recordings_16_khz_mono_with_sound(corpus):
 
 
 def ink(data):
-    """A digit whatever its pen: distance from the ground colour, scaled."""
+    """The shape of a digit whatever its pen: the distance from the ground colour, scaled."""
     pixels = np.asarray(Image.open(io.BytesIO(data)), np.float32)
     away = np.abs(pixels - pixels[0, 0]).sum(axis=2)
     return tuple((away / away.max() * 12).round().astype(int)[4:28:4, 4:28:4].ravel())

@@ -12,7 +12,7 @@ TOOL = CHECKOUT / "tools/dev/api_reference.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    """The program's names, with pages that are made once: reading all sources takes seconds."""
+    """The names in the program, with pages that are made only once, because reading all sources takes seconds."""
     names = runpy.run_path(str(TOOL))
     found = names["pages"]()
     names["main"].__globals__["pages"] = lambda: found

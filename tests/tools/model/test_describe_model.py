@@ -151,7 +151,7 @@ def test_a_block_keeps_as_many_bytes_per_token_as_predicted(config, precision):
 
 
 def peak_of_training(config):
-    """Most bytes that PyTorch's allocator held while two steps were trained, of everything since the start."""
+    """The most bytes that PyTorch's allocator held while two steps were trained, counted from the start."""
     from torch.profiler import ProfilerActivity, profile
 
     from mom_train.distributed.ranks import process_group

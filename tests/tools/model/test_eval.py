@@ -1,4 +1,4 @@
-"""tools/eval.py says of a checkpoint what the run's own validation said, whatever the number of processes."""
+"""tools/eval.py computes the losses that the run's own validation computed, whatever the number of processes."""
 
 import fcntl
 import json
@@ -32,7 +32,7 @@ def call(*line, code=0):
 
 
 def in_a_terminal(*line):
-    """What a tool shows on a terminal, where progress bars are drawn; it must succeed."""
+    """What a tool shows on a terminal, where progress bars are drawn. The tool must succeed."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # none is drawn on no columns
     command = [sys.executable, *map(str, line)]

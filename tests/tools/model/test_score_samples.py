@@ -188,8 +188,8 @@ def as_bytes(value):
 
 
 def write_documents(folder, raw, tokenizers, seed):
-    """Token shards of captioned pictures and read texts; and RAW, the documents they were made from but the first of
-    each kind. Returns {kind: [(text, picture or recording)]}."""
+    """Write token shards of captioned pictures and read texts, and RAW with the documents they were made from, except
+    the first of each kind. Returns {kind: [(text, picture or recording)]}."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
     made = {"image": [], "speech": []}
@@ -233,7 +233,8 @@ def test_a_whisper_is_heard_out_greedily_in_the_language_that_is_said(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """(folder, tokenizers, documents): of a run that reads text, pictures and speech, with judges beside it."""
+    """(folder, tokenizers, documents) of a run that reads text, pictures and speech, with models beside it that judge
+    samples."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "tokenizers").mkdir()
     path = write_tokenizers(folder / "tokenizers")
@@ -261,7 +262,7 @@ def call(*line, code=0):
 
 
 def clip_score(folder, pictures, texts):
-    """By CLIPModel's own logits."""
+    """The CLIP score by the logits of CLIPModel itself."""
     tokenizer, look = PreTrainedTokenizerFast.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
     read = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
     inputs = {name: read[name] for name in ("input_ids", "attention_mask")} | look(
@@ -283,7 +284,7 @@ def frechet(folder, pictures, others):
 
 
 def word_error_rate(folder, recordings, texts):
-    """By the likeliest letters of every frame, repeats and blanks left out."""
+    """The word error rate by the likeliest letter of every frame, where repeats and blanks are left out."""
     model, hear = Wav2Vec2ForCTC.from_pretrained(folder).eval(), Wav2Vec2FeatureExtractor.from_pretrained(folder)
     letter = {i: token for token, i in json.loads((folder / "vocab.json").read_text()).items()}
     heard = []

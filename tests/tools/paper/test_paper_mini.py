@@ -58,12 +58,12 @@ def timed(per_step=0.1, startup=2.0):
 
 
 def loss(job):
-    """The best rate of all is 1e-2."""
+    """The loss that a rate leads to. The best rate of all is 1e-2."""
     return 3 + abs(math.log(job.rate / 1e-2)) + 0.01 * job.seed
 
 
 def simulate(state, seeds, left, slots=2, stop_after=None):
-    """Jobs in the order they start; every one takes what the plan thinks."""
+    """The jobs in the order in which they start, where each takes as long as the plan predicts."""
     started = []
     while stop_after is None or len(started) < stop_after:
         jobs = startable(state, seeds, BATCH, set(), set(), left)[:slots]

@@ -35,7 +35,7 @@ GREY, ORANGE = "#6b7280", "#e07b00"
 
 
 def as_json(found: Mapping[str, Comparison], published: Sequence[Published] = ()) -> dict[str, dict[str, object]]:
-    """Loss name -> figures; with the paper's rows under `published` where some were asked for."""
+    """Loss name -> figures. Where rows of the paper were asked for, they are under `published`."""
     return {
         name: asdict(result)
         | ({"published": [asdict(p) for p in published if p.belongs_to(name)]} if published else {})
@@ -55,12 +55,12 @@ def percent(value: float | None, interval: Interval, sign: bool = False) -> str:
 
 
 def label(row: Published) -> str:
-    """Which validation set a published figure is of."""
+    """The validation set to which a published figure belongs."""
     return "" if row.metric == "training" else f" ({row.metric})"
 
 
 def cells(name: str, result: Comparison, published: Sequence[Published] = ()) -> list[str]:
-    """One row of the table, as text: loss, baseline, candidate, gain, FLOPs, and the paper's gain and FLOPs."""
+    """One row of the table as text: loss, baseline, candidate, gain, FLOPs, and the paper's gain and FLOPs."""
     row = [name, f"{result.baseline_loss:.4f}", f"{result.candidate_loss:.4f}"]
     row += [percent(result.gain_percent, result.gain_interval, sign=True)]
     row += [percent(result.relative_flops_percent, result.relative_flops_interval)]
@@ -127,8 +127,9 @@ def notes(found: Mapping[str, Comparison], window: float) -> str:
 
 
 def draw(sides: Mapping[str, Sequence[Run]], names: Sequence[str], window: float, out: Path) -> None:
-    """The paper's two figures for every loss of `sides`, the baseline first: the curves over FLOPs, and where the other
-    reaches the baseline's lowest loss so far, in percent of the baseline's FLOPs (below the diagonal: earlier)."""
+    """Draw the paper's two figures for every loss of `sides`, the baseline first. One has the curves over FLOPs. The
+    other shows where the candidate reaches the lowest loss of the baseline so far, in percent of the FLOPs of the
+    baseline; below the diagonal it reaches it earlier."""
     kinds = list(dict.fromkeys(name.rpartition("/")[0] for name in names))  # a pair of rows: training, or one set
     modalities = list(dict.fromkeys(name.rpartition("/")[2] for name in names))
     size = (3.6 * len(modalities), 5.6 * len(kinds))
@@ -199,15 +200,15 @@ def main() -> None:
         "--window",
         type=float,
         default=WINDOW,
-        help="share of the FLOPs over which training losses are averaged (%(default)s; 0: none)",
+        help="share of the FLOPs over which training losses are averaged; 0 is none (%(default)s)",
     )
     parser.add_argument(
-        "--paper", metavar="TABLE:ROW", help="show the paper's figures beside, such as 7:1.5B or 4:163M"
+        "--paper", metavar="TABLE:ROW", help="show these figures of the paper beside, such as 7:1.5B or 4:163M"
     )
     add_json(parser)
     parser.add_argument("--csv", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT", help="the table (printed in any case)")
-    parser.add_argument("--plot", type=Path, metavar="OUT", help="curves and loss matching: .png, .svg or .pdf")
+    parser.add_argument("--markdown", type=Path, metavar="OUT", help="file for the table, which is always printed")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="file for the two figures: .png, .svg or .pdf")
     arguments = parser.parse_args()
     with exit_clearly():
         published = select(arguments.paper) if arguments.paper else []

@@ -39,7 +39,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .svg or .pdf")
-    parser.add_argument("--x", choices=AXES, default="tokens", help="(default: %(default)s)")
+    parser.add_argument("--x", choices=AXES, default="tokens", help="horizontal axis (default: %(default)s)")
     arguments = parser.parse_args()
     with exit_clearly():
         runs = [Run(path) for path in arguments.runs]

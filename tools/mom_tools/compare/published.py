@@ -1,4 +1,4 @@
-"""The numbers that the paper prints (tables/README.md), and which of them stand beside a run's losses."""
+"""The numbers that the paper prints (tables/README.md), and which of them are shown beside the losses of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ TABLES = {2: "Chameleon + Speech", 3: "ablation, Chameleon + Speech, 443M", 4: "
 
 @dataclass(frozen=True)
 class Published:
-    """One printed row: losses in nats per token (Transfusion's image: squared error), gain and FLOPs in percent."""
+    """One printed row: losses in nats per token (squared error for the pictures of Transfusion), gain and FLOPs in
+    percent."""
 
     table: int
     row: str
@@ -29,8 +30,8 @@ class Published:
     transformer_loss: float | None = None
 
     def belongs_to(self, name: str) -> bool:
-        """Whether it stands beside the loss called `name`: training beside training; a validation set beside the one
-        of its name, or beside any where they have no name in common."""
+        """Whether this row is shown beside the loss called `name`. Training figures belong to training losses. Figures
+        of a validation set belong to the set of the same name, or to any set where the names have nothing in common."""
         *prefix, _, modality = name.split("/")
         if modality != self.modality or (self.metric == "training") != (not prefix):
             return False

@@ -42,7 +42,7 @@ _KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".wav": "audio/wav"}
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as one mapping of dotted key -> text."""
+    """Nested mappings as one mapping of dotted keys to texts."""
     if isinstance(values, dict) and values:
         return {k: v for key, inner in values.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
     if isinstance(values, list) and all(not isinstance(v, dict | list) for v in values):
@@ -53,7 +53,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def json_or_none(path: Path) -> Any:
-    """The value in a file; None where there is no such file, or where a crash has cut it short."""
+    """The value in a JSON file, or None where there is no such file, or where a crash has cut it short."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -64,7 +64,8 @@ def json_or_none(path: Path) -> Any:
 
 
 def seconds_of(run: Run) -> float:
-    """Time spent in training: tokens between two lines over the speed that the second one tells."""
+    """The seconds spent in training: the tokens between two logged lines, divided by the speed that the second line
+    has."""
     before, spent = 0.0, 0.0
     for line in run.lines:
         if line.get("perf/tokens_per_s"):
@@ -148,7 +149,7 @@ def samples(run: Run) -> list[dict[str, Any]]:
 
 
 def _pieces(text: str, files: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """(text, name of the file that follows it) of a sample's Markdown; a link stands alone in its line."""
+    """The pieces of a sample's Markdown: (text, name of the file that follows it). A link is alone in its line."""
     at = 0
     for link in _LINK.finditer(text):
         if link["name"] in files and Path(link["name"]).suffix in _KINDS:
@@ -175,7 +176,8 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def loss_charts(runs: Sequence[Run], axis: str) -> dict[str, str]:
-    """Modality -> its chart: training losses smoothed over the noisy ones, validation as dots."""
+    """Modality -> its chart: single training losses, the smoothed training loss above them, and validation losses as
+    dots."""
     names = list(dict.fromkeys(name for run in runs for name in run.names))
     modalities = list(dict.fromkeys(name.rpartition("/")[2] for name in names))
     charts = {}
@@ -197,7 +199,7 @@ def loss_charts(runs: Sequence[Run], axis: str) -> dict[str, str]:
 
 
 def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Title -> chart of each of the `wanted` (logged name, title) that a run has logged."""
+    """Title -> chart, for each of the `wanted` (logged name, title) that a run has logged."""
     charts = {}
     for name, title in wanted:
         series = []
@@ -215,7 +217,7 @@ def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> dict
 
 
 def models(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs grouped by model, in the order given: runs that differ only in seed and folder belong to one model."""
+    """The runs grouped by model, in the order given. Runs that differ only in seed and folder belong to one model."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         what = {k: v for k, v in run.config.items() if k not in ("seed", "run_dir")}
@@ -240,14 +242,15 @@ def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Names of the runs: their paths without the part that all share, or the last two parts of a single run's path."""
+    """The names of the runs: their paths without the part that all share, or the last two parts of a single run's
+    path."""
     paths = [run.path.absolute() for run in runs]
     shared = len(Path(os.path.commonpath(paths)).parts) if len(paths) > 1 else len(paths[0].parts) - 2
     return ["/".join(p.parts[min(shared, len(p.parts) - 1) :]) for p in paths]
 
 
 def validation_table(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Loss -> for each run (final, best, step of the best), or None."""
+    """Loss -> (final, best, step of the best) of each run, or None where a run has no such loss."""
     names = dict.fromkeys(n for run in runs for line in run.lines for n in line if n.startswith("val/"))
     table: dict[str, list[Any]] = {}
     for name in names:
@@ -259,7 +262,8 @@ def validation_table(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def baseline_of(run: Run) -> dict[str, float]:
-    """Validation loss, as the run names it -> the unigram baseline, which is made where nobody has made it yet."""
+    """Validation loss, as the run names it -> loss of the unigram baseline, which is computed where it does not exist
+    yet."""
     found = read_baseline(run.path)
     if not found and run.config:
         try:
@@ -271,7 +275,7 @@ def baseline_of(run: Run) -> dict[str, float]:
 
 
 def differences(runs: Sequence[Run]) -> tuple[dict[str, list[str | None]], list[dict[str, str]]]:
-    """(keys of the config in which runs differ -> each one's value, every run's whole config)."""
+    """(config keys in which runs differ -> the value of each run, the whole config of every run)."""
     configs = [flat(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     differing = {k: [c.get(k) for c in configs] for k in keys if len({c.get(k) for c in configs}) > 1}
@@ -313,7 +317,9 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the first is the baseline")
-    parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html, or report.html of several)")
+    parser.add_argument(
+        "--output", type=Path, help="the page (default: RUN/report.html, or report.html for several runs)"
+    )
     parser.add_argument("--price", type=float, help="price of one device (rank) for an hour, in any currency")
     arguments = parser.parse_args()
     with exit_clearly():

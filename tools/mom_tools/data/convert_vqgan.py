@@ -71,7 +71,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def rename(name: str, levels: int) -> str:
-    """diffusers' name of one of the published tensors."""
+    """The name that diffusers gives to one of the published tensors."""
     part, _, rest = name.partition(".")
     if part not in ("encoder", "decoder"):
         return name
@@ -86,7 +86,8 @@ def rename(name: str, levels: int) -> str:
 
 
 def model_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """diffusers.VQModel's arguments, from names and shapes. Raises ValueError where tensors are not a VQGAN's."""
+    """The arguments of diffusers.VQModel, from names and shapes of tensors. Raises ValueError where the tensors are not
+    those of a VQGAN."""
     needed = ("encoder.conv_in", "encoder.conv_out", "quantize.embedding", "decoder.conv_out")
     if missing := [name for name in needed if f"{name}.weight" not in tensors]:
         raise UserError(
@@ -95,7 +96,7 @@ def model_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         )
 
     def count(pattern: str) -> int:
-        """How many different numbers stand in the place that the pattern marks."""
+        """How many different numbers the names have at the place that the pattern marks."""
         return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
     levels = count(r"encoder\.down\.(\d+)\.block\.")
@@ -161,8 +162,8 @@ def convert(tensors: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help=".ckpt, .pt or .safetensors")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the tokenizer's folder")
+    parser.add_argument("checkpoint", type=Path, help="published weights, a .ckpt, .pt or .safetensors file")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the tokenizer")
     parser.add_argument("--resolution", type=int, default=512, help="side of pictures in pixels (default: %(default)s)")
     add_json(parser)
     arguments = parser.parse_args()

@@ -45,7 +45,8 @@ _MEASURED = 256  # sequences that the padding is measured over
 
 @functools.lru_cache(maxsize=256)
 def keys_of(location: str, shard: str) -> list[str]:
-    """Keys of a local shard's documents; none of a remote one, which is not fetched for that."""
+    """The keys of the documents in a local shard. A remote shard gives none, because it is not fetched only for
+    that."""
     path = Path(location) / shard
     return document_keys(path) if path.is_file() else []
 
@@ -94,7 +95,8 @@ def packed_rows(plan: Plan, count: int) -> list[dict[str, Any]]:
 
 
 class Census:
-    """One pass over the indices: tokens and lengths by modality, and a few documents of every kind, chosen by hash.
+    """Counts from one pass over the indices: tokens and lengths by modality, and a few documents of every kind, chosen
+    by hash.
 
     A kind is a source and the set of modalities in the document.
     """
@@ -129,7 +131,7 @@ class Census:
 
 
 def histogram(bins: Counter[int]) -> list[dict[str, Any]]:
-    """Columns of a histogram over powers of two: label (the lower bound), count, height in percent."""
+    """The columns of a histogram over powers of two: label (the lower bound), count, height in percent."""
     top, tallest = max((k for k, n in bins.items() if n), default=-1), max(bins.values(), default=0)
     labels = [str(1 << k) if k < 10 else f"{1 << (k - 10)}k" for k in range(top + 1)]
     return [{"label": label, "count": bins[k], "height": 100 * bins[k] / tallest} for k, label in enumerate(labels)]
@@ -146,7 +148,7 @@ def png(image: Any) -> str:
 
 
 def sound(waveform: np.ndarray, rate: int) -> dict[str, Any]:
-    """A WAV to play, and the outline of its samples."""
+    """A WAV that the page can play, and the outline of its samples."""
     kept = np.clip(waveform, -1, 1)
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
@@ -164,7 +166,7 @@ def sound(waveform: np.ndarray, rate: int) -> dict[str, Any]:
 
 
 def shown(segment: TokenSegment, modality: str, tokenizers: Tokenizers | None) -> dict[str, Any]:
-    """What the page shows of one segment; ids where it cannot be decoded, with the reason."""
+    """What the page shows of one segment. Where it cannot be decoded, these are its ids and the reason."""
     n = len(segment.values)
     unit = "patches" if segment.latent else "tokens" if modality == "text" else "codes"
     part: dict[str, Any] = {"modality": modality, "number": segment.modality, "note": f"{n:,} {unit}"}
@@ -257,7 +259,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("dataset", nargs="*", help="folders of token shards (default: the config's data.train)")
     parser.add_argument("--output", type=Path, required=True, help="the page to write")
-    parser.add_argument("--config", type=Path, help="a run's config: its row length, packing, seed and tokenizers")
+    parser.add_argument("--config", type=Path, help="config of a run, for row length, packing, seed and tokenizers")
     add_packing(parser, length=1024, lanes=4)
     parser.add_argument("--tokenizers", type=Path, help="tokenizers.yaml, to decode documents (default: the config's)")
     parser.add_argument("--rows", type=int, default=24, help="packed rows to draw (default: %(default)s)")

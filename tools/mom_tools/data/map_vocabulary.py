@@ -19,7 +19,8 @@ from mom_tools.output import write_json
 
 
 def pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
-    """Name -> value, from arguments NAME=VALUE. Raises UserError for another form, or a name that is given twice."""
+    """Name -> value, from arguments NAME=VALUE. Raises UserError for an argument of another form, or a name that is
+    given twice."""
     for argument in arguments:
         if not all(argument.partition("=")):
             raise UserError(f"{option} {argument}: expected NAME=VALUE")
@@ -31,11 +32,17 @@ def pairs(arguments: Sequence[str], option: str) -> dict[str, str]:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("tokenizer", type=Path, help="tokenizer.json or vocab.json")
-    parser.add_argument("--output", type=Path, required=True, help="the layout's file")
-    parser.add_argument("--special", nargs="+", default=(), metavar="NAME=TOKEN", help="e.g. null=<reserved08705>")
+    parser.add_argument("tokenizer", type=Path, help="the tokenizer, a tokenizer.json or vocab.json")
+    parser.add_argument("--output", type=Path, required=True, help="file of the layout")
     parser.add_argument(
-        "--further", nargs="+", default=(), metavar="MODALITY=SIZE", help="ids appended, e.g. speech=500"
+        "--special", nargs="+", default=(), metavar="NAME=TOKEN", help="specials, as null=<reserved08705>"
+    )
+    parser.add_argument(
+        "--further",
+        nargs="+",
+        default=(),
+        metavar="MODALITY=SIZE",
+        help="modalities whose ids are appended, such as speech=500",
     )
     add_json(parser)
     arguments = parser.parse_args()

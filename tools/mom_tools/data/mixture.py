@@ -11,10 +11,13 @@ import numpy as np
 
 
 def sources(dataset: Path, lanes: int, shares: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The shards as sources weighted so that the tokens come out as `shares` (scaled to the modalities there
-    are, one that has none like the smallest), as
-    nearly as their mixtures allow. Shards are grouped by the modality they have most of compared with the whole; within
-    a group they weigh by size. Shards with too few documents for the lanes are left out, unless that leaves none."""
+    """The shards as sources of a run, weighted so that the tokens of the modalities come out as `shares`, as nearly as
+    the mixtures in the shards allow.
+
+    The shares are scaled to the modalities that exist, and a modality without a share counts like the smallest one.
+    Shards are grouped by the modality of which they have most, compared with the whole. Within a group they are
+    weighted by size. Shards with too few documents for the lanes are left out, unless that leaves none.
+    """
     stored = json.loads((dataset / "manifest.json").read_text())["shards"]
     shards = [s for s in stored if s["documents"] >= lanes and sum(s["tokens"].values())]
     if not shards:

@@ -49,7 +49,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def configured(config: Path, overrides: Sequence[str]) -> tuple[Plan, int]:
-    """(training plan, sequences that the run takes) of a run's config."""
+    """(the training plan of a run's config, the number of sequences that the run takes)."""
     from mom_train.config.files import load_config  # here, for these import torch
     from mom_train.data import Datasets, training_plan
 

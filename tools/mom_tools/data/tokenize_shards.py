@@ -2,14 +2,15 @@
 
     mom tokenize --config TOKENIZERS.yaml --input 'raw/*.tar' --output OUT --workers 8
 
-Inputs are read once for their headers and cut into parts (--part-mib); a part's shards depend on the input, the
-tokenizers, --part-mib and --shard-mib, not on the number of workers. What is gzipped cannot be entered in the middle
-and is one part: gunzip a large .tar.gz first. A command that was killed goes on, when it is started again, with
-the parts that are not finished. Documents that cannot be read, or are above --max-..., are skipped, counted and listed
-in OUT/skipped.jsonl; the dataset exists once OUT/manifest.json does.
+The headers of the inputs are read once, and the inputs are cut into parts (--part-mib). The shards of a part depend on
+the input, the tokenizers, --part-mib and --shard-mib, and not on the number of workers. A gzipped file is a single
+part, because it cannot be read from the middle: gunzip a large .tar.gz first. A command that was killed and is started
+again works on the parts that are not finished. Documents that cannot be read, or are larger than --max-... allows, are
+left out, counted and listed in OUT/skipped.jsonl. The dataset is complete once OUT/manifest.json exists.
 
 --submit runs the same on a Slurm cluster (or, to try it, as local processes): an array that reads the headers, an
-array that tokenizes, and a job that commits the manifest. Elsewhere, run it with --stripe 0/N .. N-1/N, then without.
+array that tokenizes, and a job that commits the manifest. On other clusters, run it with --stripe 0/N .. N-1/N, and
+then once without --stripe.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def each(
     given: Mapping[str, Given],
     tick: Callable[[int], None],
 ) -> dict[str, Made]:
-    """Name -> result of `work`. A failure does not stop the others; at the end one error names all failures."""
+    """Name -> result of `work`. A failure does not stop the others, and one error at the end names all failures."""
     futures: dict[Future[Made], str] = {pool.submit(work, value): name for name, value in given.items()}
     waiting, running = set(futures), list(futures.values())
     made: dict[str, Made] = {}
@@ -200,8 +201,8 @@ def _to(bar: Any, n: int) -> None:
 def commit(
     jobs: Sequence[Job], records: Mapping[str, Mapping[str, Any]], account: Account, max_bad_fraction: float
 ) -> dict[str, Any]:
-    """Write the manifest, unless too much could not be read. `account`: of the input files; that of their members is
-    added here. Returns the figures of the data set."""
+    """Write the manifest, unless too much could not be read. `account` is that of the input files, and the accounts of
+    their members are added to it here. Returns the figures of the data set."""
     output, settings = jobs[0].output, jobs[0].settings
     ordered = [records[job.name] for job in jobs]
     shards = [s for record in ordered for s in record["shards"] if s["documents"]]
@@ -258,7 +259,7 @@ def submit(options: argparse.Namespace, rest: Sequence[str], inputs: int, output
         raise UserError("--submit needs submitit: pip install 'mixture-of-mamba[slurm]'") from None
 
     class Step(CommandFunction, Checkpointable):
-        """A command that is started again after a time-out or preemption; it goes on where it was."""
+        """A job whose command is started again after a time-out or preemption, and goes on where it was."""
 
     tool = [sys.executable, "-m", "mom_tools.data.tokenize_shards", "--workers", str(options.cpus_per_task), *rest]
     size = options.array_size
@@ -320,18 +321,18 @@ def positive(text: str) -> float:
 
 
 def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
-    """(the run's arguments, the submission's, the command line without the latter)"""
+    """(the arguments of the tokenization, the arguments of the submission, the command line without the latter)."""
     cluster = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = cluster.add_argument_group("on a cluster")
     group.add_argument(
         "--submit", nargs="?", const="slurm", choices=["slurm", "local"], help="run as jobs, through submitit"
     )
-    group.add_argument("--dry-run", action="store_true", help="with --submit: only say what would be submitted")
-    group.add_argument("--array-size", type=int, default=8, metavar="N", help="tasks of the array (%(default)s)")
-    group.add_argument("--partition", help="of Slurm")
-    group.add_argument("--account", help="of Slurm")
-    group.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="limit of a task (%(default)s)")
-    group.add_argument("--cpus-per-task", type=int, default=8, help="cores and --workers of a task (%(default)s)")
+    group.add_argument("--dry-run", action="store_true", help="with --submit, only say what would be submitted")
+    group.add_argument("--array-size", type=int, default=8, metavar="N", help="tasks of a job array (%(default)s)")
+    group.add_argument("--partition", help="Slurm partition of the jobs")
+    group.add_argument("--account", help="Slurm account of the jobs")
+    group.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="time limit of a task (%(default)s)")
+    group.add_argument("--cpus-per-task", type=int, default=8, help="cores of a task, and its --workers (%(default)s)")
     group.add_argument(
         "--gpus-per-task", type=int, default=0, help="GPUs of a task, with one worker for each (%(default)s)"
     )
@@ -349,20 +350,28 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
         default="auto",
         help="device of the models, with one worker for each GPU",
     )
-    parser.add_argument("--split", choices=["train", "val"], help="take one side of a hold-out by document key")
-    parser.add_argument("--holdout", type=float, default=0.03, help="share of documents that is val (%(default)s)")
-    parser.add_argument("--drop-modalities", nargs="+", default=(), metavar="MODALITY",
-                        help="leave out segments of these, and documents of nothing else; no error")  # fmt: skip
-    parser.add_argument("--text-key", nargs="+", default=(), metavar="KEY",
-                        help="keys of a JSON, beside a picture or a recording or in a line, that hold the text; the "
-                        f"first found counts, before any .txt (default, after: {' '.join(TEXT_KEYS)})")  # fmt: skip
-    parser.add_argument("--ignore", nargs="+", default=(), metavar="EXTENSION",
-                        help="members with these extensions (npz, srt, ...) are left out; no error")  # fmt: skip
     parser.add_argument(
-        "--max-pixels", type=positive, default=MAX_PIXELS, help="most pixels of a picture (%(default)s)"
+        "--split", choices=["train", "val"], help="tokenize only this side of a division by document keys"
     )
-    parser.add_argument("--max-seconds", type=positive, default=7200, help="longest recording (%(default)s)")
-    parser.add_argument("--max-characters", type=positive, default=MAX_CHARACTERS, help="longest text (%(default)s)")
+    parser.add_argument(
+        "--holdout", type=float, default=0.03, help="share of documents in val, with --split (%(default)s)"
+    )
+    parser.add_argument("--drop-modalities", nargs="+", default=(), metavar="MODALITY",
+                        help="modalities whose segments are left out; documents that have no others are left out too, "
+                        "and none of them counts as bad")  # fmt: skip
+    parser.add_argument("--text-key", nargs="+", default=(), metavar="KEY",
+                        help="keys that hold the text, in the JSON beside a picture or recording or in a line of JSON "
+                        "lines; the first one found goes before any .txt (default, tried after .txt: "
+                        f"{' '.join(TEXT_KEYS)})")  # fmt: skip
+    parser.add_argument("--ignore", nargs="+", default=(), metavar="EXTENSION",
+                        help="extensions (npz, srt) of members to leave out, which do not count as bad")  # fmt: skip
+    parser.add_argument(
+        "--max-pixels", type=positive, default=MAX_PIXELS, help="leave out pictures with more pixels (%(default)s)"
+    )
+    parser.add_argument("--max-seconds", type=positive, default=7200, help="leave out longer recordings (%(default)s)")
+    parser.add_argument(
+        "--max-characters", type=positive, default=MAX_CHARACTERS, help="leave out longer texts (%(default)s)"
+    )
     parser.add_argument(
         "--max-bad-fraction",
         type=float,
@@ -370,13 +379,20 @@ def parse() -> tuple[argparse.Namespace, argparse.Namespace, list[str]]:
         help="fail where a larger share of documents is damaged (default: %(default)s)",
     )
     parser.add_argument(
-        "--part-mib", type=positive, default=256, help="MiB of raw input that are worked on at once (%(default)s)"
+        "--part-mib",
+        type=positive,
+        default=256,
+        help="size of the parts that raw input is cut into, in MiB (%(default)s)",
     )
-    parser.add_argument("--shard-mib", type=positive, default=128, help="start a new shard at this size (%(default)s)")
+    parser.add_argument(
+        "--shard-mib", type=positive, default=128, help="size in MiB at which a new shard begins (%(default)s)"
+    )
     parser.add_argument(
         "--stripe", type=stripe, metavar="K/N", help="work on every N-th part, from the K-th on, and commit nothing"
     )
-    parser.add_argument("--index-only", action="store_true", help="read the headers (of the stripe's inputs) and stop")
+    parser.add_argument(
+        "--index-only", action="store_true", help="only read the headers of the inputs, or of those of the stripe"
+    )
     add_json(parser)
     arguments = parser.parse_args()
     options, rest = cluster.parse_known_args()

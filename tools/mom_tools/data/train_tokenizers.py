@@ -63,7 +63,7 @@ class Config(Strict):
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Modality -> kind of tokenizer, of those that are configured."""
+        """Modality -> kind of its tokenizer, for those that are configured."""
         kinds = {"text": TextTokenizer.kind, "speech": SpeechTokenizer.kind}
         if self.image:
             kinds["image"] = self.image.kind
@@ -92,7 +92,8 @@ class Sample:
 
 
 def draw_sample(files: list[Path], config: Config, modalities: set[str], seed: int) -> Sample:
-    """Up to the configured caps, spread evenly over the files: each gives its share of what is still wanted."""
+    """Draw documents up to the configured limits, spread evenly over the files: each file gives its share of what is
+    still wanted."""
     sample = Sample()
     caps = {"text": float(config.text.max_documents)}
     caps |= {"image": float(config.image.max_images)} if config.image else {}
@@ -194,7 +195,7 @@ def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: in
 
 
 def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int, device: str = "cpu") -> dict[str, Any]:
-    """Train what is missing under `output`; returns the figures of all stages."""
+    """Train the tokenizers that are missing under `output`. Returns the figures of all stages."""
     inputs = [[f.name, f.stat().st_size] for f in files]
     stages = {name: getattr(config, name) for name in config.kinds}
     recipes = {n: {"config": c.model_dump(mode="json"), "inputs": inputs, "seed": seed} for n, c in stages.items()}
@@ -268,7 +269,7 @@ def warnings_of(config: Config, figures: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 def _finished(directory: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """Figures of a stage that was trained by the same recipe."""
+    """The figures of a stage that was trained before with the same recipe, or None."""
     try:
         record = json.loads((directory / "training.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -278,11 +279,13 @@ def _finished(directory: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="sizes and steps, e.g. configs/demo_tokenizers.yaml")
+    parser.add_argument("--config", type=Path, required=True, help="recipe, such as configs/demo_tokenizers.yaml")
     add_input(parser)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU where there is one (%(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the tokenizers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, or auto for a GPU where there is one (%(default)s)"
+    )
     arguments = parser.parse_args()
     with exit_clearly():
         config = load_config(arguments.config)

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, help="folder of token shards")
     parser.add_argument("--rebuild-index", action="store_true", help="make lost or damaged index files from the tars")
     parser.add_argument(
-        "--workers", type=int, help="processes (default: as many as the cores and the size of the data justify)"
+        "--workers", type=int, help="number of processes (default: by the cores and the size of the data)"
     )
     add_json(parser)
     arguments = parser.parse_args()

@@ -129,7 +129,7 @@ def _manuals() -> Iterator[str]:
 
 
 def _paragraphs(texts: Iterable[str], seen: set[bytes]) -> Iterator[list[str]]:
-    """Each text as its paragraphs of prose, leaving out tables, code and whatever was seen before."""
+    """The paragraphs of prose of each text. Tables, code, and paragraphs that were seen before are left out."""
     for text in texts:
         kept = []
         for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
@@ -144,7 +144,7 @@ def _paragraphs(texts: Iterable[str], seen: set[bytes]) -> Iterator[list[str]]:
 
 
 def collect_chunks(sources: Iterable[list[str]], rng: random.Random) -> list[str]:
-    """Chunks of 300 to about 3,000 characters, paragraphs whole and each used once, shuffled."""
+    """Chunks of 300 to about 3,000 characters, in shuffled order. Paragraphs stay whole, and each is used once."""
     chunks = []
     seen: set[bytes] = set()
     for texts in sources:
@@ -184,7 +184,8 @@ def caption(digit: int, stroke: str, pen: str, rng: random.Random) -> str:
 def plan_documents(
     number: int, pictures: list[int], targets: np.ndarray, strokes: list[str], chunks: list[str], seed: int
 ) -> list[Planned]:
-    """`number` documents over the given pictures and text chunks, shuffled: a pure function of its arguments."""
+    """`number` documents made of the given pictures and text chunks, in shuffled order. The result depends on nothing
+    but the arguments."""
     rng = random.Random(seed)
 
     def one_digit(i: int) -> Planned:
@@ -224,10 +225,10 @@ def plan_documents(
 
 
 class Espeak:
-    """espeak-ng through its C interface.
+    """The speech synthesiser espeak-ng, through its C interface.
 
-    One per process: the library keeps a state that shows in its sound and that not even a restart of it clears.
-    The same texts in the same order sound the same in every fresh process.
+    A process may have only one, because the library keeps a state that changes its sound and that even a restart of the
+    library does not clear. The same texts in the same order sound the same in every fresh process.
     """
 
     def __init__(self) -> None:
@@ -252,7 +253,7 @@ class Espeak:
         return 0
 
     def flac(self, speech: Speech) -> bytes:
-        """FLAC bytes, mono 16 bit at 16 kHz."""
+        """The text spoken, as FLAC bytes: mono, 16 bits, 16 kHz."""
         self.chunks.clear()
         if self.library.espeak_SetVoiceByName(speech.voice.encode()) != 0:
             raise UserError(f"espeak-ng has no voice {speech.voice!r}")
@@ -268,7 +269,8 @@ class Espeak:
 
 
 def png(pixels: np.ndarray, pen: str) -> bytes:
-    """PNG of a digit (8 x 8, 0 no ink to 16 full ink), 32 x 32 RGB, enlarged smoothly."""
+    """A digit as the PNG of an RGB picture of 32 x 32 pixels, enlarged smoothly from 8 x 8 values between 0 (no ink)
+    and 16."""
     ink, ground = (np.array(colour, np.float32) for colour in PENS[pen])
     grey = Image.fromarray((pixels / 16 * 255).round().astype(np.uint8))
     amount = (
@@ -283,7 +285,7 @@ Rendered = tuple[list[dict[str, Any]], dict[str, float]]
 
 
 def render(job: tuple[str, list[Planned], np.ndarray]) -> Rendered:
-    """(key prefix, documents, load_digits().images) -> WebDataset samples and their counts."""
+    """WebDataset samples and their counts, from (key prefix, documents, load_digits().images)."""
     prefix, documents, pixels = job
     espeak = Espeak()
     counts = dict.fromkeys(("documents", "characters", "images", "recordings", "speech_seconds"), 0.0)
@@ -315,7 +317,7 @@ def render(job: tuple[str, list[Planned], np.ndarray]) -> Rendered:
 
 
 def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, Any]:
-    """Build the corpus (or find it finished) and return its summary.
+    """Build the corpus, or find it finished. Returns its summary.
 
     Raises ValueError when espeak-ng is missing or `output` holds something else.
     """
@@ -391,9 +393,9 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for train/, val/ and summary.json")
-    parser.add_argument("--documents", type=int, default=4800, help="documents in all (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=4800, help="number of documents (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
     arguments = parser.parse_args()
     with exit_clearly():
         if arguments.documents < 50 or arguments.workers < 1:

@@ -47,7 +47,7 @@ def stage(title: str) -> Iterator[None]:
 
 
 def call(*command: str | Path, threads: int | None = None, quiet: bool = False) -> None:
-    """Run a command of `mom`; its own message says what went wrong."""
+    """Run a command of `mom`. Its own message says what went wrong."""
     output = subprocess.DEVNULL if quiet else None
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     done = subprocess.run([sys.executable, "-m", "mom_tools", *map(str, command)], env=environment, stdout=output)
@@ -56,14 +56,14 @@ def call(*command: str | Path, threads: int | None = None, quiet: bool = False) 
 
 
 def present_modalities(corpus: Path) -> list[str]:
-    """The modalities in the first documents of the input files that are trained on, text first."""
+    """The modalities in the first documents of the training files, text first."""
     files, _ = files_of_side([str(corpus)], "train")
     found = {"text", *modalities_at_the_head(files)}
     return sorted(found, key=lambda modality: (modality != "text", modality))
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether the run has ended at its last step with this config. The objective is left out of the comparison, for
+    """Whether the run has ended at its last step with this config. The objective is left out of the comparison, because
     a run adds the scale of its latents to it."""
     status, resolved = read_status(config.run_dir), config.run_dir / "config.yaml"
     if status is None or status["state"] != "finished" or not resolved.exists():
@@ -72,7 +72,7 @@ def finished(config: RunConfig) -> bool:
 
 
 def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
-    """The table that the demo ends with."""
+    """The table at the end of the demo."""
     lines = read_metrics(config.run_dir)
     first, last = lines[0], lines[-1]
     columns = [m for m in (*config.layout.modalities, "total") if f"val/{name}/loss/{m}" in last]
@@ -106,10 +106,10 @@ def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--corpus", type=Path, help="folder of raw tars (with train/ and val/ inside, if it has them)")
-    parser.add_argument("--work", type=Path, help="folder for everything made (default: runs/demo[-CORPUS])")
-    parser.add_argument("--config", default="configs/demo.yaml", help="the run (default: %(default)s)")
-    parser.add_argument("--tokenizers", default="configs/demo_tokenizers.yaml", help="default: %(default)s")
-    parser.add_argument("--documents", type=int, help="size of the corpus that is built")
+    parser.add_argument("--work", type=Path, help="folder for all that is made (default: runs/demo[-CORPUS])")
+    parser.add_argument("--config", default="configs/demo.yaml", help="config of the run (default: %(default)s)")
+    parser.add_argument("--tokenizers", default="configs/demo_tokenizers.yaml", help="recipe (default: %(default)s)")
+    parser.add_argument("--documents", type=int, help="number of documents in the corpus that is built")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides of the run's config, such as training.steps=50"
     )

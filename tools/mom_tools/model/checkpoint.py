@@ -34,7 +34,8 @@ if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known 
 
 
 def describe(checkpoint: Checkpoint, latest: Checkpoint | None, best: Checkpoint | None) -> dict[str, Any]:
-    """One line of `list`. `bytes` are those that lie there; `problems` what can be told without reading them all."""
+    """One line of `list`. `bytes` is the size of the files that are there, and `problems` has what can be found without
+    reading them all."""
     files, path = checkpoint.files, checkpoint.path
     there = {name: files.size(f"{path}/{name}") for name in files.names(path)}
     entry: dict[str, Any] = {
@@ -82,8 +83,9 @@ def verify(checkpoint: Checkpoint) -> list[str]:
 
 @contextmanager
 def held(run: str, checkpoint: Checkpoint) -> Iterator[None]:
-    """Inside, nobody trains in the run's folder. `run` may be the place of its checkpoints instead, so the folder that
-    the checkpoint names is held as well, where it is there. Raises UserError where somebody does."""
+    """A context in which nobody else trains in the run's folder. `run` may be the place of its checkpoints instead,
+    so the folder that the checkpoint names is held as well, where it exists. Raises UserError where somebody trains
+    there."""
     run_dir = (checkpoint.train_state().get("config") or {}).get("run_dir", "")
     places = {Path(place).resolve() for place in (run, run_dir) if place and is_local(place) and Path(place).is_dir()}
     with ExitStack() as stack:
@@ -94,14 +96,14 @@ def held(run: str, checkpoint: Checkpoint) -> Iterator[None]:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("run", help="run directory, or URL")
+    parser.add_argument("run", help="run directory, or the URL of its checkpoints")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("list", "verify"):
         command = commands.add_parser(name)
         add_json(command)
-    command.add_argument("--step", type=int, help="this one (default: all committed)")
+    command.add_argument("--step", type=int, help="step of the checkpoint to verify (default: all committed ones)")
     command = commands.add_parser("prune")
-    command.add_argument("--keep", type=int, required=True, help="how many of the newest stay")
+    command.add_argument("--keep", type=int, required=True, help="number of newest checkpoints to keep")
     command = commands.add_parser("export")
     add_options(command)
     arguments = parser.parse_args()

@@ -29,9 +29,9 @@ from mom_train.cost.memory import memory
 
 
 def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
-    """All figures of one config. `ranks` is by default the number that needs no accumulation, as in the paper.
+    """All figures of one config. By default, `ranks` is the number that needs no accumulation, as in the paper.
 
-    Raises ValueError for a number of ranks that the batch cannot be dealt to.
+    Raises ValueError where the batch cannot be divided evenly among the ranks.
     """
     if ranks is None:
         ranks = max(1, config.training.batch // config.training.micro_batch)
@@ -85,7 +85,7 @@ def _gigabytes(n: float) -> str:
 
 
 def by_part(name: str, d: Mapping[str, Any]) -> str:
-    """One config's figures, part by part."""
+    """The figures of one config, part by part."""
     counts, flops, mem = d["parameters"], d["flops_per_token"], d["memory"]
     decoupled = ", ".join(d["decoupled"]) or "nothing"
     said = [
@@ -126,7 +126,8 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
 
 
 def overview(described: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row per config; where pictures are latents, FLOPs of a text token and of a patch."""
+    """A table with a row for each config. Where pictures are latents, it has the FLOPs of a text token and of a
+    patch."""
     rows = []
     for name, d in described.items():
         kinds = [d["flops_per_token"], *([d["flops_per_token"]["patch"]] if "patch" in d["flops_per_token"] else [])]

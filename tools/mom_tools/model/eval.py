@@ -39,7 +39,8 @@ if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known 
 
 
 def named(places: list[str]) -> dict[str, str]:
-    """Set name -> its shards: the folders' names, with as much before them as tells them apart."""
+    """Set name -> its shards. A name is the name of the folder, with as many of the folders above it as are needed to
+    tell the sets apart."""
     parts = [place.rstrip("/").split("/") for place in places]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
@@ -69,7 +70,7 @@ def main() -> None:
         "--weights",
         choices=["model", "ema"],
         default="model",
-        help="the weights, or their average (default: %(default)s)",
+        help="take the weights, or their average (default: %(default)s)",
     )
     parser.add_argument("--sequences", type=int, help="only the first so many rows of each set (default: all of them)")
     parser.add_argument("--batch", type=int, help="sequences per process and forward pass (default: the run's)")
@@ -144,7 +145,8 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 def counted(config: RunConfig) -> Baseline:
-    """The unigram baseline of each set. Where the run's training data are not here, nothing, and a message says so."""
+    """The unigram baseline of each set. Where the training data of the run are not here, the result is empty and a
+    message says so."""
     from mom_train.baseline import unigram
 
     try:
@@ -155,8 +157,8 @@ def counted(config: RunConfig) -> Baseline:
 
 
 def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConfig:
-    """The checkpoint's config, with these shards as its validation sets. Raises UserError where it has not got the
-    weights that are asked for."""
+    """The config of the checkpoint, with these shards as its validation sets. Raises UserError where the checkpoint
+    does not have the weights that are asked for."""
     from mom_train.checkpoint.load import check_weights
 
     check_weights(checkpoint, arguments.weights)

@@ -25,7 +25,8 @@ FORMATS = ("safetensors", "transformers")
 
 
 def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -> None:
-    """Write the weights, or their average, of a run's newest checkpoint, or of one step, into the folder `out`."""
+    """Write the weights of a run, or their average, into the folder `out`: those of the newest checkpoint, or of one
+    step."""
     from safetensors.torch import save_file  # here, for torch takes seconds
 
     from mom_train.checkpoint.load import load_run
@@ -71,10 +72,10 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `export` has to be told, apart from the run."""
+    """Add the options of `export`, except the run."""
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     add_weights(parser)
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="(default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="format (default: %(default)s)")
 
 
 def main() -> None:

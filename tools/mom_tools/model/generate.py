@@ -30,17 +30,23 @@ def main() -> None:
     parser.add_argument("--start", metavar="MODALITY", help="open a span, such as image or speech, after the prompt")
     add_weights(parser)
     parser.add_argument("--samples", type=int, default=1, help="number of documents (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder (default: RUN/samples)")
+    parser.add_argument("--out", type=Path, help="folder of the samples (default: RUN/samples)")
     add_tokenizers(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.9, help="0: the likeliest id (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.9, help="0 takes the likeliest id (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="draw among the likeliest ids of this probability (%(default)s)"
+    )
     parser.add_argument(
         "--max-tokens", type=int, default=512, help="most tokens, those of the prompt included (default: %(default)s)"
     )
     parser.add_argument("--patches", type=int, help="codes or patches of a picture (default: the image tokenizer's)")
-    parser.add_argument("--denoising-steps", type=int, default=50, help="(default: %(default)s)")
-    parser.add_argument("--denoised-limit", type=float, default=4.0, help="(default: %(default)s)")
+    parser.add_argument("--denoising-steps", type=int, default=50, help="steps for a latent picture (%(default)s)")
+    parser.add_argument(
+        "--denoised-limit", type=float, default=4.0, help="largest value of a denoised latent (%(default)s)"
+    )
     parser.add_argument(
         "--guidance", type=float, default=1.0, help="guidance of latent pictures; 1 is none (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""Held-out documents of one text and one picture or recording: samples are compared with them."""
+"""Finds held-out documents of one text and one picture or recording, with which samples are compared."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class Pair:
 
 
 def chosen_pairs(dataset: TokenDataset, modality: str, count: int, longest: int, text: Any) -> list[Pair]:
-    """The `count` first ones in an order by hash: more of them contain fewer. `longest`: units of a recording. Those
-    whose text, decoded by `text`, has no words are left out. Raises ValueError for fewer than FEWEST."""
+    """The first `count` pairs in an order by hash, so that a larger count contains a smaller one. `longest` is the
+    largest number of units of a recording. Pairs whose text, decoded by `text`, has no words are left out. Raises
+    ValueError for fewer than FEWEST."""
     from mom_data.order.plan import hashed
     from mom_data.shards.format import LATENT_BIT
 
@@ -67,8 +68,8 @@ def chosen_pairs(dataset: TokenDataset, modality: str, count: int, longest: int,
 
 
 def originals(dataset: TokenDataset, pairs: Sequence[Pair], tokenizers: Tokenizers, raw: list[str]) -> list[Any]:
-    """The raw bytes of each pair's picture or recording, None where they are not in the files. A raw document is the
-    pair's where its key and the ids of its text are. Raises ValueError where none is."""
+    """The raw bytes of the picture or recording of each pair, or None where they are not in the files. A raw document
+    belongs to a pair where its key and the ids of its text are the same. Raises ValueError where none is found."""
     from tqdm import tqdm
 
     from mom_data.documents.document import BadSample, expand_inputs, read_documents

@@ -30,7 +30,7 @@ from mom_train.cost.step_time import GPUS, INTERCONNECTS, Assumptions, plan
 
 
 def describe(name: str, plans: Sequence[dict[str, Any]]) -> str:
-    """One config on one cluster, a column for each interconnect."""
+    """The figures of one config on one cluster, with a column for each interconnect."""
     first = plans[0]
     sent, calls = first["communication_bytes"]["sent"], first["communication_bytes"]["calls"]
     fits = "fits" if first["memory_fits"] else "DOES NOT FIT"
@@ -62,7 +62,7 @@ def describe(name: str, plans: Sequence[dict[str, Any]]) -> str:
 
 
 def overview(plans: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Markdown: a row for each config."""
+    """A Markdown table with a row for each config."""
     rows = [
         [
             name,
@@ -85,16 +85,16 @@ def overview(plans: Sequence[tuple[str, dict[str, Any]]]) -> str:
 def main() -> None:
     parser = command_parser(__doc__)
     add_configs(parser)
-    parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as need no accumulation")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="%(choices)s (%(default)s)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: as many as need no accumulation)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs of a node (%(default)s)")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="kind of GPU: %(choices)s (%(default)s)")
     parser.add_argument(
         "--interconnect",
         nargs="+",
         choices=INTERCONNECTS,
         metavar="NAME",
         default=["infiniband-ndr"],
-        help=f"between nodes, one or several of {', '.join(INTERCONNECTS)} (%(default)s)",
+        help=f"network between nodes, one or several of {', '.join(INTERCONNECTS)} (%(default)s)",
     )
     parser.add_argument(
         "--mfu",

@@ -44,8 +44,8 @@ def sample(
     folder: Path, identity: Mapping[str, Any], pairs: Sequence[Pair], modality: str, draw: Callable[[Pair], Any],
     tokenizers: Tokenizers,
 ) -> None:  # fmt: skip
-    """Make the samples FOLDER/NAME.png or .wav that are not there. Raises ValueError where the folder's samples
-    were made otherwise, or one cannot be decoded."""
+    """Make those samples FOLDER/NAME.png or .wav that do not exist yet. Raises ValueError where the samples in the
+    folder were made with other settings, or where one cannot be decoded."""
     from tqdm import tqdm
 
     from mom_train.generate.samples import write_span
@@ -75,7 +75,7 @@ def look(
     folder: Path, pairs: Sequence[Pair], texts: Sequence[str], raw: Sequence[Any], tokenizers: Tokenizers,
     vision: scores.Vision | None, clip: scores.Vision | None,
 ) -> tuple[list[Score], list[str]]:  # fmt: skip
-    """Scores of pictures, and notes for the reader of the table."""
+    """The scores of pictures, and notes for the reader of the table."""
     import torch
     from PIL import Image
     from tqdm import tqdm
@@ -145,7 +145,7 @@ def listen(
     folder: Path, pairs: Sequence[Pair], texts: Sequence[str], raw: Sequence[Any], tokenizers: Tokenizers,
     hear: scores.Recogniser | None,
 ) -> tuple[list[Score], list[str]]:  # fmt: skip
-    """Scores of speech, and notes for the reader of the table."""
+    """The scores of speech, and notes for the reader of the table."""
     import soundfile
     from tqdm import tqdm
 
@@ -278,20 +278,20 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("run", help="run directory")
     parser.add_argument("--shards", required=True, metavar="PATH", help="folder or URL of held-out token shards")
-    parser.add_argument("--raw", nargs="+", metavar="PATH", help="the documents that these were made from: originals")
-    parser.add_argument("--vision", type=Path, metavar="FOLDER", help="model whose features are compared")
-    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model: picture and text")
-    parser.add_argument("--asr", type=Path, metavar="FOLDER", help="speech recogniser: Whisper, or one with a CTC head")
-    parser.add_argument("--language", help="language that a multilingual Whisper is to hear (default: it guesses)")
+    parser.add_argument("--raw", nargs="+", metavar="PATH", help="raw documents of the shards, to compare originals")
+    parser.add_argument("--vision", type=Path, metavar="FOLDER", help="vision model whose features are compared")
+    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model, which compares pictures with texts")
+    parser.add_argument("--asr", type=Path, metavar="FOLDER", help="speech recogniser, Whisper or one with a CTC head")
+    parser.add_argument("--language", help="language that a multilingual Whisper expects (default: it guesses)")
     parser.add_argument(
         "--samples", type=int, default=1000, help="most samples of each modality (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, default=LONGEST, help="longest recording (default: %(default)s)")
-    parser.add_argument("--part", metavar="K/N", help="only make every N-th sample, from the K-th on; no figures")
+    parser.add_argument("--part", metavar="K/N", help="only make every N-th sample from the K-th on, and no scores")
     add_weights(parser)
     add_tokenizers(parser)
     parser.add_argument("--out", type=Path, help="folder of the samples (default: RUN/scores/step-N)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, help="this option and the next four mean what they mean in `mom generate`"
     )

@@ -65,15 +65,16 @@ def clip_scores(image_ND: np.ndarray, text_ND: np.ndarray) -> np.ndarray:
 
 
 def normalised(text: str) -> str:
-    """The text in the form in which words are compared: NORMALISED."""
+    """The text in the form in which words are compared, as NORMALISED says."""
     jiwer = needed("jiwer", "scores")
     steps = jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()
     return str(jiwer.Compose(list(steps))(text))
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
-    """(N, 2) int64: substituted, left out and added words of each hypothesis, and the words of its reference, by
-    jiwer, both normalised. Their sums' ratio is the word error rate. Raises ValueError for a reference of no words."""
+    """(N, 2) int64 by jiwer: the substituted, left out and added words of each hypothesis, and the words of its
+    reference. Both texts are normalised. The ratio of the two sums is the word error rate. Raises ValueError for a
+    reference without words."""
     jiwer = needed("jiwer", "scores")
     counts = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
@@ -87,7 +88,8 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndar
 
 
 def interval(sums_N: np.ndarray, counts_N: np.ndarray | None = None, seed: int = 0) -> tuple[float, float] | None:
-    """Bootstrap interval of 95 % of sum(sums) / sum(counts), over which of the N samples there are; None for one."""
+    """The bootstrap interval of 95 % of sum(sums) / sum(counts), over the choice of the N samples. None for a single
+    sample."""
     counts = np.ones(len(sums_N)) if counts_N is None else counts_N
     if len(sums_N) < 2:
         return None
@@ -119,7 +121,7 @@ class Vision:
         self.feature = "image embedding" if projected else "pooled output"
 
     def pictures(self, pictures: Iterable[Image]) -> np.ndarray:
-        """(N, D) float32, not normalised."""
+        """The features of pictures, (N, D) float32, not normalised."""
         import torch
 
         features = [np.zeros((0, 0), np.float32)]
@@ -134,8 +136,8 @@ class Vision:
         return np.concatenate(features[1:] or features)
 
     def texts(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
-        """(N, D) float32, not normalised; and how many texts were cut to the model's length. Raises ValueError where
-        the model reads none."""
+        """The features of texts, (N, D) float32, not normalised, and how many texts were cut to the length that the
+        model reads. Raises ValueError where the model reads no texts."""
         import torch
 
         if not hasattr(self._model, "get_text_features"):
@@ -157,10 +159,11 @@ class Vision:
 
 
 class Recogniser:
-    """A speech recogniser: with a CTC head, or of the kind of Whisper."""
+    """A speech recogniser, which has a CTC head or is of the kind of Whisper."""
 
     def __init__(self, folder: Path, device: str, language: str | None = None):
-        """`language`: of a multilingual Whisper, which otherwise guesses. Raises ValueError as Vision does."""
+        """`language` is the language that a multilingual Whisper expects; without it, Whisper guesses. Raises
+        ValueError as Vision does."""
         transformers = needed("transformers", "tokenizers")
         architectures = _part(folder, "AutoConfig").architectures or ()
         ctc = any(name.endswith("ForCTC") for name in architectures)
@@ -183,7 +186,7 @@ class Recogniser:
             raise UserError(f"{folder}: this recogniser does not work: {error}") from error
 
     def __call__(self, waveform: np.ndarray, rate: int) -> str:
-        """The text that is recognised in a float waveform (n,) of `rate` Hz, of at most half a minute."""
+        """The text recognised in a float waveform (n,) of `rate` Hz, which lasts at most half a minute."""
         import soxr
 
         samples = np.clip(np.asarray(waveform, np.float32), -1, 1)  # as a WAV would hold it
@@ -193,12 +196,12 @@ class Recogniser:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files that a model consists of: settings, weights, vocabulary."""
+    """The files of a model: settings, weights, vocabulary."""
     return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".txt", ".model"))
 
 
 def _array(output: Any) -> np.ndarray:
-    """(N, D) of what a model returns: its tensor, its pooled output, or the mean over positions."""
+    """(N, D) array of what a model returns: its tensor, its pooled output, or the mean over positions."""
     if hasattr(output, "last_hidden_state"):
         pooled = getattr(output, "pooler_output", None)
         output = output.last_hidden_state.mean(dim=1) if pooled is None else pooled
@@ -206,7 +209,7 @@ def _array(output: Any) -> np.ndarray:
 
 
 def _part(folder: Path, name: str) -> Any:
-    """A configuration, tokenizer or processor of a model's folder."""
+    """The configuration, tokenizer or processor in a model's folder."""
     transformers = needed("transformers", "tokenizers")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there; give the folder of a Transformers model on this machine")

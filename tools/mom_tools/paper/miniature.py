@@ -69,8 +69,8 @@ log = logging.getLogger("paper_mini")
 
 
 def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -> list[str]:
-    """Tokenizers and token shards of every setting that the corpus has the modalities for, once: OUTPUT/data.json says
-    that they are there. Returns the settings. Raises ValueError for a corpus without pictures, or without what the
+    """Make the tokenizers and token shards of every setting whose modalities the corpus has, once; OUTPUT/data.json
+    says that they are there. Returns the settings. Raises ValueError for a corpus without pictures, or without what the
     `experiments` need."""
     from mom_data.documents.document import expand_inputs  # here, for it imports torch
 
@@ -117,7 +117,8 @@ def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -
 
 
 def chosen_experiments(wanted: list[str], settings: list[str]) -> list[str]:
-    """Those named, in the order of EXPERIMENTS. Raises ValueError where the corpus has not the modalities for them."""
+    """The experiments that are named, in the order of EXPERIMENTS. Raises ValueError where the corpus does not have the
+    modalities for them."""
     if wanted and EXPERIMENTS_IN not in settings:
         needed = ", ".join(MODALITIES[EXPERIMENTS_IN])
         raise UserError(f"--experiments: they are trained with {needed}, and the corpus has not all of these")
@@ -136,7 +137,8 @@ class Running:
 
 
 class Miniature:
-    """All runs of a miniature: what is finished, what runs now. State is in OUTPUT/state.json after every event."""
+    """All runs of a miniature: those that are finished and those that run now. The state is written to
+    OUTPUT/state.json after every event."""
 
     def __init__(self, output: Path, arguments: argparse.Namespace, settings: list[str]):
         self.output, self.arguments = output, arguments
@@ -301,7 +303,7 @@ def _recipe(setting: str) -> str:
 
 
 def _sizes(dataset: Path, modalities: tuple[str, ...]) -> list[tuple[str, int, bool]]:
-    """(modality, ids, whether it is latents) of a token dataset."""
+    """(modality, number of ids, whether it is latents) for each modality of a token dataset."""
     tokenizers = json.loads((dataset / "manifest.json").read_text())["tokenizers"]
     return [(m, tokenizers[m]["size"], tokenizers[m]["kind"] == "kl") for m in modalities]
 
@@ -333,11 +335,13 @@ def check(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("--corpus", type=Path, help="your raw tars, in train/ and val/ or not")
-    parser.add_argument("--output", type=Path, default=Path("runs/paper-mini"), help="(default: %(default)s)")
+    parser.add_argument("--corpus", type=Path, help="folder of your raw tars, which may have train/ and val/")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper-mini"), help="folder (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=240, help="minutes of training, over all starts (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to try; one: no sweep (default: three)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each model (default: %(default)s)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="learning rates to try; a single one is taken (default: three)"
+    )
     known = ["all", *EXPERIMENTS]
     parser.add_argument("--experiments", nargs="+", choices=known, default=[], metavar="NAME", help=", ".join(known))
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What the paper in miniature trains, in which order, and how long its runs may be: pure functions of what is known."""
+"""Decides what the paper in miniature trains, in which order and for how long. All functions here are pure."""
 
 from __future__ import annotations
 
@@ -107,23 +107,24 @@ def variants(setting: str, experiments: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def tuned_as(variant: str) -> str:
-    """The architecture whose learning rate a variant takes."""
+    """The architecture from which a variant takes its learning rate."""
     return MIXTURE if variant in ABLATION or variant in EXPERIMENTS else variant
 
 
 def changes(variant: str) -> dict[str, Any]:
-    """Keys in which a variant's config differs from its setting's."""
+    """The keys in which the config of a variant differs from that of its setting."""
     model = MODELS[MIXTURE if variant in EXPERIMENTS else variant]
     return {f"model.{key}": value for key, value in model.items()} | EXPERIMENTS.get(variant, {})
 
 
 def routed(variant: str) -> bool:
-    """Whether the variant has routers. They take more time than their FLOPs say, so it is timed by itself."""
+    """Whether the variant has learned routers. They take more time than their FLOPs say, so such a variant is timed by
+    itself."""
     return any(key.startswith("model.") for key in EXPERIMENTS.get(variant, {}))
 
 
 def seconds(state: State, job: Job, batch: int) -> float:
-    """What a job will take, its evaluations included: a forward pass costs a third of a step."""
+    """The predicted seconds of a job, its evaluations included, where a forward pass costs a third of a step."""
     own = f"{job.setting}/{job.variant}"
     known = own if own in state.per_step else f"{job.setting}/{tuned_as(job.variant)}"
     evaluated = EVALUATIONS * sequences(job.steps, batch) / (3 * batch)
@@ -131,24 +132,26 @@ def seconds(state: State, job: Job, batch: int) -> float:
 
 
 def sequences(steps: int, batch: int) -> int:
-    """Sequences of an evaluation: 128, less where they would cost more than a tenth of the training."""
+    """The number of sequences of an evaluation: 128, or fewer where they would cost more than a tenth of the
+    training."""
     return max(4, min(128, int(0.1 * 3 * steps * batch / EVALUATIONS)))
 
 
 def swept(state: State, architecture: str) -> int:
-    """The most runs that a sweep can need, a neighbour of the edge included."""
+    """The largest number of runs that a sweep can need, including a neighbour at the edge."""
     rates = state.rates[architecture]
     return len(rates) + 1 if len(rates) > 1 else 0
 
 
 def sweep_steps(steps: int) -> int:
-    """Steps of a run of the sweep, half of a whole run: short runs prefer higher rates (docs/results/expected.md)."""
+    """The steps of a run of the sweep: half of a whole run, because short runs prefer higher rates
+    (docs/results/expected.md)."""
     return max(FEWEST_STEPS, steps // 2)
 
 
 def steps_for(state: State, budget: float, slots: int, seeds: int, batch: int, most: int) -> int:
-    """Steps of every run, so that the sweep and all seeds fit the rest of `budget` seconds on `slots` runs at a time.
-    Never below FEWEST_STEPS, whatever the budget."""
+    """The steps of every run, chosen so that the sweep and all seeds fit the rest of `budget` seconds with `slots` runs
+    at a time. It is never below FEWEST_STEPS, whatever the budget."""
 
     def needed(steps: int) -> float:
         total = 0.0
@@ -167,14 +170,15 @@ def steps_for(state: State, budget: float, slots: int, seeds: int, batch: int, m
 
 
 def tried(state: State, setting: str, architecture: str) -> dict[float, float]:
-    """Learning rate -> held-out loss, of the sweep's runs that are finished, smallest rate first."""
+    """Learning rate -> held-out loss, for the finished runs of the sweep, smallest rate first."""
     prefix = f"{setting}/{architecture}/lr-"
     found = {float(i.removeprefix(prefix)): loss for i, loss in state.finished.items() if i.startswith(prefix)}
     return dict(sorted(found.items()))
 
 
 def wanted_rates(state: State, setting: str, architecture: str) -> list[float]:
-    """Rates still to be tried: the first ones, then a neighbour where the best lies at the edge (once a side)."""
+    """The rates that are still to be tried: the first ones, and then a neighbour where the best one is at the edge
+    (once on each side)."""
     first = state.rates[architecture]
     if len(first) == 1:
         return []
@@ -190,7 +194,7 @@ def wanted_rates(state: State, setting: str, architecture: str) -> list[float]:
 
 
 def best_rate(state: State, setting: str, architecture: str) -> float | None:
-    """The best learning rate. None while some are still to be tried; the middle one where all of them failed."""
+    """The best learning rate. None while some are still to be tried. The middle one where all of them failed."""
     if wanted_rates(state, setting, architecture):
         return None
     done = tried(state, setting, architecture)
@@ -199,8 +203,9 @@ def best_rate(state: State, setting: str, architecture: str) -> float | None:
 
 
 def todo(state: State, seeds: int) -> Iterator[Job]:
-    """Jobs that can start now, in the order they are wanted: timing, the sweep, then everything with the first seed
-    before anything with the next. A setting's main models come before the ablation, and that before experiments."""
+    """The jobs that can start now, in the order in which they are wanted: the timing, the sweep, and then all runs with
+    the first seed before any with the next. The main models of a setting come before the ablation, and that before
+    experiments."""
 
     def open_(jobs: Iterator[Job]) -> list[Job]:
         return [j for j in jobs if j.id not in state.finished and j.id not in state.failed]
@@ -225,8 +230,8 @@ def todo(state: State, seeds: int) -> Iterator[Job]:
 
 
 def startable(state: State, seeds: int, batch: int, busy: set[str], begun: set[str], left: float) -> list[Job]:
-    """What of `todo` may start with `left` seconds of the budget, in order: nothing from the first job on that would
-    not end in time. `busy` jobs run now; what has `begun` before a restart is finished in any case."""
+    """The jobs of `todo` that may start with `left` seconds of the budget, in order, up to the first one that would not
+    end in time. `busy` jobs run now. Jobs that had `begun` before a restart are finished in any case."""
     found: list[Job] = []
     for job in todo(state, seeds):
         if job.id in busy:
@@ -247,5 +252,5 @@ def common_seeds(state: State, setting: str, names: Sequence[str], seeds: int) -
 
 
 def epochs(tokens: Mapping[str, float], stored: Mapping[str, int]) -> dict[str, float]:
-    """Modality -> how often a run's tokens are those stored, brackets and the like included."""
+    """Modality -> how many times a run trains on the tokens that are stored, brackets and the like included."""
     return {m: n / stored[m] for m, n in tokens.items() if stored.get(m)}

@@ -67,7 +67,8 @@ def runs_of(output: Path, setting: str, variant: str, seeds: Sequence[int]) -> l
 def compared(
     output: Path, state: State, setting: str, variant: str, seeds: int
 ) -> tuple[list[int], dict[str, Comparison]]:
-    """(seeds that both have finished, the comparison with the dense model by them); both empty where there are none."""
+    """(the seeds with which both variants are finished, the comparison with the dense model over them). Both are empty
+    where there are none."""
     common = common_seeds(state, setting, (DENSE, variant), seeds)
     if not common:
         return [], {}
@@ -103,7 +104,7 @@ def transformer_table(found: dict[str, Comparison]) -> list[str]:
 
 
 def ablation(output: Path, state: State, seeds: int) -> tuple[list[list[str]], dict[str, Any]]:
-    """Rows of Table 3 in miniature as text (header first), and as figures."""
+    """The rows of Table 3 in miniature, as text with the header first, and as figures."""
     printed = {p.row: p.gain_percent for p in read(3)}
     names = {row: row for row in ABLATION} | {MIXTURE: ALL}
     rows = [["decoupled", "seeds", "training loss: gain, %", "held out: gain, %", "verdict", "paper: training, %"]]
@@ -121,8 +122,8 @@ def ablation(output: Path, state: State, seeds: int) -> tuple[list[list[str]], d
 
 
 def router_parameters(config: ModelConfig, modalities: int) -> int:
-    """Parameters of the routers of a Mamba: each decoupled projection has one, which reads the projection's input and
-    scores all of its matrices."""
+    """The number of parameters of the routers of a Mamba. Each decoupled projection has a router, which reads the
+    projection's input and scores all of its matrices."""
     if config.router == "rule" and config.experts == 1:
         return 0
     inputs = {"in_proj": config.dim, "x_proj": config.inner, "dt_proj": config.rank, "out_proj": config.inner}
@@ -130,7 +131,8 @@ def router_parameters(config: ModelConfig, modalities: int) -> int:
 
 
 def sizes(run: Run) -> dict[str, float]:
-    """Parameters in all and of one token, and the routers' FLOPs in percent of those that are counted."""
+    """Parameters in all, parameters that one token uses, and the FLOPs of the routers in percent of the counted
+    FLOPs."""
     config = RunConfig.model_validate(run.config)
     vocabulary, modalities = config.layout.size, len(config.layout.modalities)
     routers = router_parameters(config.model, modalities)
@@ -143,7 +145,8 @@ def sizes(run: Run) -> dict[str, float]:
 
 
 def experiments_section(output: Path, state: State, seeds: int) -> tuple[list[str], dict[str, Any]]:
-    """Lines and figures of the experiments that share a seed with dense and mixture; both empty where none does."""
+    """Lines and figures of the experiments that share a seed with the dense model and the mixture. Both are empty where
+    none does."""
     models = [["model", "seeds", "parameters, M", "of them active, M", "routers' FLOPs, %"]]
     losses = [
         ["model", "held-out loss", "dense", "mixture", "this", "gain over dense, %", "over mixture, %", "verdict"]
@@ -236,7 +239,8 @@ def cost_section(output: Path, state: State, seeds: int) -> list[str]:
 
 
 def write_report(output: Path, state: State, seeds: int, complete: bool) -> None:
-    """OUTPUT/report.md, results.json, and for each setting a picture and a page: of the runs that are finished."""
+    """Write OUTPUT/report.md and results.json, and a picture and a page for each setting, from the runs that are
+    finished."""
     tables: dict[str, Any] = {}
     lines = ["# The paper in miniature", ""]
     if not complete:
