@@ -19,6 +19,7 @@ from mom_data.batches.loader import batches
 from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, user_path
 from mom_train.agreement import Agreement, DocumentAccount, StepCount, largest_over_all_ranks
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
+from mom_train.checkpoint.branch import adopt
 from mom_train.checkpoint.saver import Checkpointer, TrainState, read_train_state
 from mom_train.checkpoint.store import Checkpoint, Checkpoints, with_absolute_place
 from mom_train.config.run import RunConfig
@@ -385,7 +386,11 @@ def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | Non
     checkpointer = Checkpointer(checkpoints, config.checkpoint)
     if (start := checkpointer.newest()) is None:
         agreed(lambda: checkpoints.check_begins_anew(config))
-        return checkpointer, None, TrainState()
+        if (branch := config.branch) is None:
+            return checkpointer, None, TrainState()
+        agreed(lambda: adopt(branch, checkpoints) if dist.get_rank() == 0 else None)
+        start = checkpointer.newest()
+        assert start is not None
     return checkpointer, start, agreed(lambda: read_train_state(start))
 
 

@@ -46,7 +46,7 @@ from mom_train.config.migrations import migrated_state
 from mom_train.config.run import RunConfig
 
 _CHUNK = 1 << 22  # number of bytes read at a time
-_SUMS, _STATE = "checksums.json", "train_state.json"
+SUMS, _STATE = "checksums.json", "train_state.json"
 _DAMAGED = ".metadata.damaged"  # new name of `.metadata` once the checkpoint is known to be damaged
 
 
@@ -108,7 +108,7 @@ class Checkpoint:
 
     def sums(self) -> dict[str, Sum]:
         """Size and checksum that each file of the checkpoint should have. Raises UserError if they cannot be read."""
-        path = f"{self.path}/{_SUMS}"
+        path = f"{self.path}/{SUMS}"
         try:
             return {str(name): Sum(**values) for name, values in json.loads(self.files.read(path)).items()}
         except FileNotFoundError:
@@ -127,7 +127,7 @@ class Checkpoint:
         except UserError as error:
             return [str(error)]
         missing = [n for n in (METADATA, _STATE) if n not in sums]
-        found = [f"{self.path}/{name} is not in {_SUMS}" for name in missing]
+        found = [f"{self.path}/{name} is not in {SUMS}" for name in missing]
         for name in sorted(sums)[part::parts]:
             path, want = f"{self.path}/{name}", sums[name]
             try:
@@ -177,7 +177,7 @@ class Checkpoint:
                 raise UserError(f"{path}: '{key}' is not a tensor but a pickle, which could run code; not loaded")
         for place in metadata.storage_data.values():
             if place.relative_path not in sums:
-                raise UserError(f"{path}: it has tensors in '{place.relative_path}', which {_SUMS} does not list")
+                raise UserError(f"{path}: it has tensors in '{place.relative_path}', which {SUMS} does not list")
         return metadata
 
     def load(self, values: dict[str, Any], no_dist: bool = False) -> None:
@@ -446,6 +446,6 @@ class _Writer(dcp.FileSystemWriter):
         sums = {r.storage_data.relative_path: r.file for r in written if isinstance(r, _Written)}
         sums |= {_STATE: self._files.written[_STATE], METADATA: Sum(len(content), zlib.crc32(content))}
         text = json.dumps({name: asdict(value) for name, value in sorted(sums.items())}, indent=1) + "\n"
-        self._files.write(f"{self.path}/{_SUMS}", text.encode())
+        self._files.write(f"{self.path}/{SUMS}", text.encode())
         self._files.write(f"{self.path}/{METADATA}", content)
         self._checkpoints.point(self._checkpoint)

@@ -28,13 +28,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError, which names the file, the key and what would be right.
     """
-    values = _read(Path(path))
+    return validated(overridden(_read(Path(path)), overrides), path)
+
+
+def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Changes `values` by dotted overrides, and returns them. Raises UserError if one cannot be read."""
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r}: expected key.subkey=value")
         _assign(values, key.split("."), _parse(text), override)
-    return validated(values, path)
+    return values
 
 
 def validated(values: Mapping[str, Any], where: object) -> RunConfig:

@@ -17,6 +17,7 @@ from pydantic import (
 
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
+from mom_train.config.branch import BranchConfig
 from mom_train.config.data import DataConfig
 from mom_train.config.migrations import SCHEMA
 from mom_train.config.model import QUARTERS, ModelConfig, ObjectiveConfig
@@ -262,6 +263,8 @@ class RunConfig(Section):
     """Weights to start from: another run, or safetensors that were exported from a run or that belong to a published
     Mamba-1. The weights of a dense model are copied to every modality of a mixture (upcycling). Weights or settings of
     the source that do not fit this model are an error."""
+    branch: BranchConfig | None = None
+    """The checkpoint of another run that this run begins from. null begins a run of its own."""
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
@@ -297,6 +300,8 @@ class RunConfig(Section):
         for key, batch in training.batches.items():
             if batch % training.micro_batch:
                 raise UserError(f"{key} ({batch}) must be a multiple of training.micro_batch ({training.micro_batch})")
+        if self.branch is not None and self.branch.step >= training.steps:
+            raise UserError(f"branch.step ({self.branch.step}) must be below training.steps ({training.steps})")
         if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
         self._check_muon()

@@ -13,6 +13,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("mom_train.__main__", "train one run in this process, or carry on with it"),
         "local": ("torchrun_launch.__main__", "train on this machine, with several ranks"),
         "submit": ("torchrun_launch.__main__", "train on a Slurm cluster"),
+        "branch": ("mom_tools.model.branch", "decay the learning rate from any checkpoint of a run"),
         "status": ("torchrun_launch.__main__", "say how a run stands"),
         "logs": ("torchrun_launch.__main__", "print what a run prints"),
         "cancel": ("torchrun_launch.__main__", "end a run after a checkpoint"),
