@@ -168,6 +168,7 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
             "loss by modality": chart(*losses),
             "loss in total": chart("loss/total"),
             "learning rate": chart("learning_rate"),
+            **({"batch": chart("batch")} if config.training.batch_ramp else {}),
         },
         "Does it generalise?": validation,
         "For how much compute? (x: training GFLOPs)": {
