@@ -40,10 +40,16 @@ def block_activation_bytes(config: ModelConfig, element: int, device: Device = "
     if config.architecture == "transformer":
         assert config.heads is not None
         return 2 * norm + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads
-    return norm + element * (d + 5 * D + R + 2 * N) + _FP32 * D * N // chunks.SCAN_STEPS
+    return norm + element * (d + 5 * D + R + 2 * N) + _scan_states(config, device)
 
 
-def selective_activation_bytes(config: ModelConfig, element: int) -> int:
+def _scan_states(config: ModelConfig, device: Device) -> int:
+    """Bytes per token of the states that a scan keeps, 4DN / chunk. The scan in CUDA C++ has 16 states only."""
+    cuda = device == "cuda" and config.state == 16
+    return _FP32 * config.inner * config.state // (chunks.CUDA_SCAN_STEPS if cuda else chunks.SCAN_STEPS)
+
+
+def selective_activation_bytes(config: ModelConfig, element: int, device: Device = "cpu") -> int:
     """The same with selective checkpointing: 4d for the fp32 residual, and results that are expensive to recompute.
 
     Mamba: the outputs of in_proj, x_proj and scan, e (3D + R + 2N), and the states of the scan. Transformer: the
@@ -53,7 +59,7 @@ def selective_activation_bytes(config: ModelConfig, element: int) -> int:
     if config.architecture == "transformer":
         assert config.heads is not None
         return _FP32 * d + element * (6 * d + 2 * config.feed_forward) + _FP32 * config.heads
-    return _FP32 * d + element * (3 * D + R + 2 * N) + _FP32 * D * N // chunks.SCAN_STEPS
+    return _FP32 * d + element * (3 * D + R + 2 * N) + _scan_states(config, device)
 
 
 def block_backward_bytes(config: ModelConfig, element: int) -> int:
@@ -149,11 +155,11 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
 
     whole_block = block_activation_bytes(model, element, device)
     if config.parallel.context_ranks > 1:  # the states of the first scan, and the time steps that it sums
-        whole_block += _FP32 * model.inner + _FP32 * model.inner * model.state // chunks.SCAN_STEPS
+        whole_block += _FP32 * model.inner + _scan_states(model, device)
     kept = {
         False: whole_block,
         True: _FP32 * d,
-        "selective": selective_activation_bytes(model, element),
+        "selective": selective_activation_bytes(model, element, device),
     }[recompute]
     mask = element * L if device == "cpu" and model.architecture == "transformer" else 0
     tail = 8 * d + 2 * element * d + (4 * d if element == 2 else 0)

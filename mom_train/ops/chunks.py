@@ -3,6 +3,8 @@ here."""
 
 SCAN_STEPS = 32
 """Number of positions per state that the scan in C keeps."""
+CUDA_SCAN_STEPS = 16
+"""The same of the scan in CUDA C++."""
 SCAN_CHANNELS = 256
 """Channels per work item of the C kernels. It is fixed, so that sums do not depend on the number of threads."""
 LOGITS = 1 << 24

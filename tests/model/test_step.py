@@ -12,7 +12,7 @@ from mom_train.model import routed
 from mom_train.model.attention import attention_mask
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel
-from mom_train.ops import native
+from mom_train.ops import chunks, native
 from mom_train.ops.layout import RowLayout
 from tests.helpers.models import M, V, batch, run
 
@@ -101,6 +101,7 @@ def test_a_block_keeps_as_much_as_predicted_in_each_way_to_recompute(name, preci
     if native.library(16) is None:
         pytest.skip("NO C COMPILER: the prediction is for the C scan's chunks")
     monkeypatch.setattr(routed, "on_cuda", lambda _: norms_of == "cuda")
+    monkeypatch.setattr(chunks, "CUDA_SCAN_STEPS", chunks.SCAN_STEPS)  # the scan here is the one in C
     element, config = (2 if precision == "bf16" else 4), CONFIGS[name]
     predicted = {
         False: block_activation_bytes(config, element, norms_of),

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from mom_tokenizers.errors import UserError
 from mom_train.ops import nvrtc
+from mom_train.ops.chunks import CUDA_SCAN_STEPS
 
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("--use_fast_math",)  # denormal numbers are zero
 NAMES = ("scan_forward", "scan_spans", "scan_carry", "scan_backward", "scan_sums")
-STATES, CHUNK, CTA_CHANNELS, THREADS, _BLOCK = 16, 16, 128, 128, 4  # as in tile.cuh
+CHUNK = CUDA_SCAN_STEPS
+STATES, CTA_CHANNELS, THREADS, _BLOCK = 16, 128, 128, 4  # these, and CHUNK, as in tile.cuh
 _MODALITIES = 8  # with so many, all kernels must fit the device
 _SPANS = 32  # at most
 _MIN_CHUNKS = 8  # per span
