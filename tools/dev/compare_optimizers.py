@@ -35,7 +35,9 @@ KINDS = {
 def train(config: RunConfig, ranks: Ranks) -> tuple[dict[str, float], float]:
     """The validation losses after the last step, by name, and the median number of tokens per second."""
     stop = Stop(None)
-    Trainer(config, ranks).run(stop)
+    outcome, why = Trainer(config, ranks).run(stop)
+    if outcome != "finished":  # asked to end, as a run is
+        raise SystemExit(f"{config.run_dir}: {outcome}: {why}")
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     speeds = [line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
     losses = {key.rsplit("/", 1)[1]: v for key, v in lines[-1].items() if key.startswith("val/") and "/loss/" in key}
