@@ -31,7 +31,7 @@ _EPSILON = 2.0**-60  # a power of two: scaling by it is exact, and exp(2^-60 A) 
 
 
 @functools.cache
-def _stock() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def stock() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Returns (selective_scan_fn, causal_conv1d_fn). Raises UserError if they cannot run here."""
     if not torch.cuda.is_available():
         raise UserError("they need an NVIDIA GPU")
@@ -57,7 +57,7 @@ def why_not(kernel: str, x: Tensor, size: int) -> str | None:
     if kernel == "scan" and size > 256:
         return f"an SSM state of {size} is above 256"
     try:
-        _stock()
+        stock()
     except ValueError as error:
         return str(error)
     return None
@@ -110,7 +110,7 @@ def selective_scan(
             ([nothing_BNN] * repeat, C_BLN.to(dtype), one_BNN),
         )
     )
-    scan, _ = _stock()
+    scan, _ = stock()
     y_BDS, last_BDN = scan(u, delta, A_DN.contiguous(), B, C, return_last_state=True)
     y_BLD = y_BDS[:, :, brought : brought + length].transpose(1, 2).float()
     y_BLD = (y_BLD + D_D * x_BLD) * F.silu(z_BLD)
@@ -139,7 +139,7 @@ def causal_conv(
         back = torch.arange(K - 1, 0, -1, device=x_TD.device)
         before_BK = torch.where(position_BL[:, :1] >= back, 0, -1).to(torch.int32)
         document_BL = torch.cat([before_BK, document_BL], 1)
-    _, conv = _stock()
+    _, conv = stock()
     # with `seq_idx`, the kernel needs channels innermost in memory
     y_BDL = conv(x_BLD.contiguous().transpose(1, 2), weight_DK, bias_D, seq_idx=document_BL, activation="silu")
     return y_BDL[:, :, brought:].transpose(1, 2).reshape(-1, D).index_select(0, layout.rows)

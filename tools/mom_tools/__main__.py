@@ -45,6 +45,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "this machine": {
         "demo": ("mom_tools.demo.demo", "run the whole job, from documents to a trained model"),
         "demo-corpus": ("mom_tools.demo.corpus", "make the corpus of the demo"),
+        "gpu-check": ("mom_tools.bench.gpu_check", "check a GPU in six minutes: is it right, how fast, what limits it"),
         "bench": ("mom_tools.bench.kernels", "time the kernels and the training step"),
         "bench-data": ("mom_tools.bench.loading", "time reading and packing"),
         "bench-tokenizers": ("mom_tools.bench.tokenizing", "time every stage of tokenizing"),

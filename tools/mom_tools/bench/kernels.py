@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 from tqdm import tqdm
 
 from mom_tokenizers.errors import EXIT_FAILED, UserError, exit_clearly
@@ -48,14 +49,21 @@ def check(name: str, s: Sizes) -> dict[str, float]:
     for candidate in suite.candidates:
         candidate.prepare()
         prefix = f"{candidate.name.split(',')[0]}/" if name == "routing" else ""
-        errors[candidate.name] = 0.0
-        for key, ours in candidate.backward().items():
-            if prefix + key in truth:
-                wanted = truth[prefix + key].detach()
-                difference = (candidate.in_time(ours.detach()).double().reshape(wanted.shape) - wanted).abs().max()
-                error = float(difference / wanted.abs().max())
-                errors[candidate.name] = max(errors[candidate.name], error if error == error else math.inf)
+        errors[candidate.name] = greatest_error(candidate, truth, prefix)
     return errors
+
+
+def greatest_error(candidate: Candidate, truth: dict[str, Tensor], prefix: str = "") -> float:
+    """The greatest error of the candidate's output and gradients over the greatest magnitude of each in `truth`, whose
+    names begin with `prefix`; infinite where something is not a number."""
+    greatest = 0.0
+    for key, ours in candidate.backward().items():
+        if prefix + key in truth:
+            wanted = truth[prefix + key].detach()
+            difference = (candidate.in_time(ours.detach()).double().reshape(wanted.shape) - wanted).abs().max()
+            error = float(difference / wanted.abs().max())
+            greatest = max(greatest, error if error == error else math.inf)
+    return greatest
 
 
 def measure(candidates: list[Candidate], repetitions: int, device: str) -> dict[str, dict[str, float]]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mom_tokenizers.errors import UserError
+from mom_train.ops import mamba_ssm
 from mom_train.ops.conv.naive import causal_conv
 from mom_train.ops.scan.naive import selective_scan
 
@@ -73,6 +74,29 @@ def pscan_scan(
     decay = torch.exp(delta[..., None] * A).masked_fill(first[..., None, None], 0)
     h = load_pscan()(decay, (delta * x)[..., None] * B[:, :, None].float())
     return ((h @ C[..., None].float()).squeeze(-1) + D * x) * F.silu(z.float())
+
+
+STOCK = ("selective_scan_fn (no documents)", "causal_conv1d_fn (crosses documents)")
+"""The CUDA kernels of mamba_ssm and causal_conv1d as their authors call them, without what our adapter does around
+them."""
+
+
+def stock_scan(absent: dict[str, str]) -> Callable[..., Tensor] | None:
+    """selective_scan_fn of mamba_ssm, channels first, or None, and the reason in `absent`, where it cannot run."""
+    return _stock(0, absent)
+
+
+def stock_conv(absent: dict[str, str]) -> Callable[..., Tensor] | None:
+    """causal_conv1d_fn, channels first, or None, and the reason in `absent`, where it cannot run."""
+    return _stock(1, absent)
+
+
+def _stock(which: int, absent: dict[str, str]) -> Callable[..., Tensor] | None:
+    try:
+        return mamba_ssm.stock()[which]
+    except UserError as error:
+        absent[f"stock {STOCK[which]}"] = str(error)
+        return None
 
 
 def _published_scan(

@@ -25,25 +25,27 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from mom_train.config.model import PROJECTIONS, ModelConfig
+from mom_train.config.model import PROJECTIONS, ModelConfig, Part
 from mom_train.config.optimizer import OptimizerConfig
 from mom_train.config.run import Recompute
 from mom_train.cost.flops import training_flops_per_token
 from mom_train.cost.gemm import gemm_flops_per_second
-from mom_train.model.init import initialize
+from mom_train.model.init import initial_value, initialize
 from mom_train.model.language_model import LanguageModel
 from mom_train.ops.layout import RowLayout
 from mom_train.optim.optimizer import build_optimizer
 
 PHASES = ("forward", "backward", "clip", "optimizer")
-SYSTEMS = ("mixture", "dense", "transformer")
+SYSTEMS = ("mixture", "dense", "transformer", "mot")
+"""Mixture-of-Mamba, dense Mamba, a dense Transformer and the Mixture-of-Transformers."""
 _RECOMPUTE: dict[str, Recompute] = {"false": False, "true": True, "selective": "selective"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS[:3]), help="(all but mot)")
     parser.add_argument("--dim", type=int, default=256, help="width of the residual stream (256)")
     parser.add_argument("--layers", type=int, default=4, help="of two Mamba blocks or one Transformer block each (4)")
+    parser.add_argument("--heads", type=int, help="of a Transformer (dim / 32)")
     parser.add_argument("--vocabulary", type=int, default=65_536, help="ids (65536)")
     parser.add_argument("--modalities", type=int, default=3, help="weights of the mixture's projections (3)")
     parser.add_argument("--batch", type=int, default=2, help="rows of the batch (2)")
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--checkpointing", choices=tuple(_RECOMPUTE), default="false")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--profile", action="store_true", help="profile one more step of each; --json has the kernels")
     parser.add_argument("--repetitions", type=int, default=5, help="timed steps of each (5)")
     parser.add_argument("--warm-up", type=int, default=5, help="steps of each before, not timed (5)")
     parser.add_argument(
@@ -79,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         steps = {str(length): _Step("mixture", arguments, 1, length) for length in contexts}
     else:
         steps = {name: _Step(name, arguments, arguments.batch, arguments.length) for name in arguments.systems}
-    figures = _measure(steps, arguments.warm_up, arguments.repetitions)
+    figures = _measure(steps, arguments.warm_up, arguments.repetitions, arguments.profile)
     if not contexts:
         rate = _gemm_flops_per_second(arguments)
         settings["gemm_gflops_per_s"] = rate / 1e9
@@ -98,9 +101,12 @@ class _Step:
         self.tokens = batch * length
         self.flops = training_flops_per_token(config, arguments.vocabulary, length) * self.tokens
         self.device, self._precision = torch.device(arguments.device), arguments.precision
-        self.model = LanguageModel(config, arguments.vocabulary, modalities, recompute=recompute)
-        initialize(self.model, 0)
-        self.model.to(self.device)
+        with self.device:
+            self.model = LanguageModel(config, arguments.vocabulary, modalities, recompute=recompute)
+        if self.device.type == "cuda":
+            _draw_on_device(self.model)
+        else:
+            initialize(self.model, 0)
         if arguments.compile:
             for block in self.model.blocks:
                 block.compile()
@@ -113,7 +119,8 @@ class _Step:
     def draw(self) -> None:
         """Draw new spans and documents for the next step, because no two batches of a training have the same. All
         systems draw the same ones."""
-        modality_BL, document_BL = _rows(*self._shape, self._modalities, self._generator)
+        batch, length = self._shape
+        modality_BL, document_BL = _rows(batch, length, self._modalities, self._generator)
         layout = RowLayout.sort(modality_BL.clamp(max=self._used - 1), document_BL, self._used)
         moved = {k: v.to(self.device) for k, v in vars(layout).items() if isinstance(v, Tensor)}
         self.layout = RowLayout(**{**vars(layout), **moved})
@@ -148,10 +155,24 @@ class _Step:
 
 def _config(name: str, arguments: argparse.Namespace) -> ModelConfig:
     size = {"dim": arguments.dim, "layers": arguments.layers}
-    if name == "transformer":
-        heads = max(1, arguments.dim // 32)
-        return ModelConfig(architecture="transformer", heads=heads, decoupled=(), **size)
+    if name in ("transformer", "mot"):
+        heads = arguments.heads or max(1, arguments.dim // 32)
+        decoupled: tuple[Part, ...] = ("attention", "feed_forward", "norm") if name == "mot" else ()
+        return ModelConfig(architecture="transformer", heads=heads, decoupled=decoupled, **size)
     return ModelConfig(decoupled=PROJECTIONS if name == "mixture" else (), **size)
+
+
+@torch.no_grad()
+def _draw_on_device(model: LanguageModel) -> None:
+    """Initial values for a model whose speed alone matters: large matrices are drawn on the device from the right range
+    instead of one by one on the CPU, which takes minutes for billions of weights."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() < 1 << 20:
+            generator = torch.Generator().manual_seed(0)
+            parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, generator))
+        else:
+            bound = 0.03 if name.startswith("embedding") else parameter.shape[-1] ** -0.5
+            parameter.uniform_(-bound, bound)
 
 
 def _rows(batch: int, length: int, modalities: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -162,7 +183,7 @@ def _rows(batch: int, length: int, modalities: int, generator: torch.Generator) 
     return (number_T % modalities).to(torch.uint8), (number_T // 4).to(torch.int32)
 
 
-def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[str, Any]:
+def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int, profiling: bool = False) -> dict[str, Any]:
     """Name of a system -> its figures. The systems take turns."""
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in tqdm(range(warm_up + repetitions), unit="round", disable=None):
@@ -186,6 +207,7 @@ def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[st
             "gflops_per_s": step.flops / whole / 1e6,
             "parameters": sum(p.numel() for p in step.model.parameters()),
             "peak_bytes": step.peak_bytes(),
+            **(profiled(step) if profiling else {}),
         }
     if "dense" in laps:
         for name, values in figures.items():
@@ -193,6 +215,24 @@ def _measure(steps: dict[str, _Step], warm_up: int, repetitions: int) -> dict[st
             values["over_dense"] = paired_ratio(own, base, PHASES)
             values["over_dense_without_optimizer"] = paired_ratio(own, base, PHASES[:-1])
     return figures
+
+
+def profiled(step: _Step) -> dict[str, Any]:
+    """What the profiler sees in one step: `device_ms`, the sum over all kernels, and for each of `kernels` its name,
+    its milliseconds and its calls, the longest first. On a CPU these are PyTorch's operators without what they call."""
+    cuda = step.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+        step(lambda phase: nullcontext())
+        if cuda:
+            torch.cuda.synchronize()
+    kernels = []
+    for event in seen.key_averages():
+        # the optimiser marks a range on the device, whose time is that of its kernels once more
+        if (event.device_type.name == "CUDA") == cuda and not event.key.startswith(("Optimizer.", "ProfilerStep")):
+            time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
+            kernels.append({"name": event.key, "ms": time_us / 1e3, "calls": event.count})
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    return {"device_ms": sum(kernel["ms"] for kernel in kernels), "kernels": kernels}
 
 
 def paired_ratio(own: list[dict[str, float]], base: list[dict[str, float]], phases: Sequence[str]) -> float:

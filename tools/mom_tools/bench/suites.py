@@ -85,8 +85,8 @@ def geometry(s: Sizes) -> tuple[Tensor, Tensor, RowLayout]:
 
 
 def draw(s: Sizes, *shapes: Sequence[int], dtype: torch.dtype | None = None) -> list[Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn(*shape, generator=g).to(s.device, dtype or s.dtype) for shape in shapes]
+    g = torch.Generator(s.device).manual_seed(1)
+    return [torch.randn(*shape, generator=g, device=s.device).to(dtype or s.dtype) for shape in shapes]
 
 
 def truth_of(define: Callable[..., Tensor], leaves: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
@@ -139,6 +139,17 @@ def scan(s: Sizes) -> Suite:
         suite.candidates.append(Candidate("mambapy pscan", run, copies, gradient))
     except ImportError as error:
         suite.absent["mambapy pscan"] = str(error)
+    if s.length > 40 and (stock := peers.stock_scan(absent=suite.absent)):  # it knows no documents and no modality
+        u, delta, B_BNL, C_BNL, gate = (
+            leaves[n].detach().transpose(1, 2).contiguous() for n in ("x", "dt", "B", "C", "z")
+        )
+        theirs = {"u": u, "delta": delta, "A": A.detach(), "B": B_BNL, "C": C_BNL, "D": leaves["D"].detach(), "z": gate}
+        theirs = {name: t.clone().requires_grad_() for name, t in theirs.items()}
+        first_bias = leaves["bias"].detach()[0].contiguous()
+        run = lambda: stock(**theirs, delta_bias=first_bias, delta_softplus=True)  # noqa: E731
+        suite.candidates.append(
+            Candidate(f"stock {peers.STOCK[0]}", run, theirs, gradient.transpose(1, 2).contiguous())
+        )
     if s.length <= 40:
         define = lambda **w: define_scan(**w, modality=modality, document=document)  # noqa: E731
         suite.truth = truth_of(define, leaves, gradient)
@@ -178,6 +189,11 @@ def conv(s: Sizes) -> Suite:
             return F.silu(pre[..., : s.length]).transpose(1, 2)
 
         suite.candidates.append(Candidate("F.conv1d (crosses documents)", conv1d, own, gradient))
+        if stock := peers.stock_conv(absent=suite.absent):  # channels first in shape, and innermost in memory
+            theirs = {"x": x.detach().transpose(1, 2), "weight": weight.detach(), "bias": bias.detach()}
+            theirs = {name: t.clone().requires_grad_() for name, t in theirs.items()}
+            run = lambda: stock(*theirs.values(), activation="silu")  # noqa: E731
+            suite.candidates.append(Candidate(f"stock {peers.STOCK[1]}", run, theirs, gradient.transpose(1, 2)))
     return suite
 
 
@@ -270,7 +286,7 @@ def block(s: Sizes) -> Suite:
         define = lambda x, **w: peers.define_block(x, w, modality, document)  # noqa: E731
         suite.truth = truth_of(define, {"x": x, **p}, gradient)
     else:
-        suite.candidates += [ours(usable[0], True), _gemms(s, p, autocast)]
+        suite.candidates += [ours(None, True), _gemms(s, p, autocast)]
 
     def other(name: str, module: torch.nn.Module, *extra: Any) -> Candidate:
         module.to(s.device)
