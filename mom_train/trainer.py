@@ -34,7 +34,7 @@ from mom_train.distributed.watch import Watch
 from mom_train.exchange.weights import fill, match, open_weights
 from mom_train.generate.samples import TrainingSampler
 from mom_train.model.init import initialize
-from mom_train.model.language_model import LanguageModel, build_model
+from mom_train.model.language_model import LanguageModel, build_model, set_precision
 from mom_train.model.objective import Counts
 from mom_train.model.sharding import shard
 from mom_train.observe.environment import environment, write_environment
@@ -397,7 +397,9 @@ def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | Non
 def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:
     """Builds the model of the config, sharded over the ranks. Its weights have memory but no values. Collective."""
     mesh = agreed(lambda: model_mesh(ranks, config.parallel.shard_ranks))
-    model = shard(build_model(config), mesh, config.training.compile, config.parallel.cpu_offload)
+    model = build_model(config)
+    agreed(lambda: set_precision(model, config, ranks.device))
+    model = shard(model, mesh, config.training.compile, config.parallel.cpu_offload)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
     return model
 

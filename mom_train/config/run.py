@@ -58,9 +58,14 @@ class TrainingConfig(Section):
     time_limit: float | None = Field(None, gt=0)
     """Seconds after which the run writes a checkpoint and ends as if it were preempted. Set it a little below the time
     limit of the job."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Precision of the matrix products (autocast). Parameters, norms, the scan, its time steps and the losses are
-    always fp32."""
+    always fp32. `fp8` is bf16 with the large products in FP8 (e4m3, a scale for each row): outputs of the projections
+    and gradients of their inputs, except x_proj and dt_proj, and the logits if the number of ids is a multiple of 16.
+    It needs an NVIDIA GPU of compute capability 8.9 or more, and 9.0 (H100, H200) if projections are decoupled."""
+    fp8_emulation: bool = False
+    """Whether the products of `precision: fp8` are emulated in fp32 from the same rounded numbers. This runs on any
+    device, slowly, and shows what FP8 does to the losses."""
     activation_checkpointing: Recompute = False
     """Whether the backward pass recomputes each block to save memory instead of keeping its activations. `true`
     recomputes all of the block. `selective` keeps the results that are expensive to recompute (large matrix products,
@@ -304,6 +309,7 @@ class RunConfig(Section):
             raise UserError(f"branch.step ({self.branch.step}) must be below training.steps ({training.steps})")
         if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
+        self._check_fp8()
         self._check_muon()
         self._check_observe()
         self._check_context()
@@ -352,6 +358,19 @@ class RunConfig(Section):
             raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to use")
         if data.corrupt_share and len(self.layout.modalities) < 2:
             raise UserError("data.corrupt_share: the vocabulary has one modality, so there is no other to route to")
+
+    def _check_fp8(self) -> None:
+        model = self.model
+        if self.training.precision != "fp8":
+            if self.training.fp8_emulation:
+                raise UserError("training.fp8_emulation: there is nothing to emulate; set training.precision: fp8")
+            return
+        inner = model.feed_forward if model.architecture == "transformer" else model.inner
+        if model.dim % 16 or inner % 16:
+            raise UserError(
+                f"training.precision: fp8 needs widths that are multiples of 16, and the model has {model.dim} and "
+                f"{inner}; change model.dim, or set training.precision: bf16"
+            )
 
     def _check_muon(self) -> None:
         if (muon := self.optimizer.as_muon) is None:

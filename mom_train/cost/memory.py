@@ -145,7 +145,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     counts = parameters(model, vocabulary, len(config.layout.modalities), diffusion.patch_width if diffusion else None)
     n, ends = sum(counts.values()), counts["embedding"]  # the head has as many
     block = (n - 2 * ends - counts.get("adapters", 0)) // blocks
-    element = 2 if config.training.precision == "bf16" else _FP32
+    element = _FP32 if config.training.precision == "fp32" else 2
     linear = sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
     casts = 2 * linear if element == 2 else 0
     muon = muon_parameters(config)

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mom_tokenizers.errors import UserError
 from mom_train.config.model import DiffusionConfig, ModelConfig
 from mom_train.config.run import Recompute, RunConfig
 from mom_train.model.attention import AttentionState, TransformerBlock, attention_mask
 from mom_train.model.cross_entropy import linear_cross_entropy
 from mom_train.model.diffusion import NoisedPatches, PatchEmbedding, PatchHead
 from mom_train.model.mamba import MambaBlock, MambaState
-from mom_train.model.routed import Norm, RoutedProjection, on_cuda
+from mom_train.model.routed import Norm, Projection, RoutedProjection, on_cuda
 from mom_train.ops.layout import RowLayout
+from mom_train.ops.routing import fp8
+from mom_train.ops.routing.fp8 import Fp8
 
 LayerStates = list[MambaState | AttentionState]
 """What each block carries from one chunk of a sequence to the next."""
@@ -80,7 +83,11 @@ class Block(nn.Module):
         return again(block, x, layout, *more, context_fn=self._keep)
 
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.mom.modality_linear.default)
+_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.mom.modality_linear.default,
+    torch.ops.mom.fp8_linear.default,
+)
 
 
 _SEQUENCE_OPERATORS = (
@@ -107,12 +114,13 @@ class Head(nn.Module):
     def __init__(self, dim: int, vocabulary: int, z_loss: float):
         super().__init__()
         self.z_loss = z_loss
+        self.fp8: Fp8 | None = None
         self.weight = nn.Parameter(torch.empty(vocabulary, dim))
 
     def forward(self, x_Td: Tensor, labels_T: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
         if labels_T is None:
             return nn.functional.linear(x_Td, self.weight)
-        return linear_cross_entropy(x_Td, self.weight, labels_T, self.z_loss)
+        return linear_cross_entropy(x_Td, self.weight, labels_T, self.z_loss, self.fp8)
 
 
 class LanguageModel(nn.Module):
@@ -186,6 +194,15 @@ class LanguageModel(nn.Module):
             balance = torch.stack([router.balance for router in self._routers]).mean()
         return Losses(tokens, tokens_T, squares, balance, squares_P.detach())
 
+    def use_fp8(self, mode: Fp8) -> None:
+        """Lets the large products be in FP8: those of the projections except x_proj and dt_proj, whose few FLOPs make
+        time steps, B and C, and the logits where the number of ids is a multiple of 16."""
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, Projection | RoutedProjection) and not name.endswith(("x_proj", "dt_proj")):
+                module.fp8 = mode
+        if self.head.weight.shape[0] % fp8.ALIGNMENT == 0:
+            self.head.fp8 = mode
+
     def empty_state(self, batch: int) -> LayerStates:
         """The state before the first token of `batch` rows, with which `forward` reads chunk by chunk or token by
         token."""
@@ -206,3 +223,22 @@ def build_model(config: RunConfig) -> LanguageModel:
             z_loss=config.objective.z_loss,
             recompute=config.training.activation_checkpointing,
         )
+
+
+def set_precision(model: LanguageModel, config: RunConfig, device: torch.device, required: bool = True) -> None:
+    """Lets the products of the model be in FP8 if `training.precision` says so. Autocast does the rest.
+
+    If the device has no FP8 products, they are emulated where the config or `required` = False allows it, and otherwise
+    UserError is raised.
+    """
+    training = config.training
+    if training.precision != "fp8":
+        return
+    grouped = any(part in config.model.decoupled for part in ("in_proj", "out_proj", "attention", "feed_forward"))
+    obstacle = "training.fp8_emulation" if training.fp8_emulation else fp8.why_not(device, grouped)
+    if obstacle is not None and required and not training.fp8_emulation:
+        raise UserError(
+            f"training.precision: fp8 does not run here: {obstacle}. Set it to bf16, or set training.fp8_emulation: "
+            "true, which gives the same losses slowly"
+        )
+    model.use_fp8("device" if obstacle is None else "emulated")

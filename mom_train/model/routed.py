@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mom_train.config.model import ModelConfig
 from mom_train.ops.layout import RowLayout
 from mom_train.ops.norm.add_norm import add_norm
+from mom_train.ops.routing.fp8 import Fp8, fp8_linear
 from mom_train.ops.routing.modality_linear import modality_linear
 
 
@@ -16,8 +17,10 @@ class Projection(nn.Module):
     """A linear map without bias that is shared by all modalities or has one matrix per modality.
 
     The weight is one 2-D parameter [modalities * out, in], so that FSDP2 shards it evenly, and a rank that has no
-    tokens of a modality still has a gradient for its matrix.
+    tokens of a modality still has a gradient for its matrix. With `fp8`, its products are in FP8 (`ops.routing.fp8`).
     """
+
+    fp8: Fp8 | None = None
 
     def __init__(self, inputs: int, outputs: int, modalities: int):
         super().__init__()
@@ -25,6 +28,8 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(modalities * outputs, inputs))
 
     def forward(self, x_TK: Tensor, layout: RowLayout) -> Tensor:
+        if self.fp8 is not None:
+            return fp8_linear(x_TK, self.weight, None if self.modalities == 1 else layout.offsets, self.fp8)
         if self.modalities == 1:
             return F.linear(x_TK, self.weight)
         return modality_linear(x_TK, self.weight, layout.offsets)
@@ -40,6 +45,7 @@ class RoutedProjection(nn.Module):
     """
 
     balance: Tensor
+    fp8: Fp8 | None = None
 
     def __init__(self, inputs: int, outputs: int, modalities: int, experts: int, among_all: bool):
         super().__init__()
@@ -63,7 +69,11 @@ class RoutedProjection(nn.Module):
         order_T = expert_T.argsort(stable=True)
         offsets = (torch.arange(M * E + 1, device=device).unsqueeze(1) > expert_T).sum(1)
         count_n = offsets.diff()
-        y_TO = modality_linear(x_TK[order_T], self.weight, offsets)[order_T.argsort()]
+        if self.fp8 is None:
+            sorted_TO = modality_linear(x_TK[order_T], self.weight, offsets)
+        else:
+            sorted_TO = fp8_linear(x_TK[order_T], self.weight, offsets, self.fp8)
+        y_TO = sorted_TO[order_T.argsort()]
         choices = M * E if self.among_all else E
         group_n = group_M.repeat_interleave(E).clamp_min(1)
         self.balance = choices * (count_n / group_n * p_Tn.sum(0)).sum()

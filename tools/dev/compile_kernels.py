@@ -98,6 +98,7 @@ def _passes(dtype: str) -> list[dict[str, Any]]:
     """The kernels between the products, whose arguments and options are their own; a step is one pass of a loop."""
     from mom_train.ops.cross_entropy import triton as triton_cross_entropy
     from mom_train.ops.norm import triton as triton_norm
+    from mom_train.ops.routing import fp8_triton
 
     rows, width = _ROW_TYPES[dtype], 2048
     logits = {"LOGITS": rows, "TARGET": "*i64", "LOSS": "*fp32", "LOGSUM": "*fp32", "V": "i32", "z_loss": "fp32"}
@@ -107,6 +108,9 @@ def _passes(dtype: str) -> list[dict[str, Any]]:
     backward = {**norm, "SPAN": triton_norm.SPAN, "PASSES": True, "BRANCHES": dtype != "fp32"}
     own = {"variant": dtype, "dtype": dtype, "signature": norms, "options": triton_norm.options(width)}
     return [
+        {"kernel": "rounding to FP8", "function": fp8_triton._quantize, "steps": (), "variant": dtype, "dtype": dtype,
+         "settings": {"BLOCK": width}, "options": fp8_triton.options(width), "least": 89,
+         "signature": {"X": rows, "Q": "*fp8e4nv", "C": "i32"}},
         {"kernel": "norm of a sum, forward", "function": triton_norm._forward, "steps": (),
          "settings": {**norm, "ADDS": True}, **own},
         {"kernel": "norm of a sum, backward", "function": triton_norm._backward, "steps": (1,), "settings": backward,
@@ -267,6 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
             results += compile_cuda(arch, options.all)
             print(f"sm_{arch}: the kernels in CUDA C++", file=sys.stderr, flush=True)
         for variant in variants(options.all) if options.only != "cuda" else ():
+            if arch < variant.get("least", 0):
+                continue
             results.append(compile_variant(variant, arch))
             print(f"sm_{arch}: {variant['kernel']}, {variant['variant']}", file=sys.stderr, flush=True)
     if options.json != "-":

@@ -52,10 +52,12 @@ def named(places: list[str]) -> dict[str, str]:
 def sharded(config: RunConfig, checkpoint: Checkpoint, weights: Weights, ranks: Ranks) -> LanguageModel:
     """The model, with its parameters divided among the ranks. All ranks must call it together."""
     from mom_train.checkpoint.load import load_weights
-    from mom_train.model.language_model import build_model
+    from mom_train.model.language_model import build_model, set_precision
     from mom_train.model.sharding import shard
 
-    model = shard(build_model(config), ranks.mesh)
+    model = build_model(config)
+    set_precision(model, config, ranks.device, required=False)
+    model = shard(model, ranks.mesh)
     model.to_empty(device=ranks.device)
     load_weights(model, checkpoint, weights, alone=False)
     return model
