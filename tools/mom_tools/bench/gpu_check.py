@@ -110,7 +110,9 @@ def run_part(part: Part, folder: Path, device: str, tiny: bool, seconds: float) 
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
-    faulthandler.dump_traceback_later(0.9 * seconds, file=log)  # so that the log says where a part hangs
+    # Asked by this signal before it is killed, a part prints where it is. (dump_traceback_later would hold a lock that
+    # a run which is forked from here waits for.)
+    faulthandler.register(signal.SIGUSR1, log)
     scratch = folder / "scratch" / part.name
     scratch.mkdir(parents=True)
     findings = Findings(_file(folder, part), scratch, device, tiny, seconds)
@@ -224,6 +226,9 @@ class GpuCheck:
                 process.join(0.2)
                 self._look_at(part, "running", begun)
             if process.is_alive():
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGUSR1)
+                process.join(0.3)
                 state = f"killed at its limit of {limit:.0f} s"
             elif process.exitcode:
                 code = process.exitcode
@@ -349,7 +354,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=TOTAL, help="that all parts may take together (%(default)g)")
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of the results (%(default)s)")
     arguments = parser.parse_args()
-    with exit_clearly(parser.prog):
+    with exit_clearly():
         if missing := missing_packages():
             raise UserError(
                 f"this Python ({sys.executable}) lacks packages that the check needs; install them with\n"

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mom_data.batches.batch import IGNORE
 from mom_tools.bench import kernels as bench_kernels
 from mom_tools.bench.findings import Findings
 from mom_tools.bench.suites import SUITES, Sizes
-from mom_train.model.cross_entropy import IGNORE, linear_cross_entropy
+from mom_train.model.cross_entropy import linear_cross_entropy
 from mom_train.model.routed import Norm
 from mom_train.ops import backends
 from mom_train.ops.layout import RowLayout
