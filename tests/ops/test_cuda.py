@@ -213,7 +213,7 @@ def test_more_modalities_than_shared_memory_holds_are_refused_with_the_way_out(m
     small = SimpleNamespace(shared_limit=100_000, device="cuda:0")
     a = cuda_scan.Arguments(modalities=40, channels=64, chunks=4)
     with pytest.raises(UserError, match=r"cannot hold 40 modalities.*MOM_KERNELS=triton"):
-        cuda_scan._spans(None, "scan_backward", small, True, a, 1, 0.3)
+        cuda_scan._cut_rows("scan_backward", small, True, a, 1, 0.3)
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=f"NO NVRTC: {nvrtc.missing()}")

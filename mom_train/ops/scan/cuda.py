@@ -165,9 +165,7 @@ def span_count(ctas: int, chunks: int, processors: int, resident: int, before: f
     return best
 
 
-def _spans(
-    spans: int | None, kernel: str, rows: nvrtc.Kernels, bf16: bool, a: Arguments, batch: int, before: float
-) -> None:
+def _cut_rows(kernel: str, rows: nvrtc.Kernels, bf16: bool, a: Arguments, batch: int, before: float) -> None:
     """Sets the number of spans, and of chunks in each."""
     shared = shared_bytes(kernel, bf16, a.modalities)
     if shared > rows.shared_limit:
@@ -175,10 +173,8 @@ def _spans(
             f"the cuda kernels of the scan cannot hold {a.modalities} modalities in the {rows.shared_limit} bytes of "
             f"shared memory of {rows.device}; set MOM_KERNELS=triton"
         )
-    if spans is None:
-        resident = rows.resident(kernel, THREADS, shared)
-        ctas = batch * -(-a.channels // CTA_CHANNELS)
-        spans = span_count(ctas, a.chunks, rows.processors, resident, before)
+    ctas = batch * -(-a.channels // CTA_CHANNELS)
+    spans = span_count(ctas, a.chunks, rows.processors, rows.resident(kernel, THREADS, shared), before)
     a.span = -(-a.chunks // spans)
     a.spans = -(-a.chunks // a.span)
 
@@ -202,9 +198,8 @@ def _are_bf16(*tensors: Tensor) -> bool:
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
     h0: Tensor | None, order: Tensor, rows: Tensor, modality: Tensor, position: Tensor, batch: int, keep: bool,
-    spans: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `selective_scan`. `spans` is for tests; otherwise `span_count` chooses it."""
+    """See `selective_scan`."""
     given, bf16 = x.dtype, _are_bf16(x, dt, z, B, C)
     x, dt, z, B, C = _rows([x, dt, z, B, C], bf16)
     A, D, dt_bias, order, modality, position = (t.contiguous() for t in (A, D, dt_bias, order, modality, position))
@@ -213,7 +208,7 @@ def forward(
     y, hT, states = x.new_empty(T, Dn), A.new_empty(batch, Dn, STATES), new_states(x, A, batch, keep)
     a = Arguments(tokens=T, length=T // batch, channels=Dn, modalities=dt_bias.shape[0])
     a.chunks = -(-a.length // CHUNK)
-    _spans(spans, "scan_forward", run, bf16, a, batch, _BEFORE_FORWARD)
+    _cut_rows("scan_forward", run, bf16, a, batch, _BEFORE_FORWARD)
     a.point(x=x, dt=dt, z=z, B=B, C=C, A=A, D=D, dt_bias=dt_bias, order=order, modality=modality, position=position)
     a.point(y=y, leaving=hT, states=states if keep else None, entering=h0)
     if a.spans > 1:
@@ -229,7 +224,6 @@ def forward(
 def backward(
     grad_y: Tensor, grad_hT: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
     dt_bias: Tensor, states: Tensor, order: Tensor, rows: Tensor, modality: Tensor, position: Tensor, batch: int,
-    spans: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     bf16 = _are_bf16(x, dt, z, B, C)  # as in the forward pass
     x, dt, z, B, C, grad_y = _rows([x, dt, z, B, C, grad_y], bf16)
@@ -238,7 +232,7 @@ def backward(
     (T, Dn), M, blocks, run = x.shape, dt_bias.shape[0], -(-x.shape[1] // CTA_CHANNELS), kernels(x.device, bf16)
     a = Arguments(tokens=T, length=T // batch, channels=Dn, modalities=M)
     a.chunks = -(-a.length // CHUNK)
-    _spans(spans, "scan_backward", run, bf16, a, batch, _BEFORE_BACKWARD)
+    _cut_rows("scan_backward", run, bf16, a, batch, _BEFORE_BACKWARD)
     grad_x, grad_dt, grad_z = (x.new_empty(T, Dn) for _ in range(3))
     parts = {
         "grad_B": A.new_empty(blocks, T, STATES),
