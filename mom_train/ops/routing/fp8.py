@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType
 from torch.utils.flop_counter import register_flop_formula
 
 Fp8 = Literal["device", "emulated"]
@@ -78,7 +77,7 @@ def multiplied(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], offsets: Tens
         bounds = [0, len(a_RC)] if offsets is None else offsets.tolist()
         parts = [wide_RC[s:e] @ wide_GNC[g].t() for g, (s, e) in enumerate(pairwise(bounds))]
         return torch.cat(parts).to(torch.bfloat16)
-    recipe = ScalingType.RowWise
+    recipe = F.ScalingType.RowWise
     if offsets is None or groups == 1:
         scales = scale_R.unsqueeze(1), recipe, scale_GN.unsqueeze(0), recipe
         return F.scaled_mm(a_RC, b_GN_C.t(), *scales, output_dtype=torch.bfloat16)
