@@ -399,7 +399,9 @@ def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:
     mesh = agreed(lambda: model_mesh(ranks, config.parallel.shard_ranks))
     model = build_model(config)
     agreed(lambda: set_precision(model, config, ranks.device))
-    model = shard(model, mesh, config.training.compile, config.parallel.cpu_offload)
+    model = shard(
+        model, mesh, config.training.compile, config.parallel.cpu_offload, config.training.precision == "bf16"
+    )
     model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
     return model
 

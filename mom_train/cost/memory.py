@@ -80,14 +80,14 @@ def _head_forward(tokens: int, dim: int, vocabulary: int, element: int, device: 
     """Bytes of workspace in the forward pass of the head, which also computes its gradients.
 
     These are the gradient of the weight, 4Vd, the part of it from one chunk, 4Vd, and the logits of the chunk, 4C. In
-    bf16 there are also bf16 copies of the weight, 2Vd, of the part, 2Vd, and of the logits, 2C; on CUDA, where the
-    gradient is written over the bf16 logits, there are no fp32 logits.
+    bf16 there are also bf16 copies of the part, 2Vd, and of the logits, 2C; on CUDA, where the gradient is written over
+    the bf16 logits, there are no fp32 logits.
     """
     weight = vocabulary * dim
     logits = min(tokens, max(1, chunks.LOGITS // vocabulary, dim)) * vocabulary
     if element == _FP32:
         return 8 * weight + 4 * logits
-    return 12 * weight + (2 if device == "cuda" else 6) * logits
+    return 10 * weight + (2 if device == "cuda" else 6) * logits
 
 
 def _muon_workspace(config: RunConfig, S: int) -> int:
@@ -107,17 +107,17 @@ def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, 
     There are predictions without, with, and with selective activation checkpointing; `chosen` names the one that the
     config chooses. Each is divided by use:
 
-    parameters, gradients, optimizer, ema   4, 4, 8 and 4 bytes x n / S. The optimiser has 4 instead of 8 for what Muon
-    trains. With accumulation, gradients are whole, 4n, from the first micro-batch until the backward pass of the last
-    one reaches their unit. With parallel.cpu_offload all of these are counted in `host` instead, except whole
-    gradients. units           whole units that FSDP2 holds: fp32
-    weights, the buffer they were gathered in (S > 1), a prefetched unit, gradients being computed, and those waiting to
-    be summed weight_casts    bf16 copies of the linear maps, unsharded, which autograd keeps from forward to backward
-    pass. With checkpointing, only those of one block (selective: also the out_proj of every Mamba block). activations
-    T x the bytes kept per token: `block_activation_bytes` of every block. With checkpointing, the fp32 input of every
-    block or `selective_activation_bytes`, and the activations of one block. Final norm and head keep 8d + 2ed together
-    (in bf16 4d more). A dense attention mask (CPU) is there once. workspace       `block_backward_bytes`, or what the
-    loss of the head needs, or the norms of the update
+    * parameters, gradients, optimizer, ema: 4, 4, 8 and 4 bytes x n / S. The optimiser has 4 instead of 8 for what
+      Muon trains. With accumulation, gradients are whole, 4n, from the first micro-batch until the backward pass of the
+      last one reaches their unit. With parallel.cpu_offload all of these are counted in `host` instead, except whole
+      gradients.
+    * units: whole units that FSDP2 holds: weights, the buffer they were gathered in (S > 1), a prefetched unit,
+      gradients being computed (all of e bytes each), and those waiting to be summed (4 bytes). The embedding takes 4
+      bytes, and so does, in bf16, what a block has beside its matrices, which is then whole during both passes.
+    * activations: T x the bytes kept per token: `block_activation_bytes` of every block. With checkpointing, the fp32
+      input of every block or `selective_activation_bytes`, and the activations of one block. Final norm and head keep
+      8d + 2ed together (in bf16 4d more). A dense attention mask (CPU) is there once.
+    * workspace: `block_backward_bytes`, or what the loss of the head needs, or the norms of the update.
 
     Not included are fragmentation of the allocator, buffers of NCCL, copies by routers, and the batch itself.
     Raises UserError if the ranks cannot share the work as the config says.
@@ -144,14 +144,16 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     d, blocks, vocabulary, L = model.dim, model.blocks, config.layout.size, config.data.sequence_length
     counts = parameters(model, vocabulary, len(config.layout.modalities), diffusion.patch_width if diffusion else None)
     n, ends = sum(counts.values()), counts["embedding"]  # the head has as many
-    block = (n - 2 * ends - counts.get("adapters", 0)) // blocks
+    inside, root = n - 2 * ends - counts.get("adapters", 0), 0  # parameters of the blocks, and of them the root's
     element = _FP32 if config.training.precision == "fp32" else 2
-    linear = sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
-    casts = 2 * linear if element == 2 else 0
+    weight = 2 if config.training.precision == "bf16" else _FP32  # of a product, as it is gathered
+    if weight == 2:
+        root = inside - sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
+    block = (inside - root) // blocks
     muon = muon_parameters(config)
     T = config.training.micro_batch * L // config.parallel.context_ranks
     accumulates, offload = config.accumulation(ranks) > 1, config.parallel.cpu_offload
-    gathered = _FP32 * (2 if S > 1 else 1)  # bytes per weight of a whole unit, with the buffer it was gathered in
+    gathered = weight * (2 if S > 1 else 1)  # bytes per weight of a whole unit, with the buffer it was gathered in
 
     whole_block = block_activation_bytes(model, element, device)
     if config.parallel.context_ranks > 1:  # the states of the first scan, and the time steps that it sums
@@ -169,7 +171,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     def copies(part: str) -> int:
         return len(config.layout.modalities) * model.experts if part in model.decoupled else 1
 
-    def at(done: int, units: int, weight_casts: int, per_token: int, workspace: int) -> dict[str, int]:
+    def at(done: int, units: int, per_token: int, workspace: int) -> dict[str, int]:
         """Bytes by use at a moment when the gradients of `done` parameters have been summed over the ranks."""
         whole = _FP32 * (n - done) if accumulates else 0
         states = {
@@ -181,41 +183,35 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
         if offload:
             states = dict.fromkeys(states, 0)
         states["gradients"] += whole
-        rest = {"units": units, "weight_casts": weight_casts, "activations": per_token * T, "workspace": workspace}
+        rest = {"units": units, "activations": per_token * T, "workspace": workspace}
         return states | rest
 
-    one, all_of_them = casts // blocks, casts
-    if recompute:
-        outside = model.architecture == "mamba" and recompute == "selective"
-        all_of_them = 2 * blocks * copies("out_proj") * model.inner * d if outside and casts else 0
     # activations of the block that the backward pass is at, and its input if they are recomputed from it
     recomputed, recomputed_input = {
         False: (0, 0),
         True: (whole_block, _FP32 * d),
         "selective": (whole_block - kept + _FP32 * d, _FP32 * d),
     }[recompute]
-    unit = 2 * _FP32 * block  # weights and gradients of a block; units being summed or prefetched are added below
-    ahead = _FP32 if S > 1 else 0
+    # weights and gradients of a block and of the root; units being summed or prefetched are added below
+    unit = 2 * weight * block + 2 * _FP32 * root
+    ahead = weight * block if S > 1 else 0
     if model.architecture == "transformer":
         largest = max(3 * d * d * copies("attention"), 2 * d * model.feed_forward * copies("feed_forward"))
     else:
         largest = 2 * d * model.inner * copies("in_proj")
     moments = {
         "head_forward": at(
-            0, gathered * ends, all_of_them, every + tail, _head_forward(T, d, vocabulary, element, device)
+            0, gathered * ends + _FP32 * root, every + tail, _head_forward(T, d, vocabulary, element, device)
         ),
-        "last_block_backward": at(
-            ends, unit + _FP32 * ends + ahead * block, max(one, all_of_them), every + recomputed, work
-        ),
+        "last_block_backward": at(ends, unit + _FP32 * ends + ahead, every + recomputed, work),
         "first_block_backward": at(
             n - ends - block,
-            unit + _FP32 * block + ahead * max(ends, block),
-            one,
+            unit + _FP32 * block + (max(_FP32 * ends, ahead) if S > 1 else 0),
             whole_block + recomputed_input + mask,
             work,
         ),
-        "embedding_backward": at(n - ends, 2 * _FP32 * ends + _FP32 * block, 0, 8 * d, 0),
-        "update": at(n, 0, 0, 0, 0 if offload else max(16 * max(ends, largest) // S, _muon_workspace(config, S))),
+        "embedding_backward": at(n - ends, 2 * _FP32 * (ends + root) + _FP32 * block, 8 * d, 0),
+        "update": at(n, 0, 0, 0 if offload else max(16 * max(ends, largest) // S, _muon_workspace(config, S))),
     }
     sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
     peak = max(sums, key=lambda moment: sums[moment])

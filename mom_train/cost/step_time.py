@@ -59,6 +59,8 @@ class Unit:
     """Number of parameters, each padded in its first dimension to a multiple of the ranks that share it."""
     tensors: int
     """Number of parameter tensors."""
+    element: int = 4
+    """Bytes of a parameter as it is gathered. Gradients are always summed in fp32."""
 
 
 def shared_by(config: RunConfig, ranks: int) -> int:
@@ -76,21 +78,24 @@ def units(config: RunConfig, shard_ranks: int) -> list[Unit]:
     import torch
 
     from mom_train.model.language_model import build_model
+    from mom_train.model.sharding import gathered_in_bf16
 
     model = build_model(config)
     parts: dict[str, torch.nn.Module | None]
     parts = {"embedding": model.embedding, "patch_embedding": model.patch_embedding}
     parts |= {f"blocks.{i}": block for i, block in enumerate(model.blocks)}
     parts |= {"patch_head": model.patch_head, "head": model.head}
+    half = gathered_in_bf16(model) if config.training.precision == "bf16" else set()
     taken: set[int] = set()
     found = []
     for name, module in {**parts, "root": model}.items():
         if module is not None:
-            mine = [p for p in module.parameters() if id(p) not in taken]
+            in_bf16 = bool(half) and name not in ("embedding", "root")
+            mine = [p for p in module.parameters() if id(p) not in taken and (p in half or not in_bf16)]
             taken.update(map(id, mine))
             rows = [-(-p.shape[0] // shard_ranks) * shard_ranks if p.dim() else 1 for p in mine]
             padded = sum(r * math.prod(p.shape[1:]) for r, p in zip(rows, mine, strict=True))
-            found.append(Unit(name, padded, len(mine)))
+            found.append(Unit(name, padded, len(mine), 2 if in_bf16 else 4))
     return found
 
 
@@ -119,18 +124,18 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
 
     In each micro-batch, every unit is gathered for the forward pass and again for the backward pass, except the root,
     which stays gathered. Gradients are summed in the last micro-batch: among the ranks that share a copy and then, with
-    parallel.shard_ranks, among the copies. All of this is in fp32. `small` is what the ranks agree on before and after
-    a step: counts, loss sums, one norm per parameter. `all_to_all` brings the matrices of Muon to their owners and
-    back; its payload is the share of one rank. Which matrices have a gradient is in `small`. Checkpoints, logging and
-    validation are left out.
+    parallel.shard_ranks, among the copies. Sums are in fp32, and so is what is gathered, except the operands of matrix
+    products with training.precision=bf16. `small` is what the ranks agree on before and after a step: counts, loss
+    sums, one norm per parameter. `all_to_all` brings the matrices of Muon to their owners and back; its payload is the
+    share of one rank. Which matrices have a gradient is in `small`. Checkpoints, logging and validation are left out.
 
     Raises UserError if the ranks cannot share the work as the config says.
     """
     accumulation = config.accumulation(ranks)
     S = shared_by(config, ranks)
     copies, M = ranks // S, len(config.layout.modalities)
-    *inner, root = [4 * unit.padded for unit in every]
-    whole = sum(inner) + root
+    *inner, root = [unit.element * unit.padded for unit in every]
+    whole = 4 * sum(unit.padded for unit in every)
     flags = 4 * sum(count for _, _, count in muon_matrices(config)) if S > 1 else 0
     payload = {
         "all_gather": accumulation * (2 * sum(inner) + root) if S > 1 else 0,
@@ -213,13 +218,14 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
     backward = {name: seconds * (2 + (again if name != "head" else 0)) for name, seconds in forward.items()}
 
     apart = cluster.gpus % S != 0
-    gather = {unit.name: cluster.collective(4 * unit.padded, S, apart) for unit in every}
+    gather = {unit.name: cluster.collective(unit.element * unit.padded, S, apart) for unit in every}
+    summed = {unit.name: cluster.collective(4 * unit.padded, S, apart) for unit in every}
     # Each rank of a node is in a different ring, and all of them share the network of the node.
     between = {
         unit.name: 2 * cluster.collective(4 * unit.padded / S, copies, cluster.nodes > 1, 1 / min(S, cluster.gpus))
         for unit in every
     }
-    sums = {name: gather[name] + between[name] for name in gather}
+    sums = {name: summed[name] + between[name] for name in summed}
     order = [unit.name for unit in every[:-1]]
     back = order[::-1]
 

@@ -1,30 +1,69 @@
-"""Sharding with FSDP2: which parts of the model are gathered together, and how their gradients are summed."""
+"""Sharding with FSDP2: which parts of the model are gathered together, in which precision, and how their gradients are
+summed."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from mom_train.model.language_model import LanguageModel
+from mom_train.model.diffusion import PatchEmbedding, PatchHead
+from mom_train.model.language_model import Head, LanguageModel
+from mom_train.model.routed import Projection, RoutedProjection
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh, compiled: bool = False, cpu_offload: bool = False) -> LanguageModel:
+def shard(
+    model: LanguageModel, mesh: DeviceMesh, compiled: bool = False, cpu_offload: bool = False, bf16: bool = False
+) -> LanguageModel:
     """Shards the model over `mesh` with FSDP2, in one unit per block and one for each embedding and head. Returns it.
 
     With `compiled`, each block is first compiled with torch.compile, to which our kernels are opaque operators.
     Gradients are summed over ranks, not averaged: the loss is divided by the global count of targets before the
     backward pass, so the sum is the gradient of the global mean, however the targets are distributed over ranks.
+
+    With `bf16`, the operands of matrix products (`gathered_in_bf16`) are gathered in bf16, which rounds them as
+    autocast would, and their gradients are summed in fp32. The shards, which the optimiser updates, remain fp32. A unit
+    of FSDP2 has one precision, so what else is in the blocks belongs to the root's unit, which is gathered once for a
+    forward and a backward pass.
     """
     if compiled:
         for block in model.blocks:
             block.compile()
     policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    for module in (model.embedding, model.patch_embedding, *model.blocks, model.patch_head, model.head, model):
-        if module is not None:
-            fully_shard(module, mesh=mesh, offload_policy=policy)
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
+    parts = [model.embedding, model.patch_embedding, *model.blocks, model.patch_head, model.head]
+    units = [part for part in parts if part is not None]
+    if bf16:
+        half = gathered_in_bf16(model)
+        # The root comes first, because fully_shard passes over modules that are units already.
+        fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params={*half, *model.embedding.parameters()})
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for unit in units:
+            if unit is model.embedding:
+                fully_shard(unit, mesh=mesh, offload_policy=policy)
+            else:
+                rest = {p for p in unit.parameters() if p not in half}
+                fully_shard(unit, mesh=mesh, offload_policy=policy, mp_policy=precision, ignored_params=rest)
+    else:
+        for unit in (*units, model):
+            fully_shard(unit, mesh=mesh, offload_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def gathered_in_bf16(model: LanguageModel) -> set[nn.Parameter]:
+    """The operands of matrix products: the weights of projections, of the head and of the maps of latent patches.
+
+    Everything else stays fp32: norms, convolution, A, D, the bias of the time step, routers, and the embedding, whose
+    rows are looked up.
+    """
+    half: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, Projection | RoutedProjection | Head):
+            half.add(module.weight)
+        elif isinstance(module, PatchEmbedding | PatchHead):
+            half.update(module.parameters())
+    return half

@@ -62,12 +62,13 @@ def counted(config):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "shard_ranks", "batch"),
-    [(2, None, 2), (2, None, 6), (4, None, 4), (4, 2, 8)],
-    ids=["fsdp", "accumulation", "fsdp-4", "hsdp-accumulation"],
+    ("ranks", "shard_ranks", "batch", "precision"),
+    [(2, None, 2, "fp32"), (2, None, 6, "bf16"), (4, None, 4, "bf16"), (4, 2, 8, "fp32")],
+    ids=["fsdp", "bf16-accumulation", "bf16-4", "hsdp-accumulation"],
 )
-def test_predicted_traffic_is_what_ranks_really_call_for(tmp_path, ranks, shard_ranks, batch):
-    config = tiny_config(tmp_path, training__batch=batch, parallel={"shard_ranks": shard_ranks})
+def test_predicted_traffic_is_what_ranks_really_call_for(tmp_path, ranks, shard_ranks, batch, precision):
+    training = {"steps": 8, "batch": batch, "micro_batch": 1, "precision": precision}
+    config = tiny_config(tmp_path, training=training, parallel={"shard_ranks": shard_ranks})
     predicted = p.communication(config, ranks, p.units(config, p.shared_by(config, ranks)))
     for table in predicted.values():  # small agreements are all-reduces, too
         table["all_reduce"] += table.pop("small")
