@@ -142,7 +142,7 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
         "reduce_scatter": whole if S > 1 else 0,
         "all_reduce": whole // S if copies > 1 else 0,
         "all_to_all": 2 * muon_bytes(config) // S if S > 1 else 0,
-        "small": 8 * (2 * M + 8) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) + flags if ranks > 1 else 0,
+        "small": 8 * (2 * M + 10) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) + flags if ranks > 1 else 0,
     }
     factors = ((S - 1) / S, (S - 1) / S, 2 * (copies - 1) / copies, (S - 1) / S, 2 * (ranks - 1) / ranks)
     return {
