@@ -20,7 +20,7 @@ from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, us
 from mom_train.agreement import Agreement, DocumentAccount, StepCount, largest_over_all_ranks
 from mom_train.anomaly import BadSteps, Judge, gradient_squares
 from mom_train.checkpoint.branch import adopt
-from mom_train.checkpoint.saver import Checkpointer, TrainState, read_train_state
+from mom_train.checkpoint.saver import Checkpointer, TrainState, read_to_continue, read_train_state
 from mom_train.checkpoint.store import Checkpoint, Checkpoints, with_absolute_place
 from mom_train.config.run import RunConfig
 from mom_train.cost.flops import training_flops
@@ -391,7 +391,7 @@ def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | Non
         agreed(lambda: adopt(branch, checkpoints) if dist.get_rank() == 0 else None)
         start = checkpointer.newest()
         assert start is not None
-    return checkpointer, start, agreed(lambda: read_train_state(start))
+    return checkpointer, start, agreed(lambda: read_to_continue(start))
 
 
 def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:

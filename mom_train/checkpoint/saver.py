@@ -66,6 +66,8 @@ class TrainState:
     """Last step after which validation was completed; -1 if there was none."""
     best: dict[str, Any] = field(default_factory=dict)
     """`figure`, `step` and `value` of the best checkpoint so far, if checkpoint.best names a figure."""
+    averaged: dict[str, Any] = field(default_factory=dict)
+    """`steps`, `weights` and place (`of`) of the checkpoints whose mean this is, or nothing if a run made it itself."""
     config: dict[str, Any] | None = None
     """The resolved config."""
     version: str = ""
@@ -97,6 +99,17 @@ def read_train_state(checkpoint: Checkpoint) -> TrainState:
     """The train state in `checkpoint`. Raises UserError if it cannot be read."""
     state = TrainState()
     state.load_state_dict(checkpoint.train_state())
+    return state
+
+
+def read_to_continue(checkpoint: Checkpoint) -> TrainState:
+    """The same for a run that continues from there. Raises UserError also if it is an average of checkpoints."""
+    state = read_train_state(checkpoint)
+    if state.averaged:
+        raise UserError(
+            f"{checkpoint} is an average of checkpoints and has no state of an optimiser, so a run cannot continue "
+            "from it: start a new run with init_from, or continue the run that was averaged"
+        )
     return state
 
 

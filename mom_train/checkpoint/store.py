@@ -323,8 +323,8 @@ class Checkpoints:
             self.files.remove(checkpoint.path)
         return removed
 
-    def write(self, step: int, values: dict[str, Any], train_state: str, group: dist.ProcessGroup) -> None:
-        """Saves and commits the nested dict of tensors `values`. Collective over `group`.
+    def write(self, step: int, values: dict[str, Any], train_state: str, group: dist.ProcessGroup | None) -> None:
+        """Saves and commits the nested dict of tensors `values`. Collective over `group`; None is this process alone.
 
         If any rank cannot write, all ranks raise UserError if the user can mend the cause, such as a full disk, or else
         RuntimeError. What was written is then removed.
@@ -332,9 +332,9 @@ class Checkpoints:
         checkpoint = self[step]
         writer = _Writer(self, checkpoint, train_state)
         try:
-            dcp.save(values, storage_writer=writer, process_group=group)
+            dcp.save(values, storage_writer=writer, process_group=group, no_dist=group is None)
         except CheckpointException as error:
-            if dist.get_rank(group) == 0 and not checkpoint.committed:
+            if (group is None or dist.get_rank(group) == 0) and not checkpoint.committed:
                 with suppress(OSError):  # a full disk needs the space; a read-only one has no files to remove
                     self.files.remove(checkpoint.path)
             _, (reason, _) = min(error.failures.items())

@@ -206,7 +206,7 @@ def value_charts(runs: Sequence[Run], wanted: Iterable[tuple[str, str]]) -> dict
         for number, run in enumerate(runs):
             x, y = run.over(name, "steps")
             if len(x):
-                drawn = y if name == "learning_rate" else smoothed(x, y, WINDOW)
+                drawn = y if name in ("learning_rate", "batch") else smoothed(x, y, WINDOW)
                 series.append(Series(*thinned(x, drawn), number, "line", str(run.path)))
         if series:
             charts[title] = chart(title, series, "steps", from_zero=True)
@@ -291,6 +291,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     wanted = [("perf/tokens_per_s", "tokens per second"), ("perf/data_wait", "share of time waiting for data")]
     wanted += [("grad_norm/total", "gradient norm"), ("learning_rate", "learning rate"), ("perf/mfu", "MFU")]
+    wanted += [("batch", "batch")]
     return environment.get_template("report.html").render(
         runs=[
             {"path": str(run.path), "label": l, **facts(run, price)} for run, l in zip(runs, labels(runs), strict=True)

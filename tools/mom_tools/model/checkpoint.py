@@ -1,14 +1,17 @@
-"""List, verify or prune the checkpoints of a run, or export the weights of one.
+"""List, verify, average or prune the checkpoints of a run, or export the weights of one.
 
     mom checkpoint RUN list [--json [OUT]]
     mom checkpoint RUN verify [--step N] [--json [OUT]]
     mom checkpoint RUN prune --keep 3
+    mom checkpoint RUN average --last 5 --out averaged/ [--steps 100,200,300] [--shape sqrt]
     mom checkpoint RUN export --out exported/ [--step N] [--ema] [--format transformers]
 
 RUN is a run's folder, or the URL that its checkpoints are under (s3://bucket/run). `verify` reads every byte and ends
 with exit code 2 where a checkpoint has changed since it was written; `list` looks at sizes only. `prune` keeps the
 newest K, the best and the permanent checkpoints (checkpoint.keep_every), and removes saves that did not finish. It
-holds RUN/lock meanwhile, so that it cannot remove a save that a run is still writing.
+holds RUN/lock meanwhile, so that it cannot remove a save that a run is still writing. `average` writes the mean of the
+weights as a run of its own, which can be evaluated, exported and named in init_from, but not trained on, because it has
+no state of an optimiser. Its shape says which decay of the learning rate it emulates: linear is the plain mean.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from mom_train.config.preflight import check_run, check_writable, is_local
 from mom_train.distributed.run_lock import RunLock
 
 if TYPE_CHECKING:  # torch takes seconds: it comes when the arguments are known to be right
-    from mom_train.checkpoint.store import Checkpoint
+    from mom_train.checkpoint.store import Checkpoint, Checkpoints
 
 
 def describe(checkpoint: Checkpoint, latest: Checkpoint | None, best: Checkpoint | None) -> dict[str, Any]:
@@ -94,6 +97,19 @@ def held(run: str, checkpoint: Checkpoint) -> Iterator[None]:
         yield
 
 
+def chosen_for_average(checkpoints: Checkpoints, last: int | None, steps: str | None) -> list[Checkpoint]:
+    """The checkpoints to average. Raises UserError where there are not so many, or not these."""
+    if steps is not None:
+        parts = steps.split(",")
+        if not all(part.strip().isdigit() for part in parts) or len(set(map(int, parts))) < len(parts):
+            raise UserError(f"--steps {steps}: expected different steps with commas between them, such as 100,200,300")
+        return [checkpoints.find(int(part)) for part in parts]
+    there = checkpoints.committed()
+    if last is None or not 2 <= last <= len(there):
+        raise UserError(f"--last {last}: at least 2, and there are {len(there)} checkpoints")
+    return there[-last:]
+
+
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("run", help="run directory, or the URL of its checkpoints")
@@ -104,6 +120,12 @@ def main() -> None:
     command.add_argument("--step", type=int, help="step of the checkpoint to verify (default: all committed ones)")
     command = commands.add_parser("prune")
     command.add_argument("--keep", type=int, required=True, help="number of newest checkpoints to keep")
+    command = commands.add_parser("average")
+    chosen_by = command.add_mutually_exclusive_group(required=True)
+    chosen_by.add_argument("--last", type=int, metavar="K", help="the newest K checkpoints")
+    chosen_by.add_argument("--steps", metavar="A,B,C", help="the checkpoints of these steps")
+    command.add_argument("--shape", choices=("linear", "sqrt"), default="linear", help="(default: %(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="folder of the result, not there yet")
     command = commands.add_parser("export")
     add_options(command)
     arguments = parser.parse_args()
@@ -111,13 +133,22 @@ def main() -> None:
         check_run(arguments.run)
         if arguments.command == "prune" and arguments.keep < 1:
             raise UserError("--keep: at least 1, which the run carries on from")
-        if arguments.command == "export":
+        if arguments.command in ("export", "average"):
             check_writable(arguments.out, "--out")
         from mom_train.checkpoint.store import Checkpoints
 
         checkpoints = Checkpoints.of(arguments.run)
         if arguments.command == "export":
             export(arguments.run, arguments.out, arguments.step, arguments.format, arguments.ema)
+            return
+        if arguments.command == "average":
+            from mom_train.checkpoint.average import average
+
+            print(
+                average(
+                    chosen_for_average(checkpoints, arguments.last, arguments.steps), arguments.shape, arguments.out
+                )
+            )
             return
         latest, best = checkpoints.latest(), checkpoints.best()
         if arguments.command == "prune":
