@@ -47,8 +47,8 @@ def average(checkpoints: Sequence[Checkpoint], shape: Shape, out: Path) -> Check
         raise UserError(f"--out {out}: there is something already; name a folder that is empty or not there")
     states = [read_train_state(checkpoint) for checkpoint in ordered]
     configs: list[dict[str, Any]] = [state.config or {} for state in states]
-    for checkpoint, config in zip(ordered, configs, strict=True):
-        was, now = ({key: c.get(key) for key in _SAME} for c in (configs[-1], config))
+    for checkpoint, given in zip(ordered, configs, strict=True):
+        was, now = ({key: c.get(key) for key in _SAME} for c in (configs[-1], given))
         if lines := differences(was, now):
             raise UserError(f"{checkpoint} was trained with other settings than {ordered[-1]}: {'; '.join(lines)}")
         checkpoint.check()
