@@ -400,7 +400,7 @@ def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:
     model = build_model(config)
     agreed(lambda: set_precision(model, config, ranks.device))
     model = shard(
-        model, mesh, config.training.compile, config.parallel.cpu_offload, config.training.precision == "bf16"
+        model, mesh, config.training.compile, config.parallel.cpu_offload, config.training.precision != "fp32"
     )
     model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
     return model

@@ -60,9 +60,9 @@ class TrainingConfig(Section):
     limit of the job."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Precision of the matrix products (autocast). Stored parameters, norms, the scan, its time steps and the
-    losses are always fp32. With `bf16`, weights of products are also gathered from the ranks in bf16. `fp8` is bf16
-    with the large products in FP8 (e4m3, a scale for each row): outputs of the projections and gradients of their
-    inputs, except x_proj and dt_proj, and the logits if the number of ids is a multiple of 16. It needs an NVIDIA
+    losses are always fp32. With `bf16` and `fp8`, weights of products are also gathered from the ranks in bf16. `fp8`
+    is bf16 with the large products in FP8 (e4m3, a scale for each row): outputs of the projections and gradients of
+    their inputs, except x_proj and dt_proj, and the logits if the number of ids is a multiple of 16. It needs an NVIDIA
     GPU of compute capability 8.9 or more, and 9.0 (H100, H200) if projections are decoupled."""
     fp8_emulation: bool = False
     """Whether the products of `precision: fp8` are emulated in fp32 from the same rounded numbers. This runs on any

@@ -146,8 +146,8 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     n, ends = sum(counts.values()), counts["embedding"]  # the head has as many
     inside, root = n - 2 * ends - counts.get("adapters", 0), 0  # parameters of the blocks, and of them the root's
     element = _FP32 if config.training.precision == "fp32" else 2
-    weight = 2 if config.training.precision == "bf16" else _FP32  # of a product, as it is gathered
-    if weight == 2:
+    weight = element  # of a product, as it is gathered
+    if element == 2:
         root = inside - sum(counts.get(part, 0) for part in ("projections", "attention", "feed_forward"))
     block = (inside - root) // blocks
     muon = muon_parameters(config)

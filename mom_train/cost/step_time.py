@@ -85,7 +85,7 @@ def units(config: RunConfig, shard_ranks: int) -> list[Unit]:
     parts = {"embedding": model.embedding, "patch_embedding": model.patch_embedding}
     parts |= {f"blocks.{i}": block for i, block in enumerate(model.blocks)}
     parts |= {"patch_head": model.patch_head, "head": model.head}
-    half = gathered_in_bf16(model) if config.training.precision == "bf16" else set()
+    half = gathered_in_bf16(model) if config.training.precision != "fp32" else set()
     taken: set[int] = set()
     found = []
     for name, module in {**parts, "root": model}.items():

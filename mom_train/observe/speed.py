@@ -29,7 +29,7 @@ class Speed:
         self.gemm: float | None = None
         """Measured FLOPs per second of a matrix product on this rank, or None."""
         if config.observe.gemm:
-            dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+            dtype = torch.bfloat16 if config.training.precision != "fp32" else torch.float32
             timed = partial(wall_seconds, device=ranks.device)
             self.gemm = gemm_flops_per_second(ranks.device, dtype, timed, n=None if self._cuda else _CPU_SIZE)
         self.peak = bf16_peak(torch.cuda.get_device_name(ranks.device)) if self._cuda else None
