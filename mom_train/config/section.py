@@ -16,7 +16,7 @@ from pydantic import (
 
 from mom_tokenizers.errors import UserError
 
-PATH_KEYS = ("path", "raw")
+PATH_KEYS = ("path", "raw", "run")
 """Keys whose text names a place: a path or a URL, and in `raw` also a glob. Values of type Path name places too."""
 
 
