@@ -52,7 +52,7 @@ def stock_conv(x, weight, bias=None, seq_idx=None, initial_states=None, activati
 
 @pytest.fixture
 def stock(monkeypatch):
-    monkeypatch.setattr(mamba_ssm, "_stock", lambda: (stock_scan, stock_conv))
+    monkeypatch.setattr(mamba_ssm, "stock", lambda: (stock_scan, stock_conv))
 
 
 def close(ours, theirs, tolerance, what):
