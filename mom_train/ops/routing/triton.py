@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mom_train.ops.scan.triton import _on, _sum
+
 _GROUP = 8  # row tiles that run before the next column of tiles begins, so that both operands stay in the L2 cache
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -33,22 +35,6 @@ def blocks(dtype: torch.dtype, columns: int) -> dict[str, Any]:
         return {"ROWS": 64, "COLUMNS": 64, "REDUCED": 32, "num_warps": 4, "num_stages": 2}
     wide = 128 if columns % 128 == 0 or columns > 512 else 64
     return {"ROWS": 128, "COLUMNS": wide, "REDUCED": 64, "num_warps": 8 if wide == 128 else 4, "num_stages": 3}
-
-
-def why_not(x_TK: Tensor) -> str | None:
-    """The reason why these kernels cannot run on rows like x, or None if they can."""
-    from mom_train.ops.scan.triton import why_no_device
-
-    if obstacle := why_no_device(x_TK):
-        return obstacle
-    return "they sum in fp32" if x_TK.dtype == torch.float64 else None
-
-
-@triton.jit
-def _sum(v, axis: tl.constexpr):
-    if _INTERPRETED:  # tl.sum itself is compiled if triton was imported before TRITON_INTERPRET was set
-        return tl.reduce(v, axis, tl.standard._sum_combine)
-    return tl.sum(v, axis)
 
 
 @triton.jit
@@ -153,10 +139,11 @@ def backward(
     O, K = weight_MOK.shape[1:]
     sizes = blocks(x_TK.dtype, K)
     grid = (triton.cdiv(O, sizes["ROWS"]) * triton.cdiv(K, sizes["COLUMNS"]), M)
-    _sums[grid](
-        grad_TO, x_TK, offsets, grad_weight, grad_bias, O, K, grad_TO.stride(0), x_TK.stride(0),
-        GROUP=_GROUP, HAS_BIAS=has_bias, PRECISION=_precision(), **sizes,
-    )  # fmt: skip
+    with _on(x_TK):
+        _sums[grid](
+            grad_TO, x_TK, offsets, grad_weight, grad_bias, O, K, grad_TO.stride(0), x_TK.stride(0),
+            GROUP=_GROUP, HAS_BIAS=has_bias, PRECISION=_precision(), **sizes,
+        )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
 
@@ -166,11 +153,12 @@ def _product(x_TI: Tensor, weight_MOI: Tensor, bias: Tensor | None, offsets: Ten
     y_TO = x_TI.new_empty(x_TI.shape[0], O)
     sizes = blocks(x_TI.dtype, O)
     tiles = triton.cdiv(x_TI.shape[0], sizes["ROWS"]) + M - 1  # the most that segments of T rows in all can have
-    _rows[(tiles * triton.cdiv(O, sizes["COLUMNS"]),)](
-        x_TI, weight_MOI, x_TI if bias is None else bias, offsets, y_TO, tiles, O, I, x_TI.stride(0), O,
-        *weight_MOI.stride(), M=M, GROUP=_GROUP, EVEN=I % sizes["REDUCED"] == 0, HAS_BIAS=bias is not None,
-        PRECISION=_precision(), **sizes,
-    )  # fmt: skip
+    with _on(x_TI):
+        _rows[(tiles * triton.cdiv(O, sizes["COLUMNS"]),)](
+            x_TI, weight_MOI, x_TI if bias is None else bias, offsets, y_TO, tiles, O, I, x_TI.stride(0), O,
+            *weight_MOI.stride(), M=M, GROUP=_GROUP, EVEN=I % sizes["REDUCED"] == 0, HAS_BIAS=bias is not None,
+            PRECISION=_precision(), **sizes,
+        )  # fmt: skip
     return y_TO
 
 
