@@ -257,8 +257,8 @@ def _slot(folder: Path, processes: int) -> FileLock:
 
 def main() -> None:
     """Tokenize the part that standard input names; the parent process wrote it there."""
-    # Unpickling can run code. What is read here was pickled by the parent (`_make`) a moment ago, and comes by a pipe of
-    # its own: no file and no network is between.
+    # Unpickling can run code. What is read here was pickled by the parent (`_make`) a moment ago and comes by a pipe of
+    # its own, without a file or a network between.
     job, processes, device = pickle.loads(sys.stdin.buffer.read())
     held = []
 
