@@ -64,7 +64,15 @@ def test_a_convolution_of_the_latents_is_a_linear_map_of_the_patches(patch):
         patches = torch.from_numpy(patchify(latents.numpy(), patch))
         found = patches @ conv.weight.flatten(1).T + conv.bias
     torch.testing.assert_close(found, expected)
-    assert np.array_equal(unpatchify(patches.numpy(), patch), latents.numpy())
+    assert np.array_equal(unpatchify(patches.numpy(), patch, 8 // patch, 8 // patch), latents.numpy())
+
+
+def test_patches_of_a_wide_picture_come_back_to_their_places():
+    latents = np.random.default_rng(0).standard_normal((2, 3, 4, 12)).astype(np.float32)
+    patches = patchify(latents, 2)
+    assert patches.shape == (2, 2 * 6, 12)
+    np.testing.assert_array_equal(patches[1, 6 * 1 + 4].reshape(3, 2, 2), latents[1, :, 2:4, 8:10])
+    assert np.array_equal(unpatchify(patches, 2, rows=2, cols=6), latents)
 
 
 def test_decode_is_diffusers_own_decode_of_the_latents():

@@ -32,22 +32,30 @@ BATCH_PIXELS = 32 * 256 * 256  # the most pixels encoded at once: 32 pictures of
 def preprocess(image: Image.Image, resolution: int) -> np.ndarray:
     """The pixels of a picture as a model reads them, float32 (3, resolution, resolution) in [-1, 1]. Transparent parts
     are put on white, the shorter side is resized to `resolution`, and the centre square is taken."""
+    return fitted(image, resolution, resolution)
+
+
+def fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """The pixels of a picture in a given shape, float32 (3, height, width) in [-1, 1]. Transparent parts are put on
+    white, and the picture is resized until it just covers the shape, of which the middle is taken."""
     from PIL import Image  # late, because describing a tokenizer does not need it
 
     image = on_white(image)
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    # Only the centre square is resized, because resizing the whole of a very long picture would take much memory.
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    box_scale = (image.width / width, image.height / height)
+    scale = max(height / image.height, width / image.width)
+    # The size of the whole picture after resizing, of which one side is that of the shape and the other as long or
+    # longer.
+    whole_width, whole_height = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    # Only the middle is resized, because resizing the whole of a very long picture would take much memory.
+    left, top = (whole_width - width) // 2, (whole_height - height) // 2
+    box_scale = (image.width / whole_width, image.height / whole_height)
     box = (
         left * box_scale[0],
         top * box_scale[1],
-        (left + resolution) * box_scale[0],
-        (top + resolution) * box_scale[1],
+        (left + width) * box_scale[0],
+        (top + height) * box_scale[1],
     )
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
+    middle = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(middle, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 def picture(pixels: torch.Tensor) -> Image.Image:

@@ -53,8 +53,14 @@ class KLImageTokenizer(ImageTokenizer):
         self.latent_scale, self.latent_shift = _scale_and_shift(model.config)
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of a picture."""
+        return self._side // self.patch, self._side // self.patch
+
+    @property
     def patches_per_image(self) -> int:
-        return (self._side // self.patch) ** 2
+        rows, cols = self.grid
+        return rows * cols
 
     @property
     def patch_width(self) -> int:
@@ -137,7 +143,7 @@ class KLImageTokenizer(ImageTokenizer):
             )
         if not np.isfinite(patches).all():
             raise UserError("image: the patches hold values that are not finite")
-        latents = torch.from_numpy(unpatchify(patches[None], self.patch) * self._std_C11 + self._mean_C11)
+        latents = torch.from_numpy(unpatchify(patches[None], self.patch, *self.grid) * self._std_C11 + self._mean_C11)
         with torch.inference_mode():
             return picture(self._model.decode(latents.to(self._model.device, self._model.dtype)).sample[0])
 
@@ -149,12 +155,12 @@ def patchify(latents: np.ndarray, patch: int) -> np.ndarray:
     return grid.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
 
 
-def unpatchify(patches: np.ndarray, patch: int) -> np.ndarray:
-    """The inverse of `patchify` for square pictures: patches (B, n*n, C*p*p) as latents (B, C, n*p, n*p)."""
+def unpatchify(patches: np.ndarray, patch: int, rows: int, cols: int) -> np.ndarray:
+    """The inverse of `patchify`: patches (B, rows * cols, C*p*p) as latents (B, C, rows * p, cols * p)."""
     B, count, width = patches.shape
-    side = round(count**0.5)
-    grid = patches.reshape(B, side, side, width // patch**2, patch, patch)
-    return grid.transpose(0, 3, 1, 4, 2, 5).reshape(B, -1, side * patch, side * patch)
+    assert count == rows * cols, f"{count} patches are no grid of {rows} x {cols}"
+    grid = patches.reshape(B, rows, cols, width // patch**2, patch, patch)
+    return grid.transpose(0, 3, 1, 4, 2, 5).reshape(B, -1, rows * patch, cols * patch)
 
 
 def _standard(config: Any) -> tuple[np.ndarray, np.ndarray]:
