@@ -15,7 +15,6 @@ number of steps.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import math
@@ -23,10 +22,7 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +49,7 @@ from mom_tools.paper.plan import (
     todo,
 )
 from mom_tools.paper.results import write_report
+from mom_tools.processes import Processes
 
 SHARES = {"text": 0.45, "image": 0.40, "speech": 0.15}  # of the tokens, scaled to the modalities of a setting
 MODALITIES = {
@@ -61,7 +58,6 @@ MODALITIES = {
     "chameleon": ("text", "image"),
 }
 HELD_OUT = "held_out"
-_PR_SET_PDEATHSIG = 1
 log = logging.getLogger("paper_mini")
 
 
@@ -128,14 +124,6 @@ def chosen_experiments(wanted: list[str], settings: list[str]) -> list[str]:
 # ---- runs ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Running:
-    job: Job
-    process: subprocess.Popen[bytes]
-    since: float
-    slot: int
-
-
 class Miniature:
     """All runs of a miniature: those that are finished and those that run now. The state is written to
     OUTPUT/state.json after every event."""
@@ -155,7 +143,8 @@ class Miniature:
         common = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
         self.batch: int = {**common["training"], **self.full.get("training", {})}["batch"]
         self.lanes: int = {**common["data"], **self.full.get("data", {})}["lanes"]
-        self.running: list[Running] = []
+        self.processes = Processes(arguments.jobs, arguments.threads, arguments.gpus)
+        self.running: dict[str, Job] = {}
         self.tries: dict[str, int] = {}
         self._seen = time.monotonic()
 
@@ -169,15 +158,12 @@ class Miniature:
             self._tick()
             self._collect()
             self._decide_steps()
-            for job in self._startable()[: self.arguments.jobs - len(self.running)]:
+            for job in self._startable()[: self.processes.free]:
                 self._start(job)
             if not self.running:
                 break
             time.sleep(0.5 if time.monotonic() - begun < 60 else 2)
-        for running in self.running:
-            running.process.send_signal(signal.SIGTERM)
-        for running in self.running:
-            running.process.wait()
+        self.processes.stop()
         self._tick()
         if stopped:
             log.warning("%s: runs are saved, start again to go on", signal.Signals(stopped[0]).name)
@@ -204,9 +190,8 @@ class Miniature:
 
     def _startable(self) -> list[Job]:
         left = 60 * self.arguments.minutes - self.state.spent
-        busy = {r.job.id for r in self.running}
         begun = {j.id for j in todo(self.state, self.arguments.seeds) if (self.directory(j) / "status.json").exists()}
-        return startable(self.state, self.arguments.seeds, self.batch, busy, begun, left)
+        return startable(self.state, self.arguments.seeds, self.batch, self.processes.names, begun, left)
 
     def directory(self, job: Job) -> Path:
         return self.output / "runs" / job.id
@@ -215,28 +200,10 @@ class Miniature:
         return self.output / "logs" / f"{job.id.replace('/', '--')}.log"
 
     def _start(self, job: Job) -> None:
-        name = self._log(job)
-        name.parent.mkdir(exist_ok=True)
-        free = set(range(self.arguments.jobs)) - {r.slot for r in self.running}
-        slot = min(free)
-        threads = {"OMP_NUM_THREADS": str(self.arguments.threads)}
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, **threads}  # runs side by side must not spin
-        if self.arguments.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.arguments.gpus)
-        command = [
-            sys.executable,
-            "-m",
-            "mom_train",
-            str(self.arguments.configs / f"{job.setting}.yaml"),
-            *self._overrides(job),
-        ]
-        with open(name, "ab") as file:
-            # a run must not outlive this program: started again, it would train beside its successor
-            process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=environment, start_new_session=True, preexec_fn=_end_with_parent
-            )
+        config = self.arguments.configs / f"{job.setting}.yaml"
+        self.processes.start(job.id, "mom_train.__main__", [str(config), *self._overrides(job)], self._log(job))
         log.info("start %s (rate %g, %d steps)", job.id, job.rate, job.steps)
-        self.running.append(Running(job, process, time.monotonic(), slot))
+        self.running[job.id] = job
 
     def _overrides(self, job: Job) -> list[str]:
         tokens = self.output / "tokens" / job.setting
@@ -264,10 +231,8 @@ class Miniature:
 
     def _collect(self) -> None:
         """Take in the results of the jobs that have ended since the last call."""
-        for running in [r for r in self.running if r.process.poll() is not None]:
-            self.running.remove(running)
-            job, code = running.job, running.process.returncode
-            took = time.monotonic() - running.since
+        for ended in self.processes.ended():
+            job, code, took = self.running.pop(ended.name), ended.code, ended.seconds
             loss = self._held_out(job) if code == 0 else None
             if loss is not None:
                 self._finish(job, took, loss)
@@ -306,11 +271,6 @@ def _sizes(dataset: Path, modalities: tuple[str, ...]) -> list[tuple[str, int, b
     """(modality, number of ids, whether it is latents) for each modality of a token dataset."""
     tokenizers = json.loads((dataset / "manifest.json").read_text())["tokenizers"]
     return [(m, tokenizers[m]["size"], tokenizers[m]["kind"] == "kl") for m in modalities]
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check(arguments: argparse.Namespace) -> None:
