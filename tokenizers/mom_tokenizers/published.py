@@ -24,8 +24,10 @@ def load_published(folder: Path, library: str, name: str, **options: Any) -> Any
     except Exception as error:  # the libraries raise many kinds of exceptions
         weights = "safetensors (or tensors in a .bin)" if options.get("weights_only") else "safetensors"
         raise UserError(f"{folder}: not a {library} {name} folder with {weights}: {error}") from error
-    # Both libraries leave missing weights random, with at most a warning. The embedding of masks is for training only.
-    if lacking := sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed")):
+    # Both libraries leave missing weights random, with at most a warning. What is for training only may be missing: the
+    # embedding of masks, and the number of batches that a batch norm has seen.
+    needless = ("masked_spec_embed", "num_batches_tracked")
+    if lacking := sorted(key for key in info["missing_keys"] if not key.endswith(needless)):
         raise UserError(f"{folder}: the weights lack {len(lacking)} tensors of {name}, e.g. {lacking[0]}")
     parts, prefix = {part for part, _ in model.named_children()}, getattr(model, "base_model_prefix", "") or ""
     names = {key: key.removeprefix(f"{prefix}.") for key in info["unexpected_keys"]}

@@ -84,17 +84,21 @@ class ImageTokenizer:
         self._model = model.eval().requires_grad_(False)
         self._source = source  # the folder it was loaded from; save() copies it, so that the fingerprint stays the same
         self.resolution = resolution
-        self.downsample = 2 ** (len(getattr(model.config, self.levels_key)) - 1)
         self._batch = max(1, min(32, BATCH_PIXELS // resolution**2))
         if resolution < self.downsample or resolution % self.downsample:
             raise UserError(f"image: resolution {resolution} is no multiple of the model's factor {self.downsample}")
 
+    @property
+    def downsample(self) -> int:
+        """The number of pixels, along a side, for which there is one code or latent."""
+        return 2 ** (len(getattr(self._model.config, self.levels_key)) - 1)
+
     @classmethod
-    def _load(cls, path: Path, device: str) -> Any:
+    def _load(cls, path: Path, device: str, name: str | None = None) -> Any:
         # With low_cpu_mem_usage, diffusers would silently leave missing weights on the meta device.
         options = {"low_cpu_mem_usage": False} if cls.library == "diffusers" else {}
         # Only safetensors are read, because a pickled checkpoint could run code.
-        model = load_published(path, cls.library, cls.model_class, use_safetensors=True, **options)
+        model = load_published(path, cls.library, name or cls.model_class, use_safetensors=True, **options)
         return model.to(device)
 
     @classmethod

@@ -1,11 +1,12 @@
-"""The image tokenizer that makes latent patches, with the folder of any `diffusers.AutoencoderKL`.
+"""The image tokenizer that makes latent patches, with the folder of any autoencoder of `latent_models.py`.
 
 image_tokenizer.json in the folder holds the side of pictures in pixels, and the side of patches in latent positions:
 
     {"resolution": 256, "patch": 2}
 
-With "log_variance": true as well, each patch also holds the logarithm of the latents' variance after their mean, so
-that training can draw from the posterior.
+In place of "patch" it may hold "tokens", the most patches that a picture may have; the patch is then the smallest that
+keeps to it. With "log_variance": true each patch also holds the logarithm of the latents' variance after their mean,
+so that training can draw from the posterior.
 """
 
 from __future__ import annotations
@@ -19,38 +20,45 @@ import numpy as np
 from mom_tokenizers.base import read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.image.autoencoder import SIDECAR, ImageTokenizer, picture
+from mom_tokenizers.image.latent_models import LatentModel, of_folder, of_model
 
 if TYPE_CHECKING:
     from PIL import Image
 
+CLIPPED = 1e-3
+"""The largest share of a picture's values that may exceed float16 and be clipped. With more the picture is refused."""
+
 
 class KLImageTokenizer(ImageTokenizer):
-    """Encodes a PIL picture as (resolution / downsample / patch)^2 latent patches in raster order, and decodes them.
+    """Encodes a PIL picture as rows x columns of latent patches in raster order, and decodes them.
 
     Each patch is flattened as (c p q), the order of the weights of a convolution whose kernel and stride are `patch`.
-    Patches are the means of the VAE's latents, unscaled; a model reads (latents - `latent_shift`) * `latent_scale`.
-    Where the VAE's config has `latents_mean` and `latents_std`, one number per channel, latents are standardised by
-    those first, and scale and shift refer to the standardised latents. With `log_variance` a row holds the patch_width
-    means, and then as many log-variances, of the same standardised latents.
+    Patches are the means of the autoencoder's latents, standardised by its means and deviations where it has some
+    (`latent_models.py`), and otherwise unscaled; a model reads (latents - `latent_shift`) * `latent_scale`. With
+    `log_variance` a row holds the patch_width means, and then as many log-variances, of the same standardised latents.
     """
 
     kind = "kl"
     model_class = "AutoencoderKL"
-    sidecar_example = '{"resolution": 256, "patch": 2}'
+    sidecar_example = '{"resolution": 256, "patch": 2}, or {"resolution": 256, "tokens": 256}'
     size = 1
     """There are no ids, so the modality's span of the vocabulary is a placeholder of one id."""
 
     def __init__(
         self, model: Any, resolution: int, patch: int = 2, source: Path | None = None, *, log_variance: bool = False
     ):
+        self.latents = of_model(model)
         super().__init__(model, resolution, source)
+        _check(self.latents, resolution, patch, log_variance)
         self.patch = patch
         self.log_variance = log_variance
         self._side = resolution // self.downsample
-        if self._side % patch:
-            raise UserError(f"image: {self._side} x {self._side} latents do not divide into patches of {patch}")
-        self._mean_C11, self._std_C11 = _standard(model.config)
-        self.latent_scale, self.latent_shift = _scale_and_shift(model.config)
+        self.latent_scale, self.latent_shift = self.latents.scale, self.latents.shift
+
+    @property
+    def downsample(self) -> int:
+        """The number of pixels, along a side, for which there is one latent."""
+        return self.latents.factor
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -65,22 +73,51 @@ class KLImageTokenizer(ImageTokenizer):
     @property
     def patch_width(self) -> int:
         """The number of values of a patch: latent channels times `patch` squared."""
-        return int(self._model.config.latent_channels) * self.patch**2
+        return self.latents.channels * self.patch**2
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> KLImageTokenizer:
-        """Load a folder that `AutoencoderKL.save_pretrained` wrote and that also holds image_tokenizer.json. Raises
+        """Load a folder that `save_pretrained` of an autoencoder wrote and that also holds image_tokenizer.json. Raises
         UserError where it is not such a folder."""
         path = Path(path)
-        resolution, patch = cls._sidecar(path, "resolution"), cls._sidecar(path, "patch")
-        return cls(cls._load(path, device), resolution, patch, path, log_variance=cls._log_variance(path))
+        described, resolution, patch, log_variance = cls._stored(path)
+        return cls(cls._load_class(path, device, described.name), resolution, patch, path, log_variance=log_variance)
 
     @classmethod
-    def _log_variance(cls, path: Path) -> bool:
-        value = read_json(cls.files(path)[SIDECAR]).get("log_variance", False)
-        if not isinstance(value, bool):
-            raise UserError(f"{path / SIDECAR}: 'log_variance' must be true or false, not {value!r}")
-        return value
+    def _load_class(cls, path: Path, device: str, name: str) -> Any:
+        encoder = read_json(path / "config.json").get("encoder_type")
+        try:
+            return cls._load(path, device, name)
+        except UserError as error:
+            if encoder != "siglip2" or not isinstance(error.__cause__, AttributeError):
+                raise
+            import diffusers
+            import transformers
+
+            raise UserError(
+                f"{path}: an AutoencoderRAE whose encoder is siglip2 cannot be built here: diffusers "
+                f"{diffusers.__version__} expects another SiglipVisionModel than that of transformers "
+                f"{transformers.__version__}. Use one whose encoder is dinov2 or mae."
+            ) from error
+
+    @classmethod
+    def _stored(cls, path: Path) -> tuple[LatentModel, int, int, bool]:
+        """(the autoencoder's description, resolution, patch, log_variance) of a folder, read without its model."""
+        files = cls.files(path)
+        weights = [file for name, file in files.items() if name.endswith(".safetensors")]
+        described = of_folder(read_json(files["config.json"]), weights, path)
+        resolution, settings = cls._sidecar(path, "resolution"), read_json(files[SIDECAR])
+        log_variance = settings.get("log_variance", False)
+        if not isinstance(log_variance, bool):
+            raise UserError(f"{path / SIDECAR}: 'log_variance' must be true or false, not {log_variance!r}")
+        if "tokens" not in settings:
+            patch = cls._sidecar(path, "patch")
+        elif "patch" in settings:
+            raise UserError(f"{path / SIDECAR}: give either 'patch' or 'tokens', from which the patch follows")
+        else:
+            patch = patch_of_tokens(cls._sidecar(path, "tokens"), described, resolution)
+        _check(described, resolution, patch, log_variance)
+        return described, resolution, patch, log_variance
 
     @classmethod
     def stored_size(cls, path: str | Path) -> int:
@@ -89,15 +126,27 @@ class KLImageTokenizer(ImageTokenizer):
         return cls.size
 
     @classmethod
-    def stored_latents(cls, path: str | Path) -> dict[str, int | float]:
-        """{"patch_width", "latent_scale", "latent_shift"} of a stored tokenizer, read from its configs alone. With
-        log-variances there is also {"log_variance": True}, and rows are twice as wide as patch_width."""
-        path = Path(path)
-        config = read_json(cls.files(path)["config.json"])
-        scale, shift = _scale_and_shift(config)
-        width = int(config.get("latent_channels", 4)) * cls._sidecar(path, "patch") ** 2
-        more = {"log_variance": True} if cls._log_variance(path) else {}
-        return {"patch_width": width, "latent_scale": scale, "latent_shift": shift, **more}
+    def stored_latents(cls, path: str | Path) -> dict[str, Any]:
+        """{"patch_width", "latent_scale", "latent_shift"} of a stored tokenizer, read without its model.
+
+        With log-variances there is also {"log_variance": True}, and rows are twice as wide as patch_width. Classes
+        other than AutoencoderKL add {"model_class"}, and where latents are standardised {"latents_mean",
+        "latents_std"}, one number a channel, or 4 for FLUX.2, in the order (c p q).
+        """
+        described, _, patch, log_variance = cls._stored(Path(path))
+        found: dict[str, Any] = {
+            "patch_width": described.channels * patch**2,
+            "latent_scale": described.scale,
+            "latent_shift": described.shift,
+        }
+        if log_variance:
+            found["log_variance"] = True
+        if described.name != cls.model_class:  # whose entry stays as it was, so that finished shards are recognised
+            found["model_class"] = described.name
+            if (described.mean_Cpq != 0).any() or (described.std_Cpq != 1).any():
+                found["latents_mean"] = described.mean_Cpq.ravel().tolist()
+                found["latents_std"] = described.std_Cpq.ravel().tolist()
+        return found
 
     def _settings(self) -> dict[str, int]:
         more = {"log_variance": True} if self.log_variance else {}
@@ -105,7 +154,10 @@ class KLImageTokenizer(ImageTokenizer):
 
     def encode(self, value: Image.Image) -> np.ndarray:
         """The patches of a picture, float16 (patches_per_image, patch_width), or twice as wide with log-variances.
-        Raises UserError where a latent exceeds float16."""
+
+        Values beyond the largest of float16 are clipped to it, up to a share of `CLIPPED`. Raises UserError where more
+        exceed it, and for values that are not finite.
+        """
         return self.encode_batch([value])[0]
 
     def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
@@ -117,14 +169,17 @@ class KLImageTokenizer(ImageTokenizer):
         import torch
 
         with torch.inference_mode():
-            posterior = self._model.encode(self._pixels(images)).latent_dist
-        mean = (posterior.mean.float().cpu().numpy() - self._mean_C11) / self._std_C11
-        limit = np.abs(mean).max()
-        if not limit <= np.finfo(np.float16).max:
-            raise UserError(f"image: the VAE gives a latent of magnitude {limit}, which float16 does not hold")
-        parts = [mean]
+            mean, log_variance = self.latents.encode(self._model, self._pixels(images))
+        expected = (len(images), self.latents.channels, self._side, self._side)
+        if tuple(mean.shape) != expected:
+            raise UserError(
+                f"image: the {self.latents.name} gives latents of shape {tuple(mean.shape)}, where its config.json "
+                f"promises {expected}"
+            )
+        parts = [within_float16(self.latents.standardised(mean.float().cpu().numpy()))]
         if self.log_variance:
-            parts.append(posterior.logvar.float().cpu().numpy() - 2 * np.log(self._std_C11))
+            assert log_variance is not None
+            parts.append(self.latents.log_variance(log_variance.float().cpu().numpy()))
         return np.concatenate([patchify(part, self.patch) for part in parts], axis=2).astype(np.float16)
 
     def decode(self, values: np.ndarray) -> Image.Image:
@@ -143,9 +198,53 @@ class KLImageTokenizer(ImageTokenizer):
             )
         if not np.isfinite(patches).all():
             raise UserError("image: the patches hold values that are not finite")
-        latents = torch.from_numpy(unpatchify(patches[None], self.patch, *self.grid) * self._std_C11 + self._mean_C11)
+        latents = torch.from_numpy(self.latents.original(unpatchify(patches[None], self.patch, *self.grid)))
         with torch.inference_mode():
-            return picture(self._model.decode(latents.to(self._model.device, self._model.dtype)).sample[0])
+            return picture(self.latents.decode(self._model, latents.to(self._model.device, self._model.dtype))[0])
+
+
+def patch_of_tokens(tokens: int, described: LatentModel, resolution: int) -> int:
+    """The side of the smallest patches of which a square picture has at most `tokens`. Raises UserError where there is
+    none."""
+    side = resolution // described.factor
+    for patch in range(described.period, side + 1, described.period):
+        if side % patch == 0 and (side // patch) ** 2 <= tokens:
+            return patch
+    raise UserError(f"image: no patch divides {side} x {side} latents into {tokens} tokens or fewer")
+
+
+def within_float16(latents: np.ndarray) -> np.ndarray:
+    """Latents (B, C, H, W) of pictures without values that float16 does not hold. Up to a share of `CLIPPED` of a
+    picture is clipped. Raises UserError where more exceed it, and for values that are not finite."""
+    limit = float(np.finfo(np.float16).max)
+    largest = np.abs(latents).max()
+    if largest <= limit:
+        return latents
+    beyond = ~(np.abs(latents) <= limit)
+    if not np.isfinite(latents).all() or beyond.mean(axis=(1, 2, 3)).max() > CLIPPED:
+        channels = np.flatnonzero(beyond.any(axis=(0, 2, 3))).tolist()
+        raise UserError(
+            f"image: the autoencoder gives a latent of magnitude {largest}, which float16 does not hold, in "
+            f"{int(beyond.sum()):,} of {beyond.size:,} values (channels {', '.join(map(str, channels[:8]))})"
+        )
+    return np.clip(latents, -limit, limit)
+
+
+def _check(described: LatentModel, resolution: int, patch: int, log_variance: bool) -> None:
+    """Raises UserError where an autoencoder cannot be used in this way."""
+    if resolution < described.factor or resolution % described.factor:
+        raise UserError(f"image: resolution {resolution} is no multiple of the model's factor {described.factor}")
+    side = resolution // described.factor
+    if described.side is not None and resolution != described.side:
+        raise UserError(
+            f"image: resolution {resolution}, but this {described.name} makes pictures of {described.side} x "
+            f"{described.side} pixels and no others"
+        )
+    if side % patch or patch % described.period:
+        parts = f"patches of {patch}" + (f" (a multiple of {described.period})" if described.period > 1 else "")
+        raise UserError(f"image: {side} x {side} latents do not divide into {parts}")
+    if log_variance and not described.has_variance:
+        raise UserError(f"image: log_variance is true, but a {described.name} gives no variance")
 
 
 def patchify(latents: np.ndarray, patch: int) -> np.ndarray:
@@ -161,22 +260,3 @@ def unpatchify(patches: np.ndarray, patch: int, rows: int, cols: int) -> np.ndar
     assert count == rows * cols, f"{count} patches are no grid of {rows} x {cols}"
     grid = patches.reshape(B, rows, cols, width // patch**2, patch, patch)
     return grid.transpose(0, 3, 1, 4, 2, 5).reshape(B, -1, rows * patch, cols * patch)
-
-
-def _standard(config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, standard deviation) of each latent channel, float32 (C, 1, 1); 0 and 1 where the VAE's config has none."""
-    channels = int(config.latent_channels)
-    values = []
-    for key, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
-        value = np.asarray(config.get(key) or [default] * channels, np.float32)
-        if value.shape != (channels,) or not np.isfinite(value).all() or (default and value.min() <= 0):
-            raise UserError(f"image: the VAE's {key} must be {channels} numbers, one a channel, deviations above 0")
-        values.append(value[:, None, None])
-    return values[0], values[1]
-
-
-def _scale_and_shift(config: Any) -> tuple[float, float]:
-    """(scale, shift) of a VAE's config. Where they are absent, the scale is 0.18215, diffusers' default, and the shift
-    is 0."""
-    scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
-    return float(scale), float(shift or 0.0)
