@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.speech.delay import DelayedCodebooks
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.files import checked
 from mom_train.config.model import DiffusionConfig
@@ -37,7 +38,7 @@ class Sampling:
     patches_per_picture: int = 64
     """The number of codes, or of latent patches, of a picture."""
     max_units: int = 250
-    """The longest span of speech, in units (25 a second)."""
+    """The longest span of speech, in units (25 a second for log-mel units)."""
     denoising_steps: int = 50
     """The number of steps of DDIM, or of Euler's method for a rectified flow."""
     denoised_limit: float = 4.0
@@ -46,6 +47,9 @@ class Sampling:
     sizes: Mapping[str, int] | None = None
     """The number of ids that each modality's tokenizer really has, where the vocabulary's spans are wider. No other
     ids are sampled."""
+    codebooks: Mapping[str, int] | None = None
+    """The number of codebooks of modalities whose codec writes several in the delay pattern. Spans of it are sampled
+    so that they are whole recordings."""
     guidance: float = 1.0
     """The strength of classifier-free guidance of pictures. 1 means none; other values need a model that was trained
     with objective.diffusion.condition_dropout."""
@@ -150,6 +154,8 @@ class Sampler:
 
     def codes(self, modality: str) -> list[int]:
         """Samples the local ids of one span: a whole picture, or units until the closing bracket."""
+        if (self.sampling.codebooks or {}).get(modality, 1) > 1:
+            return self._delayed_codes(modality)
         number = self.vocab.modalities.index(modality)
         allowed = torch.zeros(self.vocab.size, dtype=torch.bool)
         allowed[torch.from_numpy(self.vocab.ids(modality, np.arange(self._size(modality))))] = True
@@ -162,6 +168,25 @@ class Sampler:
             if token == closing:
                 break
             ids.append(int(self.vocab.codes(modality, np.array(token))))
+            self.read([token], number)
+        return ids
+
+    def _delayed_codes(self, modality: str) -> list[int]:
+        """Samples the local ids of a recording in the delay pattern, with at most `max_units` codes."""
+        codebooks = (self.sampling.codebooks or {})[modality]
+        number, size = self.vocab.modalities.index(modality), self._size(modality) // codebooks
+        state = DelayedCodebooks(codebooks)
+        ids: list[int] = []
+        while choices := state.allowed():
+            if state.frames >= max(1, self.sampling.max_units // codebooks):
+                choices = choices[-1:]  # of two, the one that ends the recording
+            allowed = torch.zeros(self.vocab.size, dtype=torch.bool)
+            for codebook in choices:
+                local = np.arange(codebook * size, (codebook + 1) * size)
+                allowed[torch.from_numpy(self.vocab.ids(modality, local))] = True
+            token = self.choose(allowed)
+            ids.append(int(self.vocab.codes(modality, np.array(token))))
+            state.take(ids[-1] // size)
             self.read([token], number)
         return ids
 

@@ -46,8 +46,10 @@ def settings(tokenizers: Tokenizers, patches: int | None = None, **chosen: Any) 
     if patches is None and "image" in tokenizers.modalities:
         image = tokenizers.tokenizer("image")
         patches = getattr(image, "patches_per_image" if image.kind == "kl" else "codes_per_image", None)
+    described = tokenizers.describe()
     return Sampling(
-        sizes={modality: int(d["size"]) for modality, d in tokenizers.describe().items()},
+        sizes={modality: int(d["size"]) for modality, d in described.items()},
+        codebooks={m: int(d["codebooks"]) for m, d in described.items() if "codebooks" in d} or None,
         patches_per_picture=patches or Sampling.patches_per_picture,
         **chosen,
     )

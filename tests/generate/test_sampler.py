@@ -7,6 +7,7 @@ from mom_data.batches.batch import assemble_document
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.speech.delay import undelayed
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import PROJECTIONS, DiffusionConfig, ModelConfig
 from mom_train.config.run import PromptConfig
@@ -201,3 +202,18 @@ def test_only_ids_that_the_tokenizer_has_are_sampled():
     for modality, values in sample_document(build(MAMBA), VOCAB, [TokenSegment(1, np.zeros(0))], sampling, 0):
         below = [i for i in values if i < VOCAB.sizes[VOCAB.modalities.index(modality)][1]]
         assert all(i < sampling.sizes[modality] for i in below)
+
+
+def test_several_codebooks_are_sampled_as_whole_recordings_in_the_delay_pattern():
+    model = build(MAMBA)
+    prompt = [TokenSegment(2, np.zeros(0, np.uint32))]
+    frames = set()
+    for seed in range(12):
+        sampling = Sampling(max_units=15, max_tokens=40, codebooks={"speech": 2})
+        modality, ids = next(sample_document(model, VOCAB, prompt, sampling, seed))
+        assert modality == "speech"
+        codes_TK = undelayed(np.array(ids), 2, dict(VOCAB.sizes)["speech"] // 2)  # raises for any other order
+        frames.add(len(codes_TK))
+    assert min(frames) >= 1
+    assert max(frames) <= 7
+    assert len(frames) > 2

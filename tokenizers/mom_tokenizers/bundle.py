@@ -113,8 +113,8 @@ class Tokenizers:
         """{modality: {"kind", "fingerprint", "size"}}, read from the files without building a model.
 
         For latents there are also "patch_width", "latent_scale" and "latent_shift"; a model reads
-        (latents - latent_shift) * latent_scale. For speech there is "units_per_second", and for ready-made ids
-        "made_by".
+        (latents - latent_shift) * latent_scale. For speech there is "units_per_second", for several
+        codebooks in the delay pattern their number "codebooks", and for ready-made ids "made_by".
         """
         return {modality: self._described(modality, kind, path) for modality, kind, path in self.entries}
 

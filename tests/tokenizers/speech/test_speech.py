@@ -322,7 +322,9 @@ def test_mistakes_are_explained(hubert, tmp_path):
         TOKENIZER.decode([1, 20])
     with pytest.raises(ValueError, match="n > 0"):
         TOKENIZER.decode([])
-    with pytest.raises(ValueError, match="known: log_mel, hubert, wav2vec2, wavlm, data2vec-audio, mimi"):
+    with pytest.raises(
+        ValueError, match="known: log_mel, hubert, wav2vec2, wavlm, data2vec-audio, mimi, neucodec, xcodec2, dac"
+    ):
         SpeechTokenizer(np.zeros((2, 16)), "mfcc")
     with pytest.raises(ValueError, match="too few for 500 units"):
         SpeechTokenizer.train([sweep(1)], 500)

@@ -1,5 +1,8 @@
-"""Speech tokenizers, which encode recordings as units and, for log-mel units, make sound of them again.
+"""Speech tokenizers, which encode recordings as units and make sound of them again.
 
 units     the tokenizer: finds the nearest centroid of features, or takes a codec's own codes
-features  computes the features: log-mel bands, hidden states of published models, and Mimi's codes
+codecs    Mimi, NeuCodec, X-codec 2 and DAC: codes of recordings, and sound of codes
+vocoders  make sound of units that are no codec's
+delay     several codebooks as one row of ids
+features  computes the features: log-mel bands, and hidden states of published models
 """

@@ -1,5 +1,5 @@
-"""The features from which speech units are made: log-mel bands, hidden states of published models, or Mimi's codes.
-This module also makes sound of log-mel bands.
+"""The features from which speech units are made: log-mel bands, or hidden states of published models. This module also
+makes sound of log-mel bands.
 
 An extractor is called with clips (float32 mono at its `sample_rate`, each with a whole number of units) and yields
 (clip, first unit, features of the units from there on), in any order. Long clips go through a model in overlapping
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,11 +36,10 @@ MODELS = {
     "wav2vec2": ("Wav2Vec2Model", "sdpa"),
     "wavlm": ("WavLMModel", "eager"),
     "data2vec-audio": ("Data2VecAudioModel", "sdpa"),
-    "mimi": ("MimiModel", "sdpa"),
 }
-EXTRACTORS = ("log_mel", *MODELS)
 WINDOW_SECONDS = 30.0
 CONTEXT_SECONDS = 2.0  # the model also hears this much on either side of the part of a window that is kept
+FADE_SECONDS = 0.01  # half of the time in which the sound of one window gives way to that of the next
 SECONDS_AT_ONCE = 120  # the most seconds of sound in one forward pass
 
 Piece = tuple[int, int, np.ndarray]
@@ -159,6 +158,31 @@ def windows(clip: int, units: int, window: int, context: int) -> list[Window]:
     return [Window(clip, s, s + window, kept[k], kept[k + 1]) for k, s in enumerate(starts)]
 
 
+def sound_in_windows(
+    decode: Callable[[int, int], np.ndarray], units: int, hop: int, rate: int, per_second: float, seconds: float
+) -> np.ndarray:
+    """The sound of `units` units, float32 (units * hop,), where `decode(start, stop)` gives that of some of them.
+
+    More than `seconds` of units are decoded in overlapping windows. Where two meet, both sound alike as far as the
+    decoder's receptive field ends within the overlap; over 20 ms the one gives way to the other, so that nothing clicks
+    where it does not.
+    """
+    whole = np.zeros(units * hop, np.float32)
+    half = min(hop // 2, round(FADE_SECONDS * rate))
+    ramp = (np.arange(2 * half, dtype=np.float32) + 0.5) / (2 * half)
+    for w in windows(0, units, round(seconds * per_second), round(CONTEXT_SECONDS * per_second)):
+        part = decode(w.start, w.stop)
+        low = w.first * hop - half if w.first else 0
+        high = w.last * hop + half if w.last < units else units * hop
+        kept = part[low - w.start * hop : high - w.start * hop].copy()
+        if w.first:
+            kept[: 2 * half] *= ramp
+        if w.last < units:
+            kept[len(kept) - 2 * half :] *= ramp[::-1]
+        whole[low:high] += kept
+    return whole
+
+
 class PublishedModel(ABC):
     """What both kinds of published models share: their folder, windows, and batches of equal lengths.
 
@@ -166,30 +190,38 @@ class PublishedModel(ABC):
     changes features by up to 2.4.
     """
 
+    CLASSES: ClassVar[Mapping[str, tuple[str, str | None]]] = MODELS
     sample_rate: int
     hop: int
     width = 1
+    window_seconds: float
     padding = 0  # the number of zeros after the last sample that make the last unit complete
     normalize = False  # whether clips are scaled to mean 0 and deviation 1
 
     def __init__(self, path: Path, model_type: str, window_seconds: float, device: str):
-        self.model = load_model(path, model_type).to(device)
-        self._window_seconds = window_seconds
+        self.model = load_model(path, model_type, *self.CLASSES[model_type]).to(device)
+        self.window_seconds = window_seconds
 
     @abstractmethod
-    def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
-        """The features (B, units, width), or codes (B, units), of samples (B, S)."""
+    def run(self, samples_BS: torch.Tensor, beside_BTW: torch.Tensor | None) -> torch.Tensor:
+        """The features (B, units, width), or codes (B, units, codebooks), of samples (B, S) and of what `beside` has
+        for the same units."""
+
+    def beside(self, samples: np.ndarray) -> np.ndarray | None:
+        """What else the model reads of a whole clip, float32 (units or one more, width), or None."""
+        return None
 
     def __call__(self, clips: Sequence[np.ndarray]) -> Iterator[Piece]:
         import torch
 
         per_second = self.sample_rate / self.hop
-        window, context = (round(s * per_second) for s in (self._window_seconds, CONTEXT_SECONDS))
+        window, context = (round(s * per_second) for s in (self.window_seconds, CONTEXT_SECONDS))
         by_length: dict[int, list[Window]] = {}
         for clip, samples in enumerate(clips):
             for w in windows(clip, len(samples) // self.hop, window, context):
                 by_length.setdefault(w.stop - w.start, []).append(w)
         scales = [_mean_and_deviation(samples) if self.normalize else (0.0, 1.0) for samples in clips]
+        besides = [self.beside(samples) for samples in clips]
         for length, same in by_length.items():
             at_once = max(1, int(SECONDS_AT_ONCE * per_second / length))
             for i in range(0, len(same), at_once):
@@ -199,8 +231,15 @@ class PublishedModel(ABC):
                     mean, deviation = scales[w.clip]
                     part = clips[w.clip][w.start * self.hop :][: len(heard)]
                     heard[: len(part)] = (part - mean) / deviation
+                read = [
+                    # with one row more than units, where there is one
+                    beside[w.start : w.stop + len(beside) - len(clips[w.clip]) // self.hop]
+                    for w in batch
+                    if (beside := besides[w.clip]) is not None
+                ]
                 with torch.inference_mode():
-                    found = self.run(torch.from_numpy(heard_BS).to(self.model.device)).cpu().numpy()
+                    beside_BTW = torch.from_numpy(np.stack(read)).to(self.model.device) if read else None
+                    found = self.run(torch.from_numpy(heard_BS).to(self.model.device), beside_BTW).cpu().numpy()
                 for w, features in zip(batch, found, strict=True):
                     yield w.clip, w.first, features[w.first - w.start : w.last - w.start]
 
@@ -236,23 +275,9 @@ class HiddenStates(PublishedModel):
         # Where the file exists but lacks the key, transformers normalises.
         self.normalize = preprocessor.is_file() and bool(read_json(preprocessor).get("do_normalize", True))
 
-    def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
+    def run(self, samples_BS: torch.Tensor, beside_BTW: torch.Tensor | None) -> torch.Tensor:
         states_BTW = self.model(samples_BS, output_hidden_states=True).hidden_states[self.layer].float()
         return states_BTW.unflatten(1, (-1, self._pooled)).mean(2)
-
-
-class MimiCodes(PublishedModel):
-    """The codes of a Mimi model's semantic codebook, 12.5 per second for the published model. They need no k-means."""
-
-    def __init__(self, path: Path, model_type: str, window_seconds: float, device: str):
-        super().__init__(path, model_type, window_seconds, device)
-        self.sample_rate, self.hop = self.model.config.sampling_rate, self.model.config.frame_size
-        self.size = int(self.model.config.codebook_size)
-        if 2 * self.sample_rate % self.hop:
-            raise UserError(f"{path}: {self.sample_rate / self.hop:g} codes a second are no multiple of a half")
-
-    def run(self, samples_BS: torch.Tensor) -> torch.Tensor:
-        return self.model.encode(samples_BS[:, None], num_quantizers=1).audio_codes[:, 0]
 
 
 def _mean_and_deviation(samples: np.ndarray, block: int = 1 << 20) -> tuple[float, float]:
@@ -264,32 +289,14 @@ def _mean_and_deviation(samples: np.ndarray, block: int = 1 << 20) -> tuple[floa
     return mean, math.sqrt(squares / len(samples) + 1e-7)
 
 
-def load_model(path: Path, model_type: str) -> Any:
-    """A model of transformers from a folder. Its weights are safetensors, or a .bin file from which only tensors are
-    read, never code. Raises UserError for a folder of another model."""
+def load_model(path: Path, model_type: str, name: str, attention: str | None) -> Any:
+    """A model of transformers' class `name` from a folder. Its weights are safetensors, or a .bin file from which only
+    tensors are read, never code. Raises UserError for a folder of another model."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json there, so not a folder of a {model_type} model")
     found = read_json(path / "config.json").get("model_type")
     if found != model_type:
         raise UserError(f"{path}: extractor '{model_type}', but its config.json says model_type {found!r}")
-    name, attention = MODELS[model_type]
+    chosen = {} if attention is None else {"attn_implementation": attention}
     # Where a folder holds both kinds of weights, safetensors are read.
-    return load_published(path, "transformers", name, weights_only=True, attn_implementation=attention).float()
-
-
-def extractor(
-    name: str, model: Path | None, layer: int | None, window_seconds: float = WINDOW_SECONDS, device: str = "cpu"
-) -> Extractor:
-    """The extractor with a name in EXTRACTORS. Raises UserError where `model` or `layer` is missing, is superfluous, or
-    does not fit."""
-    if name == "log_mel":
-        return LogMel()
-    if name not in MODELS:
-        raise UserError(f"speech: unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
-    if not window_seconds >= 4 * CONTEXT_SECONDS:
-        raise UserError(f"speech: window_seconds {window_seconds:g}: at least {4 * CONTEXT_SECONDS:g}")
-    if model is None or (layer is None) != (name == "mimi"):
-        raise UserError(f"speech: extractor '{name}' needs a model folder and {'no' if name == 'mimi' else 'a'} layer")
-    if layer is None:
-        return MimiCodes(model, name, window_seconds, device)
-    return HiddenStates(model, name, layer, window_seconds, device)
+    return load_published(path, "transformers", name, weights_only=True, **chosen).float()

@@ -2,7 +2,7 @@
 takes the codes of a codec.
 
 A stored tokenizer is a folder with speech_tokenizer.json, centroids.safetensors, and, where its extractor is a
-published model, that model's folder under the extractor's name.
+published model, that model's folder under the extractor's name. It may also have a vocoder in the folder `vocoder`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,30 +22,32 @@ from mom_tokenizers.base import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.media.recordings import Waveform
 from mom_tokenizers.media.recordings import decode_audio as decode_audio  # exported for users of this module
+from mom_tokenizers.speech.codecs import CODECS, Codec
+from mom_tokenizers.speech.codecs import extractor as make_extractor
+from mom_tokenizers.speech.delay import delayed, undelayed
 from mom_tokenizers.speech.features import (
-    FRAMES_PER_UNIT,
     MEL_BANDS,
+    MODELS,
     SAMPLE_RATE,
     UNITS_PER_SECOND,
     WINDOW_SECONDS,
-    MimiCodes,
     load_model,
     log_mel,
     mean_bands,
     sound_of_log_mel,
 )
-from mom_tokenizers.speech.features import extractor as make_extractor
+from mom_tokenizers.speech.vocoders import FOLDER as VOCODER
+from mom_tokenizers.speech.vocoders import Units, Vocoder, load_vocoder
 
 CONFIG, CENTROIDS = "speech_tokenizer.json", "centroids.safetensors"
-KEYS = ("extractor", "layer", "window_seconds", "deduplicate", "units_per_second", "size")
+KEYS = ("extractor", "layer", "window_seconds", "deduplicate", "codebooks", "units_per_second", "size")
 ASSIGNED_AT_ONCE = 4_096
 
 
-def count_units(samples: int, rate: int, per_second: float = UNITS_PER_SECOND) -> int:
-    """The number of units of a clip, floor(per_second * seconds + 1/2), computed in integers. At 25 per second a unit
-    takes 40 ms, and the last one counts where at least half of it is there."""
-    twice = round(2 * per_second)
-    return (twice * samples + rate) // (2 * rate)
+def count_units(samples: int, rate: int, per_second: float | Fraction = UNITS_PER_SECOND) -> int:
+    """The number of units of a clip, floor(per_second * seconds + 1/2), computed in whole numbers. At 25 per second a
+    unit takes 40 ms, and the last one counts where at least half of it is there."""
+    return (2 * Fraction(per_second) * samples + rate) // (2 * rate)
 
 
 def read_centroids(file: str | Path) -> np.ndarray:
@@ -80,7 +84,8 @@ def read_centroids(file: str | Path) -> np.ndarray:
 
 
 class SpeechTokenizer:
-    """Encodes (float32 mono waveform, sample rate) as speech units. Only log-mel units can be decoded to sound."""
+    """Encodes (float32 mono waveform, sample rate) as speech units, and makes sound of them: with the codec whose codes
+    they are, with a vocoder, or, for log-mel units without one, by Griffin-Lim."""
 
     kind = "units"
 
@@ -93,19 +98,26 @@ class SpeechTokenizer:
         layer: int | None = None,
         window_seconds: float = WINDOW_SECONDS,
         deduplicate: bool = False,
+        codebooks: int = 1,
+        vocoder: str | Path | None = None,
         mean: np.ndarray | None = None,
         device: str = "cpu",
         source: Path | None = None,
     ):
-        """`centroids` are (units, features), or None for extractor 'mimi', which has codes of its own.
+        """`centroids` are (units, features), or None for a codec, which has codes of its own.
 
         `model` and `layer` are the folder and layer of any extractor but 'log_mel'. Clips longer than `window_seconds`
         go through the model in overlapping windows. `deduplicate` drops every unit that equals the one before it, so
-        that durations are lost. `mean` (40,) are the log-mel bands of the average clip, for decode().
+        that durations are lost. `codebooks` is how many of a codec's codebooks are used; several make ids in the delay
+        pattern (see delay.py), `codebooks` for each frame. `vocoder` is a folder (see vocoders.py), and `mean` (40,)
+        are the log-mel bands of the average clip, both for decode().
         """
         self._model = None if extractor == "log_mel" or model is None else Path(model)
-        self._features = make_extractor(extractor, self._model, layer, window_seconds, device)
-        self.units_per_second = self._features.sample_rate / self._features.hop
+        self._features = make_extractor(extractor, self._model, layer, window_seconds, device, codebooks)
+        self.codebooks = codebooks
+        self.units_per_second = codebooks * self._features.sample_rate / self._features.hop
+        self._vocoder_folder = None if vocoder is None else Path(vocoder)
+        self._device = device
         self._config: dict[str, Any] = {"extractor": extractor}
         if layer is not None and extractor != "log_mel":
             self._config["layer"] = layer
@@ -115,10 +127,16 @@ class SpeechTokenizer:
             self._config["deduplicate"] = True
         self._source = source  # the folder it was loaded from; save() copies it, so that the fingerprint stays the same
         self._tensors: dict[str, np.ndarray] = {}
-        if isinstance(self._features, MimiCodes):
+        if isinstance(self._features, Codec):
             if centroids is not None:
-                raise UserError("speech: extractor 'mimi' has a codebook of its own; centroids are of no use")
-            self.size = self._features.size
+                raise UserError(f"speech: extractor '{extractor}' has a codebook of its own; centroids are of no use")
+            if vocoder is not None:
+                raise UserError(f"speech: extractor '{extractor}' decodes its own codes; {vocoder} is of no use")
+            if deduplicate and codebooks > 1:
+                raise UserError(f"speech: {codebooks} codebooks cannot be deduplicated; use one")
+            self.size = codebooks * self._features.size
+            if codebooks > 1:
+                self._config["codebooks"] = codebooks
             self._config |= {"units_per_second": self.units_per_second, "size": self.size}
             return
         if centroids is None:
@@ -133,6 +151,22 @@ class SpeechTokenizer:
             self._tensors["mean"] = np.ascontiguousarray(mean, np.float32)
         self._half_norms = 0.5 * (self._tensors["centroids"].astype(np.float64) ** 2).sum(axis=1)
         self.size = len(centroids)
+        if vocoder is not None:
+            self._vocoder  # noqa: B018  # one for other units is refused now, not when it is to speak
+
+    @cached_property
+    def _vocoder(self) -> Vocoder:
+        assert self._vocoder_folder is not None
+        units = Units(
+            self._config["extractor"],
+            self.size,
+            self._features.width,
+            self._features.sample_rate,
+            self._features.hop,
+            self._config.get("window_seconds", WINDOW_SECONDS),
+            self._config.get("deduplicate", False),
+        )
+        return load_vocoder(self._vocoder_folder, units, self._device)
 
     @classmethod
     def train(
@@ -145,13 +179,14 @@ class SpeechTokenizer:
         layer: int | None = None,
         seed: int = 0,
         device: str = "cpu",
+        vocoder: str | Path | None = None,
     ) -> SpeechTokenizer:
         """Find centroids by mini-batch k-means over the features of all waveforms. Raises UserError for too little
         speech."""
         from sklearn.cluster import MiniBatchKMeans
 
-        if extractor == "mimi":
-            raise UserError("speech: extractor 'mimi' has a codebook of its own; there is nothing to train")
+        if extractor in CODECS:
+            raise UserError(f"speech: extractor '{extractor}' has a codebook of its own; there is nothing to train")
         hears = make_extractor(extractor, None if model is None else Path(model), layer, device=device)
         found, means = [], []
         for waveform, rate in waveforms:
@@ -169,6 +204,7 @@ class SpeechTokenizer:
             extractor,
             model=model,
             layer=layer,
+            vocoder=vocoder,
             mean=np.mean(means, axis=0) if means else None,
             device=device,
         )
@@ -198,6 +234,8 @@ class SpeechTokenizer:
             layer=config.get("layer"),
             window_seconds=config.get("window_seconds", WINDOW_SECONDS),
             deduplicate=config.get("deduplicate", False),
+            codebooks=config.get("codebooks", 1),
+            vocoder=path / VOCODER if (path / VOCODER).is_dir() else None,
             mean=tensors.get("mean"),
             device=device,
             source=path,
@@ -209,14 +247,14 @@ class SpeechTokenizer:
 
     @staticmethod
     def files(path: str | Path) -> dict[str, Path]:
-        """The path of every file of the tokenizer by its name. Raises UserError where one is missing."""
+        """The path of every file that decides about units by its name. Raises UserError where one is missing."""
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise UserError(f"{path}: no {CONFIG} there; expected a folder written by train_tokenizers.py")
         name = str(read_json(path / CONFIG).get("extractor"))
-        if name != "mimi" and not (path / CENTROIDS).is_file():
+        if name not in CODECS and not (path / CENTROIDS).is_file():
             raise UserError(f"{path}: no {CENTROIDS} there; expected a folder written by train_tokenizers.py")
-        found = [path / CONFIG, *([] if name == "mimi" else [path / CENTROIDS]), *_model_files(path / name)]
+        found = [path / CONFIG, *([] if name in CODECS else [path / CENTROIDS]), *_model_files(path / name)]
         return {str(file.relative_to(path)): file for file in found}
 
     @classmethod
@@ -232,10 +270,12 @@ class SpeechTokenizer:
 
     @classmethod
     def stored_rate(cls, path: str | Path) -> dict[str, float | bool]:
-        """{"units_per_second"} of a stored tokenizer. Where it also has {"deduplicate": True}, there may be fewer."""
+        """{"units_per_second"} of a stored tokenizer. Where it also has {"deduplicate": True}, there may be fewer; with
+        "codebooks", each frame takes that many units."""
         config = read_json(cls.files(path)[CONFIG])
         rate = {"units_per_second": config.get("units_per_second", float(UNITS_PER_SECOND))}
-        return rate | ({"deduplicate": True} if config.get("deduplicate") else {})
+        codebooks = {"codebooks": int(config["codebooks"])} if config.get("codebooks", 1) > 1 else {}
+        return rate | codebooks | ({"deduplicate": True} if config.get("deduplicate") else {})
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's folder. A model whose weights are only in a .bin file is written as safetensors."""
@@ -255,8 +295,10 @@ class SpeechTokenizer:
                 found = _model_files(self._model)
                 files = {f"{name}/{file.name}": file for file in found}
                 if not any(file.suffix == ".safetensors" for file in found):
-                    load_model(self._model, name).save_pretrained(str(directory / name))
+                    load_model(self._model, name, *(MODELS | CODECS)[name]).save_pretrained(str(directory / name))
                     del files[f"{name}/config.json"]
+        if self._vocoder_folder is not None:
+            files |= {f"{VOCODER}/{file.name}": file for file in _model_files(self._vocoder_folder)}
         for relative, file in files.items():
             if file.resolve() != (directory / relative).resolve():
                 (directory / relative).parent.mkdir(exist_ok=True)
@@ -277,16 +319,19 @@ class SpeechTokenizer:
 
     def encode(self, value: Waveform) -> np.ndarray:
         """The units of a waveform, uint32 (count_units(samples, rate, units_per_second),), or fewer with `deduplicate`.
-        Raises UserError for less than half a unit."""
+        With several codebooks each frame has one unit of each. Raises UserError for less than half a unit."""
         return self.encode_batch([value])[0]
 
     def encode_batch(self, values: Sequence[Waveform]) -> list[np.ndarray]:
         """The result of `encode` for each waveform. Clips of equal length, and windows of long ones, go through a model
         together."""
         clips = [self.resampled(value) for value in values]
-        units = [np.empty(len(samples) // self._features.hop, np.uint32) for samples in clips]
+        found = [np.empty((len(samples) // self._features.hop, self.codebooks), np.uint32) for samples in clips]
         for clip, first, features in self._features(clips):
-            units[clip][first : first + len(features)] = self._nearest(features) if self._tensors else features
+            found[clip][first : first + len(features)] = self._nearest(features) if self._tensors else features
+        if self.codebooks > 1:
+            return [delayed(codes_TK, self.size // self.codebooks).astype(np.uint32) for codes_TK in found]
+        units = [codes_TK[:, 0] for codes_TK in found]
         if self._config.get("deduplicate"):
             return [u[np.r_[True, u[1:] != u[:-1]]] for u in units]
         return units
@@ -300,31 +345,41 @@ class SpeechTokenizer:
         # The nearest centroid c has the largest x·c - |c|^2 / 2, since |x|^2 is the same for all. The sums are in
         # float64, so that near ties are decided alike on all machines.
         centroids_WK = self._tensors["centroids"].T.astype(np.float64)
+        """(units, 1)"""
         return np.concatenate(
             [
                 (features[i : i + ASSIGNED_AT_ONCE].astype(np.float64) @ centroids_WK - self._half_norms).argmax(axis=1)
                 for i in range(0, len(features), ASSIGNED_AT_ONCE)
             ]
-        )
+        )[:, None]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> Waveform:
-        """(waveform float32 (units * 640,), sample rate 16,000): an approximate sound of log-mel units, to hear what
-        they keep.
+        """(waveform float32, sample rate) of units: of as many seconds as they stand for, except where a vocoder
+        guesses how long deduplicated ones last.
 
-        Raises UserError for units out of range, for no units, and for other extractors, which need a vocoder.
+        Raises UserError for units out of range, for no units, for codes that are not in the delay pattern, and for
+        hidden states without a vocoder.
         """
-        if self._config["extractor"] != "log_mel":
-            raise UserError(
-                f"speech: no vocoder is configured for units of '{self._config['extractor']}'; only log_mel has sound"
-            )
         units = np.asarray(ids, np.int64)
         if units.ndim != 1 or not len(units):
             raise UserError(f"speech: expected units (n,), n > 0, got shape {units.shape}")
         if units.min() < 0 or units.max() >= self.size:
             raise UserError(f"speech: unit {units.min()} or {units.max()} lies outside the {self.size} there are")
-        bands = self._tensors["centroids"][units].reshape(len(units) * FRAMES_PER_UNIT, MEL_BANDS)
-        mean = self._tensors.get("mean", np.zeros(MEL_BANDS, np.float32))
-        return sound_of_log_mel(bands + mean), SAMPLE_RATE
+        if isinstance(self._features, Codec):
+            return self._features.decode(undelayed(units, self.codebooks, self._features.size))
+        name = self._config["extractor"]
+        if self._vocoder_folder is None and name != "log_mel":
+            raise UserError(
+                f"speech: no vocoder is configured for units of '{name}'; put one into the folder '{VOCODER}' of the "
+                "tokenizer, or let train_tokenizers.py train one"
+            )
+        centroids = self._tensors["centroids"][units]
+        if name == "log_mel":
+            mean = self._tensors.get("mean", np.zeros(MEL_BANDS, np.float32))
+            centroids = (centroids.reshape(-1, MEL_BANDS) + mean).reshape(len(units), -1)
+        if self._vocoder_folder is not None:
+            return self._vocoder(units, centroids), self._vocoder.rate
+        return sound_of_log_mel(centroids.reshape(-1, MEL_BANDS)), SAMPLE_RATE
 
 
 def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.ndarray:
@@ -333,7 +388,7 @@ def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.nd
     waveform = np.asarray(waveform, np.float32)
     if waveform.ndim != 1 or rate < 1:
         raise UserError(f"speech: expected a mono waveform and a rate, got shape {waveform.shape} at {rate} Hz")
-    units = count_units(len(waveform), rate, to_rate / hop)
+    units = count_units(len(waveform), rate, Fraction(to_rate, hop))
     if units == 0:
         raise UserError(
             f"speech: {len(waveform)} samples at {rate} Hz are below {500 * hop / to_rate:g} ms, too short for a unit"

@@ -35,6 +35,7 @@ from mom_tokenizers.image.autoencoder import preprocess
 from mom_tokenizers.image.training import ImageConfig, Strict, train_image, usage
 from mom_tokenizers.media.pictures import decode_image
 from mom_tokenizers.media.recordings import Waveform, decode_audio
+from mom_tokenizers.speech.codecs import CODECS
 from mom_tokenizers.speech.units import SpeechTokenizer, read_centroids
 from mom_tokenizers.text import TextTokenizer
 from mom_tools.options import add_input, command_parser
@@ -49,9 +50,13 @@ class TextConfig(Strict):
 
 class SpeechConfig(Strict):
     size: int = Field(ge=2)
-    extractor: Literal["log_mel", "hubert", "wav2vec2", "wavlm", "data2vec-audio", "mimi"] = "log_mel"
+    extractor: Literal[
+        "log_mel", "hubert", "wav2vec2", "wavlm", "data2vec-audio", "mimi", "neucodec", "xcodec2", "dac"
+    ] = "log_mel"
     model: str | None = None  # all but log_mel: a folder with config.json and weights
     layer: int | None = None
+    codebooks: PositiveInt = 1  # how many of a codec's codebooks; several make ids in the delay pattern
+    vocoder: str | None = None  # folder of a vocoder for centroids; codecs have their own decoder
     centroids: str | None = None  # .safetensors or .npy of published ones, in place of k-means on the corpus
     max_seconds: PositiveFloat = 20_000
 
@@ -166,9 +171,16 @@ def train_text(config: TextConfig, sample: Sample, directory: Path) -> dict[str,
 
 
 def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: int, device: str) -> dict[str, Any]:
-    if config.centroids is not None or config.extractor == "mimi":  # nothing is left to be trained
+    if config.centroids is not None or config.extractor in CODECS:  # nothing is left to be trained
         given = None if config.centroids is None else read_centroids(Path(config.centroids))
-        tokenizer = SpeechTokenizer(given, config.extractor, model=config.model, layer=config.layer)
+        tokenizer = SpeechTokenizer(
+            given,
+            config.extractor,
+            model=config.model,
+            layer=config.layer,
+            codebooks=config.codebooks,
+            vocoder=config.vocoder,
+        )
         if tokenizer.size != config.size:
             raise UserError(f"speech.size is {config.size}, but the units given are {tokenizer.size}")
     else:
@@ -180,6 +192,7 @@ def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: in
             layer=config.layer,
             seed=seed,
             device=device,
+            vocoder=config.vocoder,
         )
     tokenizer.save(directory)
     units = np.concatenate(tokenizer.encode_batch(sample.waveforms[:200]))
@@ -198,7 +211,7 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int,
     """Train the tokenizers that are missing under `output`. Returns the figures of all stages."""
     inputs = [[f.name, f.stat().st_size] for f in files]
     stages = {name: getattr(config, name) for name in config.kinds}
-    recipes = {n: {"config": c.model_dump(mode="json"), "inputs": inputs, "seed": seed} for n, c in stages.items()}
+    recipes = {n: {"config": recorded(c), "inputs": inputs, "seed": seed} for n, c in stages.items()}
     figures = {name: _finished(output / name, recipe) for name, recipe in recipes.items()}
     missing = {name for name, found in figures.items() if found is None}
     if missing:
@@ -238,6 +251,13 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int,
     if "image" in stages:
         write_whole(output / "reconstructions.png", (output / "image" / "reconstructions.png").read_bytes())
     return figures
+
+
+def recorded(config: Strict) -> dict[str, Any]:
+    """A stage's config as its recipe has it. Keys that were added later are left out at their defaults, so that what
+    was trained before them is not trained again."""
+    values = config.model_dump(mode="json")
+    return {k: v for k, v in values.items() if (k, v) not in (("codebooks", 1), ("vocoder", None))}
 
 
 def warnings_of(config: Config, figures: Mapping[str, Mapping[str, Any]]) -> list[str]:

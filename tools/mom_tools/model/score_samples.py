@@ -214,7 +214,8 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
         "step": checkpoint.step,
         "weights": "ema" if arguments.ema else "model",
         "seed": arguments.seed,
-        "sampling": asdict(sampling),
+        # as it was written before there were several codebooks
+        "sampling": {k: v for k, v in asdict(sampling).items() if (k, v) != ("codebooks", None)},
         "shards": dataset.fingerprint,
         "tokenizers": {m: d["fingerprint"] for m, d in described.items()},
     }
