@@ -100,6 +100,7 @@ def score(
         if scored.patches is not None:
             assert config.objective.diffusion is not None
             quarter_I = scored.patches.timestep * QUARTERS // config.objective.diffusion.steps
+            quarter_I = quarter_I.long().clamp(0, QUARTERS - 1)  # of a shifted schedule, timesteps are no whole numbers
             quarter_P = quarter_I[scored.patches.picture.long()]
             sums[M + 2 :].index_add_(0, quarter_P, scored.losses.patches_P.double())
             counts[M + 2 :] += torch.bincount(quarter_P, minlength=QUARTERS).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import (
@@ -170,6 +171,20 @@ class DiffusionConfig(Section):
     noise_limit: PositiveInt | None = None
     """Timesteps below this one are drawn for a picture that has text after it in its document. null sets no limit; the
     paper mentions none."""
+    shift: float | None = Field(None, gt=0)
+    """alpha, by which the noise schedule is shifted as in SD3: the ratio of noise to signal is alpha times as large at
+    every timestep, in training and in sampling. 3 is SD3's for pictures of 1,024 x 1,024. null is no shift, or that of
+    `shift_base`."""
+    shift_base: PositiveInt | None = None
+    """Number of values of a picture (patches x patch_width) for which the schedule needs no shift. A picture of m
+    values has alpha = sqrt(m / shift_base). 4096 is RAE's. null is no shift, or that of `shift`."""
+    draw: Literal["uniform", "logit_normal"] = "uniform"
+    """How training draws timesteps: `uniform` gives each the same share; `logit_normal` gives those in the middle of
+    the schedule more, as SD3 does. The shift comes on top."""
+    logit_mean: float = 0.0
+    """Mean of log(noise / signal) in the logit-normal draw. Above 0 there is more noise."""
+    logit_deviation: float = Field(1.0, gt=0)
+    """Standard deviation of log(noise / signal) in the logit-normal draw."""
     condition_dropout: float = Field(0.0, ge=0, le=1)
     """Share of pictures whose preceding text and codes are replaced by <null>, so that the model learns to be sampled
     with classifier-free guidance. Special tokens and earlier pictures stay."""
@@ -186,7 +201,26 @@ class DiffusionConfig(Section):
             raise UserError(f"steps={self.steps}: at least {QUARTERS}, as losses are logged by quarter of timesteps")
         if self.noise_limit is not None and self.noise_limit > self.steps:
             raise UserError(f"noise_limit={self.noise_limit} is above steps={self.steps}, so it limits nothing")
+        if self.shift is not None and self.shift_base is not None:
+            raise UserError(
+                f"shift={self.shift} and shift_base={self.shift_base} both say how far the noise schedule is shifted; "
+                "give one of them"
+            )
+        if self.draw == "uniform" and (self.logit_mean, self.logit_deviation) != (0.0, 1.0):
+            raise UserError("logit_mean and logit_deviation have no effect; set draw: logit_normal, or leave them out")
         return self
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the noise schedule is shifted."""
+        return self.shift is not None or self.shift_base is not None
+
+    def alpha(self, patches: int) -> float:
+        """The factor by which the shift of the noise schedule raises the ratio of noise to signal of a picture of
+        `patches` patches. 1 is no shift."""
+        if self.shift_base is not None:
+            return math.sqrt(patches * self.patch_width / self.shift_base)
+        return self.shift or 1.0
 
 
 class ObjectiveConfig(Section):

@@ -22,7 +22,7 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.files import checked
 from mom_train.config.model import DiffusionConfig
 from mom_train.config.run import SamplingConfig
-from mom_train.model.diffusion import NoisedPatches, cosine_alpha_bar, without_condition
+from mom_train.model.diffusion import NoisedPatches, cosine_alpha_bar, levels, without_condition
 from mom_train.model.language_model import LanguageModel, LayerStates
 from mom_train.ops.layout import RowLayout
 
@@ -201,8 +201,11 @@ class Sampler:
         tokens = torch.full((P,), self.vocab.specials["null"], device=self.device)
         zeros = torch.zeros(P, dtype=torch.int64, device=self.device)
 
+        alpha = config.alpha(P)
+
         def predict(x_PW: Tensor, t: int, state: LayerStates) -> Tensor:
-            timestep = torch.tensor([t], device=self.device)
+            told = levels(config, np.array([t]), np.array([alpha]))[2][0] if config.shifted else t
+            timestep = torch.tensor([told], device=self.device)
             patches = NoisedPatches(x_PW, x_PW, layout.order.long(), zeros, timestep)
             _, predicted = self.model(tokens, layout, None, patches, [replace(s) for s in state])
             return predicted
@@ -216,7 +219,7 @@ class Sampler:
 
         x = torch.randn(P, config.patch_width, generator=self.generator).to(self.device)
         for t, following in timesteps(config, self.sampling.denoising_steps):
-            x = denoise(x, guided(x, t), t, following, config, self.sampling.denoised_limit)
+            x = denoise(x, guided(x, t), t, following, config, self.sampling.denoised_limit, alpha)
         for state in (self.state, self.unconditional) if self._guided else (self.state,):
             clean = NoisedPatches(x, x, layout.order.long(), zeros, torch.tensor([0], device=self.device))
             self.model(tokens, layout, None, clean, state)
@@ -231,14 +234,26 @@ def timesteps(config: DiffusionConfig, steps: int) -> list[tuple[int, int]]:
 
 
 def denoise(
-    x: Tensor, predicted: Tensor, t: int, following: int, config: DiffusionConfig, limit: float = math.inf
+    x: Tensor,
+    predicted: Tensor,
+    t: int,
+    following: int,
+    config: DiffusionConfig,
+    limit: float = math.inf,
+    alpha: float = 1.0,
 ) -> Tensor:
     """Takes one deterministic step from timestep `t` to `following`: DDIM (eta = 0) with its estimate of x_0 clipped to
-    plus or minus `limit`, or Euler's method for a rectified flow."""
-    if config.prediction == "flow":
+    plus or minus `limit`, or Euler's method for a rectified flow. `alpha` is the picture's shift of the schedule."""
+    if config.shifted:
+        of_data, of_noise, _ = levels(config, np.array([t, following]), np.array(alpha))
+        if config.prediction == "flow":
+            return x - float(of_noise[0] - of_noise[1]) * predicted
+        a, b = (float(factor) ** 2 for factor in of_data)
+    elif config.prediction == "flow":
         return x - (t - following) / config.steps * predicted
-    table = cosine_alpha_bar(config.steps)
-    a, b = float(table[t]), float(table[following]) if following >= 0 else 1.0
+    else:
+        table = cosine_alpha_bar(config.steps)
+        a, b = float(table[t]), float(table[following]) if following >= 0 else 1.0
     if config.prediction == "v":
         x0, epsilon = a**0.5 * x - (1 - a) ** 0.5 * predicted, a**0.5 * predicted + (1 - a) ** 0.5 * x
     else:

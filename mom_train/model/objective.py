@@ -15,7 +15,7 @@ from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import DiffusionConfig, ObjectiveConfig
 from mom_train.distributed.context import Context
-from mom_train.model.diffusion import NoisedPatches, draw, noise, without_condition
+from mom_train.model.diffusion import NoisedPatches, draw, noise, told, without_condition
 from mom_train.model.language_model import Losses
 from mom_train.ops.layout import RowLayout
 
@@ -123,7 +123,8 @@ def noised_patches(batch: PackedBatch, seed: int, config: DiffusionConfig) -> No
         latents_PW = mean_PW + (log_variance_PW / 2).exp() * torch.cat(eta)
     assert latents_PW.shape[1] == W
     x, target = noise(latents_PW, batch.image_of_patch, timestep_I, epsilon_PW, config)
-    return NoisedPatches(x, target, batch.order.long()[batch.latent_position], batch.image_of_patch, timestep_I)
+    row, timestep_I = batch.order.long()[batch.latent_position], told(config, timestep_I, batch.image_of_patch)
+    return NoisedPatches(x, target, row, batch.image_of_patch, timestep_I)
 
 
 def drop_conditions(batch: PackedBatch, seed: int, config: DiffusionConfig, vocab: VocabLayout) -> PackedBatch:

@@ -9,7 +9,7 @@ from itertools import accumulate, islice
 import pytest
 import torch
 
-from mom_tools.model.describe_model import describe, overview
+from mom_tools.model.describe_model import by_part, describe, overview
 from mom_train.config.files import load_config
 from mom_train.config.model import PROJECTIONS, ModelConfig
 from mom_train.cost.flops import parameters
@@ -20,6 +20,7 @@ from mom_train.model.language_model import LanguageModel
 from mom_train.ops import native
 from mom_train.ops.layout import RowLayout
 from tests.helpers import CHECKOUT
+from tests.helpers.corpus import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.run_config import tiny_config
 
@@ -54,6 +55,26 @@ def test_the_json_contract(tmp_path):
     patch = both[1]["flops_per_token"]["patch"]
     assert patch["forward"] == sum(patch["by_part"].values()) < both[1]["flops_per_token"]["forward"]
     assert {"attention", "feed_forward", "adapters"} <= set(both[1]["parameters"]["by_part"])
+
+
+def test_the_shift_of_the_noise_schedule_is_that_of_the_shards_pictures(tmp_path):
+    write_dataset(tmp_path / "d", documents=8, shards=1, latent_width=8)  # pictures of 16 patches
+    given = ["vocabulary={text: 128, image: 1}", "objective.diffusion={patch_width: 8}", "data.validation={}"]
+
+    def described(path, *more):
+        overrides = [*given, f"data.train=[{{path: {path}}}]", "run_dir=r", "tokenizers=null", "validation.every=null"]
+        return describe(load_config(CONFIGS / "demo_transfusion.yaml", [*overrides, *more]))
+
+    [picture] = described(tmp_path / "d")["noise_schedule"]["pictures"]
+    assert (picture["patches"], picture["values"], picture["alpha"]) == (16, 128, 1.0)
+    assert picture["alpha_for_4096"] == pytest.approx((128 / 4096) ** 0.5)
+    shifted = described(tmp_path / "d", "objective.diffusion.shift_base=32")
+    assert shifted["noise_schedule"]["pictures"][0]["alpha"] == pytest.approx(2.0)
+    assert "pictures of 16 patches, 128 values: shifted by alpha = 2" in by_part("c", shifted)
+    assert described(tmp_path / "d", "objective.diffusion.shift=3")["noise_schedule"]["pictures"][0]["alpha"] == 3.0
+    away = by_part("c", described(tmp_path / "gone", "objective.diffusion.shift_base=32"))
+    assert "alpha = sqrt(values / 32), and the shards are not here" in away
+    assert "noise_schedule" not in describe(load_config(CONFIGS / "chameleon/37m-mom.yaml"))
 
 
 def test_overrides_and_ranks_count():

@@ -9,6 +9,7 @@ Every figure comes from a formula in mom_train/cost, and no weight is created. M
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         return {"forward": forward, "training": TRAINING_FACTOR * forward, "by_part": parts}
 
     predicted = memory(config, ranks)
+    noise = noise_schedule(config)
     return {
         "architecture": model.architecture,
         "decoupled": list(model.decoupled),
@@ -73,7 +75,68 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         "accumulation": accumulation,
         "memory_bytes_per_rank": predicted[predicted["chosen"]]["total"],
         "memory": predicted,
+        **({} if noise is None else {"noise_schedule": noise}),
     }
+
+
+RAE_BASE = 4096
+"""The number of values of a picture that needs no shift, with which RAE (arXiv 2510.11690) computes its shift."""
+
+
+def noise_schedule(config: RunConfig) -> dict[str, Any] | None:
+    """How far the noise schedule is shifted for the pictures of data.train, or None without diffusion.
+
+    {"prediction", "steps", "shift", "shift_base", "draw", "pictures": [{"patches", "values", "alpha",
+    "alpha_for_4096"}, ...]}, with an entry in "pictures" for each number of patches that the pictures in the first
+    shard of a dataset have. There is none for a dataset that is not here.
+    """
+    diffusion = config.objective.diffusion
+    if diffusion is None:
+        return None
+    import numpy as np  # these are for diffusion alone
+
+    from mom_data.shards.dataset import TokenDataset
+    from mom_data.shards.format import LATENT_BIT
+
+    found: set[int] = set()
+    for source in config.data.train:
+        if source.path is None or not (Path(source.path) / "manifest.json").is_file():
+            continue
+        dataset = TokenDataset(source.path)
+        if dataset.manifest["latent_width"] and dataset.shards:
+            index = dataset.index(0)
+            found.update(np.unique(index.segment_length[index.segment_modality >= LATENT_BIT]).tolist())
+    pictures = [
+        {
+            "patches": n,
+            "values": n * diffusion.patch_width,
+            "alpha": diffusion.alpha(n),
+            "alpha_for_4096": math.sqrt(n * diffusion.patch_width / RAE_BASE),
+        }
+        for n in sorted(found)
+    ]
+    settings = diffusion.model_dump(include={"prediction", "steps", "shift", "shift_base", "draw"})
+    return {**settings, "pictures": pictures}
+
+
+def _noise_schedule(d: Mapping[str, Any]) -> str:
+    """The noise schedule in one sentence for each size of pictures."""
+    drawn = "" if d["draw"] == "uniform" else ", logit-normal draw"
+    said = f"noise schedule: {d['prediction']}, {d['steps']:,} timesteps{drawn}; "
+    shifted = d["shift"] is not None or d["shift_base"] is not None
+    if not d["pictures"]:
+        if d["shift_base"] is not None:
+            return f"{said}alpha = sqrt(values / {d['shift_base']:,}), and the shards are not here to count the values"
+        return said + (f"shifted by alpha = {d['shift']:g}" if shifted else "not shifted")
+    parts = []
+    for p in d["pictures"][:8]:
+        size = f"pictures of {p['patches']} patches, {p['values']:,} values"
+        if shifted:
+            parts.append(f"{size}: shifted by alpha = {p['alpha']:.3g}")
+        else:
+            parts.append(f"{size}: not shifted (shift_base: {RAE_BASE} would be alpha = {p['alpha_for_4096']:.3g})")
+    more = f"; and {len(d['pictures']) - 8} more sizes" if len(d["pictures"]) > 8 else ""
+    return said + "; ".join(parts) + more
 
 
 def _millions(n: float) -> str:
@@ -105,6 +168,8 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
         rows = [(part, _millions(n), _millions(TRAINING_FACTOR * n)) for part, n in counted["by_part"].items()]
         rows.append(("all", _millions(counted["forward"]), _millions(counted["training"])))
         said += ["", markdown_table((title, "forward", "training"), rows)]
+    if "noise_schedule" in d:
+        said += ["", _noise_schedule(d["noise_schedule"])]
     if optimizer := d["optimizer_flops_per_step"]:
         share = optimizer / (flops["training"] * d["tokens_per_batch"])
         said += ["", f"Muon: {optimizer / 1e9:,.1f} GFLOPs a step, {100 * share:.2f} % of a step's training FLOPs"]
