@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import Tensor
 
 from mom_data.batches.batch import PackedBatch
 from mom_data.order.plan import Lane, Plan
@@ -70,35 +68,6 @@ class Judge:
         self._recent.copy_(torch.tensor(rows[-window:], dtype=torch.float64))
         self._good.fill_(min(values["good"], len(values["recent"]), window))
         self.skipped.fill_(values["skipped"])
-
-
-@torch.no_grad()
-def gradient_squares(model: nn.Module, modalities: Sequence[str]) -> dict[str, Tensor]:
-    """Sums of squared gradients on this rank, as float64 scalars by name.
-
-    There is one for the embedding, the head and each kind of projection, and one for each modality, over its rows of
-    the decoupled projections. If they are summed over the ranks that shard the model, their square roots are norms.
-    """
-    sums: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        part = name.rsplit(".", 1)[-1]
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.grad is None or not (part.endswith("_proj") or part in ("embedding", "head")):
-            continue
-        gradient, first = weight.grad, 0
-        if isinstance(gradient, DTensor):
-            where = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
-            gradient, first = gradient.to_local(), where[1][0]
-        squares_O = gradient.double().square().sum(1)
-        zero = squares_O.new_zeros(())
-        sums[part] = sums.get(part, zero) + squares_O.sum()
-        if getattr(module, "modalities", 1) == 1:
-            continue
-        rows = len(weight) // len(modalities)
-        for m, modality in enumerate(modalities):
-            own = squares_O[max(0, m * rows - first) : max(0, (m + 1) * rows - first)]
-            sums[modality] = sums.get(modality, zero) + own.sum()
-    return sums
 
 
 class BadSteps:

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from mom_data.batches.batch import PackedBatch
 from mom_data.batches.loader import batches
 from mom_tokenizers.errors import EXIT_INCIDENT, EXIT_PREEMPTED, AgreedError, user_path
 from mom_train.agreement import Agreement, DocumentAccount, StepCount, largest_over_all_ranks
-from mom_train.anomaly import BadSteps, Judge, gradient_squares
+from mom_train.anomaly import BadSteps, Judge
 from mom_train.checkpoint.branch import adopt
 from mom_train.checkpoint.saver import Checkpointer, TrainState, read_to_continue, read_train_state
 from mom_train.checkpoint.store import Checkpoint, Checkpoints, with_absolute_place
@@ -43,6 +42,7 @@ from mom_train.observe.metrics import Clock, Record
 from mom_train.observe.timeline import Timeline
 from mom_train.observe.wandb import check_wandb
 from mom_train.optim.ema import Ema
+from mom_train.optim.gradients import Clipping
 from mom_train.optim.optimizer import build_optimizer, set_rate
 from mom_train.optim.schedule import rate_of_step
 from mom_train.passes import Passes
@@ -80,6 +80,10 @@ class Trainer:
         self.state = TrainState.begin(self.config, self.plan.fingerprint, data.phases)
         self.model = _sharded_model(self.config, ranks)
         self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        parallel = self.config.parallel
+        copies = ranks.world_size // (parallel.shard_ranks or ranks.world_size)
+        one_pass = ranks.device.type == "cuda" and not parallel.cpu_offload
+        self.clipping = Clipping(self.model, self.modalities, self.config.optimizer.clip, copies, one_pass)
         self.context = Context.of(ranks, self.config.parallel.context_ranks)
         self.passes = Passes(self.config, self.vocab, ranks, self.model, self.context)
         self.judge = Judge(self.config.anomaly, ranks.device)
@@ -273,11 +277,8 @@ class Trainer:
 
         Whether it is bad is decided on the device from values that all ranks share; the host learns it a step later.
         """
-        all_sums = sums.clone()
-        dist.all_reduce(all_sums)
-        norms = self._detailed_norms() if detailed else {}
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
-        norms["total"] = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        all_sums, norms = self.clipping(sums, self.optimizer, detailed)
+        norm = norms["total"]
         bad = self.judge.bad(self.passes.total(all_sums, counts), norm.to(sums.device))
         self.bad_steps.note(self.state.step + 1, bad, sums, step_batches)
         self.rate = rate_of_step(self.state.step, self.config.training, self.config.optimizer)
@@ -290,13 +291,6 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.state.step + 1)
         return all_sums, norms
-
-    def _detailed_norms(self) -> dict[str, Tensor]:
-        squares = gradient_squares(self.model, self.modalities)
-        stacked = torch.stack(list(squares.values())).to(self.ranks.device)
-        dist.all_reduce(stacked)
-        replicas = self.ranks.world_size // (self.config.parallel.shard_ranks or self.ranks.world_size)
-        return dict(zip(squares, (stacked / replicas).sqrt(), strict=True))
 
     def advance(self, step_batches: Sequence[PackedBatch], agreement: Agreement) -> None:
         state = self.state
@@ -324,8 +318,9 @@ class Trainer:
 
     def values(self, sums: Tensor, counts: Counts, norms: dict[str, Tensor]) -> dict[str, float]:
         """The figures of a step that are logged."""
+        norm_values = torch.stack([norm.double() for norm in norms.values()]).tolist()
         return self.passes.means("", sums, counts) | {
-            **{f"grad_norm/{part}": norm.item() for part, norm in norms.items()},
+            **{f"grad_norm/{part}": norm for part, norm in zip(norms, norm_values, strict=True)},
             "learning_rate": self.rate,
             **(
                 {"batch": self.config.training.batch_at(self.state.step - 1)} if self.config.training.batch_ramp else {}

@@ -66,6 +66,8 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
     """Whether the step is bad, as a float scalar on the device, or None."""
+    grad_scale: Tensor | None = None
+    """What gradients are divided by, as a float scalar on the device, or None."""
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class Muon(torch.optim.Optimizer):
         # loading a state replaces groups and state, so AdamW is given them anew
         self._adamw.param_groups, self._adamw.state = self.param_groups[: self._others], self.state
         self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._adamw.grad_scale = self.grad_scale  # type: ignore[attr-defined]
         self._adamw.step()
         self._step_matrices()
 
@@ -105,6 +108,8 @@ class Muon(torch.optim.Optimizer):
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         entries = self._matrices()
         gradients = [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p, _ in entries]
+        if self.grad_scale is not None:
+            torch._foreach_div_(gradients, self.grad_scale)
         moves = self._moves(gradients)
         updates = []
         for (p, _), g, index in zip(entries, gradients, self._index, strict=True):

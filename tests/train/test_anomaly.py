@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mom_train.anomaly import Judge, gradient_squares
-from mom_train.config.model import ModelConfig
+from mom_train.anomaly import Judge
 from mom_train.config.run import AnomalyConfig
-from mom_train.model.init import initialize
-from mom_train.model.language_model import LanguageModel
 
 
 def judged(config, values, judge=None):
@@ -54,30 +51,6 @@ def test_steps_are_judged_by_the_median_of_the_last_good_ones(limits):
     whole = Judge(config, torch.device("cpu"))
     judged(config, values, whole)
     assert second.state_dict() == whole.state_dict()
-
-
-def test_gradient_norms_by_part_and_modality_are_those_of_the_gradients():
-    config = ModelConfig(dim=32, layers=1, decoupled=("in_proj", "out_proj"))
-    model = LanguageModel(config, 64, 2)
-    initialize(model, 0)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    squares = gradient_squares(model, ("text", "image"))
-    grads = {n: p.grad.double().numpy() for n, p in model.named_parameters()}
-
-    def norm(chosen):
-        return math.sqrt(sum(float((g**2).sum()) for g in chosen))
-
-    for part in ("in_proj", "x_proj", "dt_proj", "out_proj"):
-        own = [g for n, g in grads.items() if n.endswith(f"{part}.weight")]
-        assert len(own) == 2
-        assert math.sqrt(squares[part]) == pytest.approx(norm(own))
-    for m, modality in enumerate(("text", "image")):
-        own = [np.split(g, 2)[m] for n, g in grads.items() if n.endswith(("in_proj.weight", "out_proj.weight"))]
-        assert math.sqrt(squares[modality]) == pytest.approx(norm(own))
-    assert math.sqrt(squares["head"]) == pytest.approx(norm([grads["head.weight"]]))
-    assert set(squares) == {"embedding", "head", "in_proj", "x_proj", "dt_proj", "out_proj", "text", "image"}
 
 
 def test_a_skipped_update_leaves_weights_moments_and_step_counts_as_they_were():
