@@ -42,6 +42,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plot": ("mom_tools.compare.plot_run", "draw the loss curves of one or more runs"),
         "match-loss": ("mom_tools.compare.match_loss", "compare two models by the FLOPs they need for a loss"),
         "paper-mini": ("mom_tools.paper.miniature", "repeat the paper's tables in miniature on your corpus"),
+        "laws": ("mom_tools.laws.laws", "fit scaling laws by modality to a grid of runs, or to the paper's losses"),
     },
     "this machine": {
         "demo": ("mom_tools.demo.demo", "run the whole job, from documents to a trained model"),

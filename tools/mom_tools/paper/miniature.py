@@ -23,6 +23,7 @@ import shutil
 import signal
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,12 @@ log = logging.getLogger("paper_mini")
 # ---- data ----------------------------------------------------------------------------------------------------
 
 
-def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -> list[str]:
-    """Make the tokenizers and token shards of every setting whose modalities the corpus has, once; OUTPUT/data.json
-    says that they are there. Returns the settings. Raises ValueError for a corpus without pictures, or without what the
-    `experiments` need."""
+def prepare(
+    corpus: Path, output: Path, configs: Path, experiments: list[str], wanted: Sequence[str] = tuple(SETTINGS)
+) -> list[str]:
+    """Make the tokenizers and token shards of every setting of `wanted` whose modalities the corpus has, once;
+    OUTPUT/data.json says that they are there. Returns the settings. Raises ValueError for a corpus without pictures, or
+    without what the `experiments` need."""
     from mom_data.documents.document import expand_inputs  # here, for it imports torch
 
     place = str(corpus.resolve())
@@ -86,16 +89,16 @@ def prepare(corpus: Path, output: Path, configs: Path, experiments: list[str]) -
     found = present_modalities(corpus / "train" if split else corpus)
     if "image" not in found:
         raise UserError(f"{corpus}: no pictures, which all settings of the paper have; found {', '.join(found)}")
-    settings = [s for s in SETTINGS if set(MODALITIES[s]) <= set(found)]
+    settings = [s for s in wanted if set(MODALITIES[s]) <= set(found)]
     chosen_experiments(experiments, settings)  # before hours of work
     keep_inputs(output, files)
     for setting in settings:
-        recipe = "continuous" if setting == "transfusion" else "discrete"
-        wanted = yaml.safe_load((configs / f"{recipe}_tokenizers.yaml").read_text())
-        made = output / "tokenizers" / recipe
+        kind = recipe(setting)
+        known = yaml.safe_load((configs / f"{kind}_tokenizers.yaml").read_text())
+        made = output / "tokenizers" / kind
         made.mkdir(parents=True, exist_ok=True)
         config = made / "recipe.yaml"
-        config.write_text(yaml.safe_dump({m: wanted[m] for m in found if m in wanted}, sort_keys=False))
+        config.write_text(yaml.safe_dump({m: known[m] for m in found if m in known}, sort_keys=False))
         train = corpus / "train" if split else corpus
         threads = len(os.sched_getaffinity(0))
         call("train-tokenizers", "--config", config, "--input", train, "--output", made, threads=threads)
@@ -207,9 +210,8 @@ class Miniature:
 
     def _overrides(self, job: Job) -> list[str]:
         tokens = self.output / "tokens" / job.setting
-        bundle = self.output / "tokenizers" / _recipe(job.setting) / f"{job.setting}.yaml"
-        sizes = _sizes(tokens / "train", MODALITIES[job.setting])
-        vocabulary = {m: 1 if latents else size for m, size, latents in sizes}
+        bundle = self.output / "tokenizers" / recipe(job.setting) / f"{job.setting}.yaml"
+        vocabulary = {m: 1 if latents else n for m, n, latents in sizes(tokens / "train", MODALITIES[job.setting])}
         every = max(1, job.steps // EVALUATIONS)
         values = {
             **{f"{section}.{key}": v for section, keys in self.full.items() for key, v in keys.items()},
@@ -263,11 +265,11 @@ class Miniature:
         self.state.finished[job.id] = loss
 
 
-def _recipe(setting: str) -> str:
+def recipe(setting: str) -> str:
     return "continuous" if setting == "transfusion" else "discrete"
 
 
-def _sizes(dataset: Path, modalities: tuple[str, ...]) -> list[tuple[str, int, bool]]:
+def sizes(dataset: Path, modalities: tuple[str, ...]) -> list[tuple[str, int, bool]]:
     """(modality, number of ids, whether it is latents) for each modality of a token dataset."""
     tokenizers = json.loads((dataset / "manifest.json").read_text())["tokenizers"]
     return [(m, tokenizers[m]["size"], tokenizers[m]["kind"] == "kl") for m in modalities]

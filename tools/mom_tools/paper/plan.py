@@ -176,14 +176,12 @@ def tried(state: State, setting: str, architecture: str) -> dict[float, float]:
     return dict(sorted(found.items()))
 
 
-def wanted_rates(state: State, setting: str, architecture: str) -> list[float]:
-    """The rates that are still to be tried: the first ones, and then a neighbour where the best one is at the edge
-    (once on each side)."""
-    first = state.rates[architecture]
+def to_try(first: Sequence[float], done: Mapping[float, float], failed: Sequence[float]) -> list[float]:
+    """The learning rates that are still to be tried: the `first` ones, in order, and then a neighbour where the best
+    one is at the edge (once on each side). `done` has the losses of those that were tried, and `failed` those that
+    could not be. A single rate is taken as it is."""
     if len(first) == 1:
         return []
-    done = tried(state, setting, architecture)
-    failed = [r for r in (first[0] / 2, *first, first[-1] * 2) if f"{setting}/{architecture}/lr-{r:g}" in state.failed]
     if missing := [r for r in first if r not in done and r not in failed]:
         return missing
     if not done:
@@ -191,6 +189,13 @@ def wanted_rates(state: State, setting: str, architecture: str) -> list[float]:
     best = min(done, key=lambda r: done[r])
     edge = {first[0]: first[0] / 2, first[-1]: first[-1] * 2}.get(best)
     return [] if edge is None or edge in done or edge in failed else [edge]
+
+
+def wanted_rates(state: State, setting: str, architecture: str) -> list[float]:
+    """The rates that are still to be tried for an architecture."""
+    first = state.rates[architecture]
+    failed = [r for r in (first[0] / 2, *first, first[-1] * 2) if f"{setting}/{architecture}/lr-{r:g}" in state.failed]
+    return to_try(first, tried(state, setting, architecture), failed)
 
 
 def best_rate(state: State, setting: str, architecture: str) -> float | None:

@@ -1,0 +1,1 @@
+"""Scaling laws by modality: plans and trains a grid of sizes and budgets, and fits losses over them."""

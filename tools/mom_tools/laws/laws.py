@@ -1,0 +1,315 @@
+"""Fit scaling laws by modality: the loss of dense Mamba, Mixture-of-Mamba and a Transformer over size and tokens, the
+size that is best for a budget, and the FLOPs that the mixture needs for the dense model's loss at every scale.
+
+    mom laws --corpus raw/ --minutes 480 --seeds 3 --output runs/laws
+    mom laws --published
+
+Trains tokenizers and tokenizes the corpus (once, not counted in --minutes), times each model, chooses budgets that fit
+the time, tunes the learning rate of each size, and trains everything with one seed, then with the next. Each seed of a
+model is one trunk with a constant rate, and each budget a decay branch of it. OUTPUT/report.md, results.json and
+laws.svg have the laws with bootstrap intervals. A command that was killed goes on when it is started again; with more
+--minutes and --seeds it trains what is missing.
+--published puts the losses that the paper prints through the same fit and trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
+from mom_tools.compare.curves import Run
+from mom_tools.data.mixture import sources
+from mom_tools.laws.grid import (
+    ARCHITECTURES,
+    Job,
+    Size,
+    State,
+    changes,
+    plan_of,
+    smallest_budget,
+    startable,
+    todo,
+)
+from mom_tools.options import command_parser
+from mom_tools.paper.miniature import HELD_OUT, MODALITIES, SHARES, prepare, recipe, sizes
+from mom_tools.paper.plan import SETTINGS
+from mom_tools.processes import Processes
+from mom_train.config.files import overridden
+
+log = logging.getLogger("laws")
+DEFAULT_SIZES = ("32x1", "64x1", "96x2", "144x2")
+_SHOW_EVERY = 60  # seconds between lines about progress
+
+
+class Grid:
+    """All runs of a grid: those that are finished and those that run now. The state is written to OUTPUT/state.json
+    after every event."""
+
+    def __init__(self, output: Path, arguments: argparse.Namespace, state: State):
+        self.output, self.arguments, self.state = output, arguments, state
+        self.config = arguments.configs / f"{state.setting}.yaml"
+        base = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
+        given = overridden({}, arguments.overrides)
+        self.batch: int = given.get("training", {}).get("batch", base["training"]["batch"])
+        self.lanes: int = given.get("data", {}).get("lanes", base["data"]["lanes"])
+        self.processes = Processes(arguments.jobs, arguments.threads, arguments.gpus)
+        self.running: dict[str, Job] = {}
+        self.tries: dict[str, int] = {}
+        self._seen = self._shown = time.monotonic()
+
+    def run(self) -> bool:
+        """Train what is missing. Returns whether everything that was wanted is trained now."""
+        stopped: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, _: stopped.append(n))
+        while not stopped:
+            self._tick()
+            self._collect()
+            self._decide_budgets()
+            for job in self._startable()[: self.processes.free]:
+                self._start(job)
+            if not self.running:
+                break
+            time.sleep(0.3)
+        self.processes.stop()
+        self._collect()
+        self._tick()
+        if stopped:
+            log.warning("%s: runs are saved, start again to go on", signal.Signals(stopped[0]).name)
+            raise SystemExit(EXIT_PREEMPTED)
+        return not list(todo(self.state, self.arguments.seeds))
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.state.spent += now - self._seen
+        self._seen = now
+        self.state.save(self.output / "state.json")
+        if now - self._shown > _SHOW_EVERY:
+            self._shown = now
+            share = self.state.spent / (60 * self.arguments.minutes)
+            log.info("%d runs finished, %.0f %% of the time used", len(self.state.finished), 100 * share)
+
+    def _decide_budgets(self) -> None:
+        state, wanted = self.state, self.arguments
+        if state.base or self.running or any(True for _ in todo(state, wanted.seeds)):
+            return
+        if missing := [f"{m}/{s}" for m, s in state.pairs if f"{m}/{s}" not in state.per_step]:
+            raise UserError(f"the first runs failed: {', '.join(missing)}; see {self.output / 'logs'}")
+        left = 60 * wanted.minutes - state.spent
+        state.base = smallest_budget(state, left, wanted.jobs, wanted.seeds, self.batch)
+        steps = {f"{m}/{s}": round(state.base / state.flops[f"{m}/{s}"]) for m, s in state.pairs}
+        log.info("%d budgets from %.3g FLOPs; steps of the smallest: %s", state.budgets, state.base, steps)
+        state.save(self.output / "state.json")
+
+    def _startable(self) -> list[Job]:
+        left = 60 * self.arguments.minutes - self.state.spent
+        begun = {j.id for j in todo(self.state, self.arguments.seeds) if (self.directory(j) / "status.json").exists()}
+        return startable(self.state, self.arguments.seeds, self.batch, self.processes.names, begun, left)
+
+    def directory(self, job: Job) -> Path:
+        return self.output / "runs" / job.id
+
+    def _log(self, job: Job) -> Path:
+        return self.output / "logs" / f"{job.id.replace('/', '--')}.log"
+
+    def _start(self, job: Job) -> None:
+        if job.kind == "branch":
+            trunk = self.output / "runs" / job.folder / "trunk"
+            module = "mom_tools.model.branch"
+            arguments = [str(trunk), f"run_dir={self.directory(job)}", f"validation.every={job.steps}"]
+            arguments += ["--at", str(job.steps - job.decay), "--decay", str(job.decay), "--shape", "sqrt"]
+        else:
+            module, arguments = "mom_train.__main__", [str(self.config), *self._overrides(job)]
+        self.processes.start(job.id, module, arguments, self._log(job))
+        log.info("start %s (rate %g, %d steps)", job.id, job.rate, job.steps)
+        self.running[job.id] = job
+
+    def _overrides(self, job: Job) -> list[str]:
+        setting, output = self.state.setting, self.output
+        tokens = output / "tokens" / setting
+        bundle = output / "tokenizers" / recipe(setting) / f"{setting}.yaml"
+        values = {
+            "vocabulary": {m: 1 if latents else n for m, n, latents in sizes(tokens / "train", MODALITIES[setting])},
+            **({"tokenizers": str(bundle)} if bundle.exists() else {}),  # shards may have come without
+            "data.train": sources(tokens / "train", self.lanes, SHARES),
+            "data.validation": {HELD_OUT: sources(tokens / "val", 1, SHARES)},
+            **changes(self.state, job),
+            "run_dir": str(self.directory(job)),
+        }
+        return [*self.arguments.overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
+
+    def _collect(self) -> None:
+        """Take in the results of the jobs that have ended since the last call."""
+        for ended in self.processes.ended():
+            job = self.running.pop(ended.name)
+            last = Run(self.directory(job)).lines[-1] if ended.code == 0 else {}
+            loss = last.get(f"val/{HELD_OUT}/loss/total", math.nan)
+            if ended.code == 0 and math.isfinite(loss):
+                self._finish(job, ended.seconds, last)
+                log.info("done  %s: %.4f, %.0f s", job.id, loss, ended.seconds)
+            elif ended.code != EXIT_PREEMPTED:
+                self.tries[job.id] = self.tries.get(job.id, 0) + 1
+                said = self._log(job).read_text(errors="replace").strip().rpartition("\n")[2]
+                why = said if ended.code else "its held-out loss at the end is not finite"
+                log.warning("%s ended with %d: %s", job.id, ended.code, why)
+                if self.tries[job.id] == 2:
+                    self.state.failed[job.id] = why
+            self.state.save(self.output / "state.json")
+
+    def _finish(self, job: Job, took: float, last: dict[str, float]) -> None:
+        state, known = self.state, f"{job.model}/{job.size}"
+        run = Run(self.directory(job))
+        if job.kind == "time":
+            per_token = statistics.median(1 / x["perf/tokens_per_s"] for x in run.lines[4:] if "perf/tokens_per_s" in x)
+            tokens = sum(v for k, v in last.items() if k.startswith("tokens/")) / job.steps
+            state.per_step[known] = per_token * tokens
+            evaluated = state.sequences / (3 * self.batch)
+            state.startup[known] = max(1.0, took - (job.steps + evaluated) * state.per_step[known])
+            state.flops[known] = last["flops/total"] / job.steps
+        if job.kind != "trunk":  # branches of trunks are begun from the trunk's own
+            shutil.rmtree(self.directory(job) / "checkpoints", ignore_errors=True)
+            (self.directory(job) / "LATEST").unlink(missing_ok=True)
+        state.finished[job.id] = {
+            k: v for k, v in last.items() if k.startswith(("val/", "tokens/", "flops/")) and isinstance(v, int | float)
+        }
+        if job.kind == "branch":
+            names = {f"{job.folder}/budget-{k}" for k, _ in enumerate(plan_of(1, state.budgets))}
+            if names <= set(state.finished):
+                shutil.rmtree(self.output / "runs" / job.folder / "trunk" / "checkpoints", ignore_errors=True)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Check the arguments before torch is imported. Raises UserError for an impossible value."""
+    corpus: Path | None = arguments.corpus
+    if corpus is None:
+        raise UserError(
+            "--corpus: name the folder of raw tars or JSON lines to train on (docs/reference/raw-documents.md), or ask "
+            "for --published"
+        )
+    if not corpus.exists():
+        raise UserError(f"--corpus {corpus}: nothing there")
+    if min(arguments.seeds, 1 if arguments.jobs is None else arguments.jobs, arguments.sequences) < 1:
+        raise UserError("--seeds, --jobs and --sequences must be at least 1")
+    if not 0 < arguments.minutes < math.inf:
+        raise UserError(f"--minutes {arguments.minutes}: above 0")
+    if arguments.budgets < 2:
+        raise UserError(f"--budgets {arguments.budgets}: a law needs at least 2")
+    if len(arguments.sizes) < 3 or len(set(arguments.sizes)) < len(arguments.sizes):
+        raise UserError("--sizes: a law needs at least 3 different sizes")
+    for size in arguments.sizes:
+        Size.parse(size)
+    if not all(0 < rate < math.inf for rate in arguments.rates or ()):
+        raise UserError("--rates: learning rates are above 0")
+    if not (arguments.configs / "_common.yaml").is_file():
+        raise UserError(f"--configs {arguments.configs}: no _common.yaml there")
+    overridden({}, arguments.overrides)
+
+
+def state_of(output: Path, arguments: argparse.Namespace, setting: str) -> State:
+    """The state of a grid that was begun in `output`, or a new one. Raises UserError where the grid that was begun is
+    another one."""
+    path = output / "state.json"
+    ordered = sorted(arguments.sizes, key=lambda s: (Size.parse(s).dim ** 2 * Size.parse(s).layers, s))
+    if not path.exists():
+        state = State(arguments.models, ordered, arguments.budgets, setting, arguments.transfer)
+        state.precision, state.sequences = arguments.precision, arguments.sequences
+        if arguments.rates:
+            state.rates = dict.fromkeys(state.rates, sorted(arguments.rates))
+        return state
+    state = State.load(path)
+    for name, was, now in (
+        ("--models", sorted(state.models), sorted(arguments.models)),
+        ("--sizes", state.sizes, ordered),
+        ("--budgets", state.budgets, arguments.budgets),
+        ("--transfer", state.transfer, arguments.transfer),
+        ("--setting", state.setting, setting),
+        ("--sequences", state.sequences, arguments.sequences),
+    ):
+        if was != now:
+            raise UserError(f"{output} was begun with {name} {was}, and this is {now}; take another --output")
+    state.failed.clear()  # what failed before may have been mended
+    return state
+
+
+def parser() -> argparse.ArgumentParser:
+    found = command_parser(__doc__)
+    found.add_argument(
+        "--published", action="store_true", help="fit the losses that the paper prints, and train nothing"
+    )
+    found.add_argument("--corpus", type=Path, help="folder of your raw tars, which may have train/ and val/")
+    found.add_argument("--output", type=Path, default=Path("runs/laws"), help="folder (default: %(default)s)")
+    found.add_argument("--minutes", type=float, default=480, help="minutes of training, over all starts (%(default)s)")
+    found.add_argument("--seeds", type=int, default=3, help="seeds of each model (default: %(default)s)")
+    found.add_argument(
+        "--models", nargs="+", choices=ARCHITECTURES, default=["dense", "mixture"], help="(default: dense mixture)"
+    )
+    found.add_argument(
+        "--sizes", nargs="+", default=list(DEFAULT_SIZES), metavar="WxL", help="widths and layers (%(default)s)"
+    )
+    found.add_argument(
+        "--budgets", type=int, default=5, help="budgets, each twice the one before (default: %(default)s)"
+    )
+    found.add_argument("--rates", type=float, nargs="+", help="learning rates to try; a single one is taken (three)")
+    found.add_argument(
+        "--transfer", action="store_true", help="tune the smallest size alone, and take its rate for all by muP"
+    )
+    found.add_argument("--setting", choices=tuple(SETTINGS), default="chameleon_speech", help="(default: %(default)s)")
+    found.add_argument("--sequences", type=int, default=64, help="held-out rows of every loss (default: %(default)s)")
+    found.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
+    found.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU, or one a core)")
+    found.add_argument("--configs", type=Path, default=Path("configs/mini"), help="settings (default: %(default)s)")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="further changes of all configs")
+    return found
+
+
+def main() -> None:
+    arguments: Any = parser().parse_intermixed_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with exit_clearly():
+        if arguments.published:
+            from mom_tools.laws.published import report
+
+            print(report())
+            return
+        check(arguments)
+        import torch  # only to know the machine
+
+        from mom_tools.laws.results import write_report
+
+        cores = len(os.sched_getaffinity(0))
+        arguments.gpus = torch.cuda.device_count()
+        arguments.jobs = arguments.jobs or arguments.gpus or cores
+        arguments.threads = max(1, cores // arguments.jobs)
+        output: Path = arguments.output
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(output / ".lock", timeout=0):
+                state = state_of(output, arguments, arguments.setting)
+                settings = prepare(arguments.corpus, output, arguments.configs, [], [state.setting])
+                if state.setting not in settings:
+                    needed = ", ".join(MODALITIES[state.setting])
+                    raise UserError(
+                        f"{arguments.corpus}: --setting {state.setting} needs {needed}, and not all are there"
+                    )
+                grid = Grid(output, arguments, state)
+                complete = grid.run()
+                print(write_report(output, grid.state, arguments.seeds, complete))
+        except Timeout:
+            raise UserError(f"{output}: another `mom laws` is at work there") from None
+
+
+if __name__ == "__main__":
+    main()
