@@ -30,7 +30,7 @@ SIZES = ["32x1", "64x1", "96x2"]
 
 
 def state(**values):
-    """A grid whose models are timed: a step costs FLOPs in proportion to the size, and seconds in proportion to them."""
+    """A grid whose models are timed. A step of the next size takes three times the FLOPs and seconds."""
     found = State(["dense", "mixture"], SIZES, 4, "chameleon_speech", False, **values)
     for number, size in enumerate(SIZES):
         for model in found.models:
@@ -88,7 +88,7 @@ def test_the_plan_fits_the_time_and_is_refused_where_it_cannot():
     grid = state()
     grid.base = smallest_budget(grid, 4000, 1, 2, BATCH)
     assert planned_seconds(grid, grid.base, 1, 2, BATCH) == pytest.approx(4000 * (1 - RESERVE), rel=0.05)
-    started, left = simulate(grid, 2, 4000)
+    _, left = simulate(grid, 2, 4000)
     assert not list(todo(grid, 2))
     assert 0 < left < 0.35 * 4000  # the reserve, and neighbours of rates that were not needed
     assert min(first_steps(grid, "dense", s) for s in SIZES) >= FEWEST_STEPS

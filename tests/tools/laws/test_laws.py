@@ -25,7 +25,7 @@ def last_line(run):
 def test_a_grid_that_was_refused_goes_on_with_more_time_and_ends_with_its_laws(tmp_path):
     output, configs, _ = begun(tmp_path, "chameleon_speech", dict(corpus.VOCAB.sizes))
     command = ["mom_tools.laws.laws", "--corpus", tmp_path, "--output", output, "--configs", configs]
-    command += ["--sizes", *SIZES, "--budgets", "2", "--rates", "5e-3", "--seeds", "1", "--sequences", "4", "--jobs", "2"]
+    command += ["--sizes", *SIZES, "--budgets", "2", "--rates", "5e-3", "--seeds", "1", "--sequences", "4"]
     refused = program(*command, "--minutes", "0.05")
     assert refused.returncode == EXIT_USER_ERROR, refused.stderr[-3000:]
     assert "6 models, 2 budgets and 1 seeds needs at least" in refused.stderr

@@ -236,8 +236,8 @@ def frontier(law: Law, cost: Cost, flops_G: np.ndarray) -> tuple[np.ndarray, np.
 
 def flops_to_match(candidate: Law, baseline: Law, cost_c: Cost, cost_b: Cost, flops_G: np.ndarray) -> np.ndarray:
     """The candidate's FLOPs for the loss that the baseline reaches with `flops_G`, each at its best size, over those
-    FLOPs, (R, G). nan where the candidate does not reach it with 1,000 times the largest of the budgets, or already with
-    a thousandth of the smallest."""
+    FLOPs, (R, G). nan where the candidate does not reach it with 1,000 times the largest of the budgets, or reaches it
+    with a thousandth of the smallest."""
     wanted_RG = frontier(baseline, cost_b, flops_G)[0]
     budgets_C = np.geomspace(flops_G.min() / _ROOM, flops_G.max() * _ROOM, _GRID)
     reached_RC = np.minimum.accumulate(frontier(candidate, cost_c, budgets_C)[0], axis=1)

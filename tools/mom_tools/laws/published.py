@@ -17,9 +17,9 @@ _UNITS = {"M": 1e6, "B": 1e9}
 SAID = """\
 The paper prints one loss for each size, so the law has one term: L(N) = E + A (N / n0)^-alpha. Table 4 has three sizes,
 which three constants always fit, and so no law. In Tables 2 and 7 the two largest models were trained for a quarter
-fewer steps than the others (120,000 of 160,000), which a law of N alone cannot know: it reads that as a higher E. One run
-a size leaves no spread between seeds. The intervals of {level:.0f} % are from the residuals of the fit, and from the straight
-line of log(FLOPs to match) over log(N), whose two models had equal steps at every size."""
+fewer steps than the others (120,000 of 160,000), which a law of N alone cannot know: it reads that as a higher E. One
+run a size leaves no spread between seeds. The intervals of {level:.0f} % are from the residuals of the fit, and from
+the straight line of log(FLOPs to match) over log(N), whose two models had equal steps at every size."""
 
 
 def size_of(row: str) -> float:
