@@ -29,7 +29,7 @@ def unigram(config: RunConfig) -> Baseline:
     from mom_data.batches.loader import Share, batches
     from mom_data.batches.statistics import unigram_losses
     from mom_train.data import build_plans
-    from mom_train.validation import rows_of
+    from mom_train.validation.losses import rows_of
 
     train, validation = build_plans(config)
     vocab, diffusion = config.layout, config.objective.diffusion

@@ -20,7 +20,7 @@ from mom_train.config.data import SourceConfig
 from mom_train.config.files import differences, with_defaults
 from mom_train.config.run import RunConfig
 from mom_train.model.objective import with_latents_of
-from mom_train.validation import rows_of
+from mom_train.validation.losses import rows_of
 
 log = logging.getLogger(__name__)
 
@@ -261,6 +261,8 @@ class RunData:
     """The plan of each validation set."""
     text_bytes: np.ndarray | None
     """(V,) int64; see the function `text_bytes`."""
+    minimal_pairs: dict[str, list[TokenDataset]]
+    """The datasets of each set of evaluation.minimal_pairs."""
 
 
 def open_data(config: RunConfig, saved: TrainState, *, say: bool) -> RunData:
@@ -276,7 +278,11 @@ def open_data(config: RunConfig, saved: TrainState, *, say: bool) -> RunData:
     if say:
         log_forecast(config, plan, validation)
         log_validated_rows(config, validation)
-    return RunData(check(config, datasets), plan, phases, validation, bytes_of_id)
+    minimal_pairs = {
+        name: [source.dataset for source in datasets.sources(entries)]
+        for name, entries in config.evaluation.minimal_pairs.items()
+    }
+    return RunData(check(config, datasets), plan, phases, validation, bytes_of_id, minimal_pairs)
 
 
 def build_plans(config: RunConfig) -> tuple[Plan, dict[str, Plan]]:

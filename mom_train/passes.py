@@ -96,7 +96,7 @@ class Passes:
             self.context if self.context.size > 1 else None,
         )
         labels_T = batch.labels.reshape(-1)[batch.rows]
-        with self._autocast():
+        with self.autocast():
             losses = self.model(batch.tokens.reshape(-1)[batch.rows], layout, labels_T, patches)
         target_T = self._on_device[labels_T.clamp_min(0)]
         sums = [
@@ -109,7 +109,8 @@ class Passes:
         """Copies a tensor to the device without waiting, which needs pinned memory."""
         return (t.pin_memory() if self.ranks.device.type == "cuda" else t).to(self.ranks.device, non_blocking=True)
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context in which the model computes in the run's precision."""
         if self.config.training.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.ranks.device.type, torch.bfloat16)

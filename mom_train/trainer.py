@@ -23,7 +23,7 @@ from mom_train.checkpoint.saver import Checkpointer, TrainState, read_to_continu
 from mom_train.checkpoint.store import Checkpoint, Checkpoints, with_absolute_place
 from mom_train.config.run import RunConfig
 from mom_train.cost.flops import training_flops
-from mom_train.data import newest, open_data, planned_as_now
+from mom_train.data import RunData, newest, open_data, planned_as_now
 from mom_train.distributed.context import Context
 from mom_train.distributed.flight_recorder import record_nccl
 from mom_train.distributed.ranks import Ranks, agreed, first_failure, model_mesh, process_group, set_timeout
@@ -47,7 +47,8 @@ from mom_train.optim.optimizer import build_optimizer, set_rate
 from mom_train.optim.schedule import rate_of_step
 from mom_train.passes import Passes
 from mom_train.resume import compare_with_checkpoint
-from mom_train.validation import validate
+from mom_train.validation.evaluations import Evaluations
+from mom_train.validation.losses import validate
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Trainer:
         self.clipping = Clipping(self.model, self.modalities, self.config.optimizer.clip, copies, one_pass)
         self.context = Context.of(ranks, self.config.parallel.context_ranks)
         self.passes = Passes(self.config, self.vocab, ranks, self.model, self.context)
+        self.evaluations = None if config.evaluation.every is None else agreed(lambda: self._evaluations(data))
         self.judge = Judge(self.config.anomaly, ranks.device)
         self.bad_steps = BadSteps(self.config, self.plan, ranks)
         self.documents = DocumentAccount(self.config.data)
@@ -93,6 +95,15 @@ class Trainer:
         self.watch = agreed(lambda: Watch(self.config.run_dir, ranks.rank))
         self.instruments = Instruments(self.config, ranks, self.model)
         self.timeline = agreed(lambda: Timeline(self.config.run_dir if ranks.main else None, self.state.step))
+
+    def _evaluations(self, data: RunData) -> Evaluations:
+        """Finds the documents that are evaluated, and logs what is left out."""
+        sets = {name: [s.dataset for s in plan.sources] for name, plan in data.validation_plans.items()}
+        found = Evaluations(self.config.evaluation, self.passes, sets, data.minimal_pairs)
+        if self.ranks.main:
+            for note in found.notes:
+                log.warning("evaluation: %s", note)
+        return found
 
     def _fill_weights(self, start: Checkpoint | None) -> None:
         """Gives the model its initial values, or those of init_from, or those of a checkpoint, and begins their
@@ -337,14 +348,27 @@ class Trainer:
         return self.ema.applied() if self.ema is not None and self.config.validation.ema else nullcontext()
 
     def validate(self, stop: Stop) -> dict[str, float]:
-        """Computes the losses on the validation sets. Returns nothing where a rank is asked to end meanwhile."""
+        """Computes the losses on the validation sets, and where they are due the evaluations. Returns nothing where a
+        rank is asked to end meanwhile."""
+
+        def interrupted() -> bool:
+            return bool(largest_over_all_ranks(stop.code))
+
         with self.timeline.during("validation"), self.evaluated():
-            values = validate(
-                self.passes, self.validation_plans, self.text_bytes, lambda: bool(largest_over_all_ranks(stop.code))
-            )
+            values = validate(self.passes, self.validation_plans, self.text_bytes, interrupted)
+            if values and self.evaluations is not None and self._evaluation_due:
+                more = self.evaluations.logged(interrupted)
+                values = {} if more is None else values | more
         if values:
             self.state.validated = self.state.step
         return values
+
+    @property
+    def _evaluation_due(self) -> bool:
+        training, every = self.config.training, self.config.evaluation.every
+        assert every is not None
+        between = (self.config.validation.every or training.steps) * every
+        return self.due(between, self.state.step, min(training.stop_at or training.steps, training.steps))
 
     def _validate_before(self, record: Record | None, stop: Stop, last: int) -> None:
         """Validates before the first step. In a resumed run, it makes up for a validation that was due at this step and

@@ -27,7 +27,8 @@ def check_places(config: RunConfig, ranks: int | None = None) -> None:
     raw documents, tokenizers or weights are not there, because a folder cannot be written, or because `ranks` ranks
     cannot share a batch."""
     problems: list[str] = []
-    sources = [*config.data.train, *chain(*config.data.validation.values())]
+    of_sets = chain(*config.data.validation.values(), *config.evaluation.minimal_pairs.values())
+    sources = [*config.data.train, *of_sets]
     datasets = {
         source.path: attempt(problems, lambda path=source.path, shards=source.shards: TokenDataset(path, shards))  # type: ignore[misc]
         for source in sources

@@ -19,6 +19,7 @@ from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.branch import BranchConfig
 from mom_train.config.data import DataConfig
+from mom_train.config.evaluation import EvaluationConfig
 from mom_train.config.migrations import SCHEMA
 from mom_train.config.model import QUARTERS, ModelConfig, ObjectiveConfig
 from mom_train.config.observe import ObserveConfig
@@ -277,6 +278,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     training: TrainingConfig
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     anomaly: AnomalyConfig = AnomalyConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -315,6 +317,7 @@ class RunConfig(Section):
         self._check_observe()
         self._check_context()
         self._check_data()
+        self._check_evaluation()
         self._check_diffusion()
         self._check_sampling()
         best = self.checkpoint.best
@@ -359,6 +362,24 @@ class RunConfig(Section):
             raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to use")
         if data.corrupt_share and len(self.layout.modalities) < 2:
             raise UserError("data.corrupt_share: the vocabulary has one modality, so there is no other to route to")
+
+    def _check_evaluation(self) -> None:
+        if self.evaluation.every is None:
+            if self.evaluation.minimal_pairs:
+                raise UserError("evaluation.minimal_pairs: nothing is evaluated; set evaluation.every")
+            return
+        if not self.data.validation:
+            raise UserError("evaluation.every: there is nothing to evaluate on; name a set in data.validation")
+        for name, sources in self.evaluation.minimal_pairs.items():
+            if not name or "/" in name or name in self.data.validation:
+                raise UserError(
+                    f"evaluation.minimal_pairs: {name!r} is not a name for a set: it is empty, contains a /, or is "
+                    "that of a set of data.validation"
+                )
+            if not sources:
+                raise UserError(f"evaluation.minimal_pairs.{name}: name at least one source")
+        if len(self.layout.modalities) < 2:
+            raise UserError("evaluation.every: the vocabulary has text alone, and nothing to retrieve with it")
 
     def _check_fp8(self) -> None:
         model = self.model

@@ -31,6 +31,13 @@ _POINTS = 1000  # points of a curve over FLOPs that are rewritten on a resume; T
 _SHARES = "FLOP/s as a share of the card's peak and of a matrix product"
 
 
+_EVALUATIONS = {
+    "recall1": "retrieval: share of queries whose likeliest answer is right",
+    "recall1_pmi": "retrieval by PMI: the same, with the likelihood of the answer by itself taken off",
+    "minimal_pairs": "minimal pairs: share of right utterances that are likelier",
+}
+
+
 _STATISTICS = {
     "rms": "root mean square of the residual stream behind each block, by modality",
     "max": "its largest magnitude",
@@ -196,6 +203,16 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
             "training FLOPs": chart("flops/total"),
         },
     }
+    if config.evaluation.every is not None:
+        charts["What can it do?"] = {
+            f"{title}; chance": [
+                "Multiline",
+                [f"^eval/.*/{figure}/.*$", f"^eval/.*/chance/{figure.removesuffix('_pmi')}$"],
+            ]
+            for figure, title in _EVALUATIONS.items()
+        }
+        gains = "nats per unit that text before a segment, or a segment before text, takes off the loss"
+        charts["What can it do?"][gains] = ["Multiline", ["^eval/.*/gain/.*$"]]
     if config.observe.statistics_every is not None:
         for figure, title in _STATISTICS.items():
             charts["Is it stable?"][title] = ["Multiline", [f"^stats/{figure}/.*$"]]

@@ -87,7 +87,7 @@ def whole_set(folder, window):
     from mom_data.order.plan import Lane
     from mom_train.distributed.ranks import process_group
     from mom_train.trainer import Trainer
-    from mom_train.validation import score
+    from mom_train.validation.losses import score
 
     config = tiny_config(folder, validation={"sequences": None}, data__pack_window=window)
     with process_group() as ranks:

@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "checkpoint": ("mom_tools.model.checkpoint", "list, verify, prune or export checkpoints"),
         "export": ("mom_tools.model.export_model", "write a model as safetensors, or for Transformers"),
         "eval": ("mom_tools.model.eval", "compute the losses of a checkpoint on any token shards"),
+        "evaluate": ("mom_tools.evaluate.multimodal", "retrieval, conditional gains and minimal pairs by likelihood"),
         "lm-eval": ("mom_tools.evaluate.harness", "score a model on tasks of lm-evaluation-harness"),
         "generate": ("mom_tools.model.generate", "sample text, pictures and speech from a run"),
         "score": ("mom_tools.model.score_samples", "score samples beside real pictures and recordings"),

@@ -102,7 +102,7 @@ def evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     from mom_train.distributed.context import Context
     from mom_train.distributed.ranks import agreed
     from mom_train.passes import Passes
-    from mom_train.validation import rows_of, score
+    from mom_train.validation.losses import rows_of, score
 
     step = arguments.step if arguments.step in (None, "best") else int(arguments.step)
     checkpoint = agreed(lambda: find_checkpoint(arguments.run, step))

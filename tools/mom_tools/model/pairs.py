@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from mom_tokenizers.errors import UserError
 from mom_tools.model.scores import normalised
+from mom_train.validation.pairs import Pair, find_pairs
 
 if TYPE_CHECKING:
     from mom_data.shards.dataset import TokenDataset
@@ -19,48 +19,17 @@ if TYPE_CHECKING:
 FEWEST = 4  # two halves, each with a covariance
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A held-out document of one text and one picture or recording, in either order."""
-
-    name: str
-    shard: int
-    document: int
-    text: np.ndarray
-    """Local ids (n,)."""
-    values: np.ndarray
-    """Local ids (n,), or latents (P, W)."""
-
-
 def chosen_pairs(dataset: TokenDataset, modality: str, count: int, longest: int, text: Any) -> list[Pair]:
     """The first `count` pairs in an order by hash, so that a larger count contains a smaller one. `longest` is the
     largest number of units of a recording. Pairs whose text, decoded by `text`, has no words are left out. Raises
     ValueError for fewer than FEWEST."""
-    from mom_data.order.plan import hashed
-    from mom_data.shards.format import LATENT_BIT
-
-    found = []
-    wanted = sorted((0, dataset.modalities.index(modality) if modality in dataset.modalities else -1))
-    for shard in range(len(dataset.shards)):
-        index = dataset.index(shard)
-        order = hashed(len(index.segment_start) - 1, "score", shard)
-        for document in np.flatnonzero(np.diff(index.segment_start.astype(np.int64)) == 2).tolist():
-            first = int(index.segment_start[document])
-            modalities = (index.segment_modality[first : first + 2] & ~np.uint8(LATENT_BIT)).tolist()
-            if sorted(modalities) == wanted:
-                length = int(index.segment_length[first + modalities.index(wanted[1])])
-                if modality != "speech" or length <= longest:
-                    found.append((int(order[document]), shard, document))
-    pairs: list[Pair] = []
-    for _, shard, document in sorted(found):
-        segments = dataset.read(shard, document)
-        if segments is not None:  # a damaged one
-            of = {segment.modality: segment.values for segment in segments}
-            if normalised(text.decode(of[0])):
-                name = f"{dataset.shards[shard]['name'].removesuffix('.tar')}-{document}"
-                pairs.append(Pair(name, shard, document, of[0], of[wanted[1]]))
-        if len(pairs) == count:
-            break
+    pairs = find_pairs(
+        [dataset],
+        modality,
+        count,
+        fits=lambda _, length: modality != "speech" or length <= longest,
+        keep=lambda ids: bool(normalised(text.decode(ids))),
+    )
     if len(pairs) < FEWEST:
         kind = f"documents of one text and one {modality} segment"
         raise UserError(f"{dataset.location}: {len(pairs)} {kind}; at least {FEWEST} are needed")

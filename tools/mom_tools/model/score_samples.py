@@ -25,10 +25,11 @@ import numpy as np
 
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.model import scores
-from mom_tools.model.pairs import FEWEST, Pair, chosen_pairs, originals
+from mom_tools.model.pairs import FEWEST, chosen_pairs, originals
 from mom_tools.model.scores import Score
 from mom_tools.options import add_device, add_json, add_tokenizers, add_weights, command_parser
 from mom_tools.output import write_json
+from mom_train.validation.pairs import Pair
 
 if TYPE_CHECKING:
     from mom_tokenizers.bundle import Tokenizers
