@@ -25,7 +25,7 @@ from mom_data.batches.batch import IGNORE, assemble_document
 from mom_data.shards.format import TokenSegment
 from mom_train.config.model import DiffusionConfig
 from mom_train.model.attention import AttentionState
-from mom_train.model.diffusion import NoisedPatches, noise
+from mom_train.model.diffusion import NoisedPatches, noise, told
 from mom_train.model.language_model import LayerStates, Losses
 from mom_train.model.mamba import MambaState
 from mom_train.ops.layout import RowLayout
@@ -229,10 +229,10 @@ class Likelihood:
         picture_BL = torch.full((len(rows), L), -1, dtype=torch.int32)
         x, target = [torch.zeros(0, W)], [torch.zeros(0, W)]
         places, numbers = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int32)]
-        timesteps: list[int] = []
+        timesteps = [torch.zeros(0, dtype=torch.float32 if diffusion.shifted else torch.int64)]
         for b, row in enumerate(rows):
             for at, values, draw in row.pictures:
-                P, number = len(values), len(timesteps)
+                P, number = len(values), len(timesteps) - 1
                 picture_BL[b, at : at + P] = number
                 # Where patches hold means and log-variances, the means are taken.
                 latents_PW = torch.from_numpy(np.asarray(values[:, :W], np.float32))
@@ -242,25 +242,26 @@ class Likelihood:
                 target.append(goal_PW)
                 places.append(b * L + at + torch.arange(P))
                 numbers.append(torch.full((P,), number, dtype=torch.int32))
-        of_picture = torch.tensor(timesteps, dtype=torch.int64)
         return picture_BL, NoisedPatches(
-            torch.cat(x), torch.cat(target), torch.cat(places), torch.cat(numbers), of_picture
+            torch.cat(x), torch.cat(target), torch.cat(places), torch.cat(numbers), torch.cat(timesteps)
         )
 
-    def _noised(self, latents_PW: Tensor, draw: int, diffusion: DiffusionConfig) -> tuple[int, Tensor, Tensor]:
-        """(timestep, patches, what is to be predicted) of one picture; draw -1 leaves it clean.
+    def _noised(self, latents_PW: Tensor, draw: int, diffusion: DiffusionConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """(timestep (1,) that the model is told, patches, what is to be predicted) of one picture; draw -1 leaves it
+        clean.
 
         The timesteps of the draws are the middles of equal parts of all timesteps. The noise depends on the draw and on
         the number of patches alone.
         """
+        timestep_I = torch.tensor([int((max(draw, 0) + 0.5) * diffusion.steps / self.draws)])
+        picture_P = torch.zeros(len(latents_PW), dtype=torch.int64)
+        said_I = told(diffusion, timestep_I, picture_P)
         if draw < 0:
             clean_PW = (latents_PW - (diffusion.latent_shift or 0.0)) * (diffusion.latent_scale or 1.0)
-            return 0, clean_PW, clean_PW
-        t = int((draw + 0.5) * diffusion.steps / self.draws)
+            return torch.zeros_like(said_I), clean_PW, clean_PW
         generator = torch.Generator().manual_seed(_SEED + draw)
         epsilon_PW = torch.randn(latents_PW.shape, generator=generator)
-        picture_P = torch.zeros(len(latents_PW), dtype=torch.int64)
-        return t, *noise(latents_PW, picture_P, torch.tensor([t]), epsilon_PW, diffusion)
+        return said_I, *noise(latents_PW, picture_P, timestep_I, epsilon_PW, diffusion)
 
     def _errors(self, rows: Sequence[_Row], squares_P: Tensor) -> Tensor:
         """The squared error per channel of each row's latent target, (B,) float64; 0 where it has none."""
