@@ -12,7 +12,9 @@ from transformers import (
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCodeHifiGan
 from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2CodeHifiGan
 
+from mom_tokenizers.speech import vocoder_training
 from mom_tokenizers.speech.units import SpeechTokenizer
+from mom_tokenizers.speech.vocoder_training import train_vocoder
 
 RNG = np.random.default_rng(0)
 LOG_MEL = RNG.normal(size=(20, 160)).astype(np.float32)
@@ -165,3 +167,71 @@ def test_a_vocoder_for_other_units_is_refused_with_both_named(hubert, tmp_path):
         use(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no vocoder is configured for units of 'hubert'; put one into the folder"):
         SpeechTokenizer(centroids, "hubert", model=hubert, layer=1).decode([1])
+
+
+# ------------------------------------------------------------------------------------- the vocoder that is trained
+
+
+def syllables(seed):
+    """Half-second tones of two pitches in turn, (waveform, rate)."""
+    t = np.arange(8_000) / 16_000
+    low, high = (sum(np.sin(2 * np.pi * f * k * t) / k for k in range(1, 6)) for f in (140, 310))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(4)
+    noise = rng.normal(0, 0.01, 32_000)
+    return (0.2 * np.concatenate([(low, high)[i % 2] for i in order]) + noise).astype(np.float32), 16_000
+
+
+def magnitudes(samples):
+    return np.abs(np.fft.rfft(samples[: len(samples) // 512 * 512].reshape(-1, 512) * np.hanning(512)))
+
+
+def test_a_vocoder_learns_to_sound_like_the_recordings_and_is_refused_for_other_units(hubert, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocoder_training, "BATCH", 2)
+    monkeypatch.setattr(vocoder_training, "RATE", 5e-3)
+    values = [syllables(seed) for seed in range(6)]
+    units = SpeechTokenizer.train(values, 6)
+    small = {"channels": 48, "blocks": 1}
+    untrained = train_vocoder(units, values, 1, tmp_path / "untrained", **small)
+    trained = train_vocoder(units, values, 80, tmp_path / "a", **small)
+    assert trained["log_mel_distance"] < 0.6 * untrained["log_mel_distance"]
+    train_vocoder(units, values, 1, tmp_path / "again", **small)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("untrained", "again")]
+    assert weights[0] == weights[1], "the same seed must give the same vocoder"
+
+    own, mean = units._tensors["centroids"], units._tensors["mean"]
+    speaking = SpeechTokenizer(own, mean=mean, vocoder=tmp_path / "a")
+    value = syllables(99)
+    ids = speaking.encode(value)
+    waveform, rate = speaking.decode(ids)
+    assert (rate, waveform.dtype, len(waveform)) == (16_000, np.float32, 640 * len(ids))
+    # of what was recorded, not of any sound: the spectrum averaged over time is nearer than that of the other syllable
+    mine, real = (magnitudes(x / np.abs(x).max()).mean(axis=0) for x in (waveform, value[0]))
+    assert np.corrcoef(mine, real)[0, 1] > 0.8
+
+    many = np.tile(ids, 11)
+    cut = SpeechTokenizer(own, mean=mean, vocoder=tmp_path / "a")
+    whole = cut.decode(many)[0]
+    cut._vocoder._units = cut.units.__class__(**{**cut.units.__dict__, "window_seconds": 8.0})
+    np.testing.assert_allclose(cut.decode(many)[0], whole, atol=1e-4)
+
+    with pytest.raises(ValueError, match=r"of 'log_mel' with 40 features that last 10 ms; the tokenizer's 20 units of"):
+        SpeechTokenizer(np.zeros((20, 16)), "hubert", model=hubert, layer=1, vocoder=tmp_path / "a")
+    (tmp_path / "a/model.safetensors").write_bytes(weights[0][:100])
+    with pytest.raises(ValueError, match=r"not a vocoder that train_tokenizers\.py wrote"):
+        SpeechTokenizer(own, vocoder=tmp_path / "a")
+
+
+def test_units_of_hidden_states_get_a_vocoder_too_and_deduplicated_ones_do_not(hubert, tmp_path):
+    values = [syllables(seed) for seed in range(3)]
+    units = SpeechTokenizer.train(values, 4, extractor="hubert", model=hubert, layer=1)
+    figures = train_vocoder(units, values, 2, tmp_path / "v", channels=16, blocks=1)
+    assert "log_mel_distance_griffin_lim" not in figures
+    centroids = units._tensors["centroids"]
+    speaking = SpeechTokenizer(centroids, "hubert", model=hubert, layer=1, vocoder=tmp_path / "v")
+    assert len(speaking.decode([1, 2, 3])[0]) == 3 * 640
+    short = SpeechTokenizer(centroids, "hubert", model=hubert, layer=1, deduplicate=True)
+    with pytest.raises(ValueError, match="deduplicated units, whose durations are lost"):
+        train_vocoder(short, values, 2, tmp_path / "w")
+    with pytest.raises(ValueError, match="1 recordings of at least a second"):
+        train_vocoder(units, values[:1], 2, tmp_path / "w")

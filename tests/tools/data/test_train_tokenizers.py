@@ -164,6 +164,47 @@ def test_training_is_deterministic_for_a_seed(raw, tmp_path):
     assert train(raw, tmp_path / "c", short, seed=1)["image"] != first["image"]
 
 
+def test_a_vocoder_is_added_to_units_that_stay_the_same_and_is_not_trained_again(raw, tmp_path):
+    config = train_tokenizers.Config.model_validate({"text": {"size": 300}, "speech": CONFIG["speech"]})
+    files = sorted(raw.glob("*.tar"))
+
+    def run(**options):
+        found = train_tokenizers.train_tokenizers(config, files, tmp_path / "out", 0, **options)
+        loaded = Tokenizers.load(tmp_path / "out/tokenizers.yaml")
+        return found["speech"], loaded.describe()["speech"], loaded.tokenizer("speech").decode([1, 2, 3])
+
+    figures, described, (griffin_lim, _) = run()
+    assert "vocoder_steps" not in figures
+    figures, same, (spoken, rate) = run(vocoder=2)
+    assert figures["vocoder_steps"] == 2
+    assert same == described
+    assert (rate, len(spoken)) == (16_000, 3 * 640)
+    assert np.abs(spoken - griffin_lim).max() > 1e-3
+    weights = tmp_path / "out/speech/vocoder/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again, _, (heard, _) = run(vocoder=2)
+    assert again == figures
+    assert weights.stat().st_mtime_ns == before
+    np.testing.assert_array_equal(heard, spoken)
+    run(vocoder=3)
+    assert weights.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize(
+    ("changed", "steps", "message"),
+    [
+        ({}, 0, "at least 1"),
+        ({"speech": None}, 5, "no speech"),
+        ({"speech": {"size": 32, "extractor": "mimi", "model": "m"}}, 5, "'mimi' decodes its own codes"),
+        ({"speech": {"size": 32, "vocoder": "v"}}, 5, "names a vocoder already, v"),
+    ],
+)
+def test_a_vocoder_that_cannot_be_trained_is_refused_before_anything_is_read(tmp_path, changed, steps, message):
+    config = train_tokenizers.Config.model_validate({**CONFIG, **changed})
+    with pytest.raises(ValueError, match=message):
+        train_tokenizers.train_tokenizers(config, [tmp_path / "none.tar"], tmp_path / "out", 0, vocoder=steps)
+
+
 @pytest.mark.parametrize(
     ("config", "inputs", "message"),
     [

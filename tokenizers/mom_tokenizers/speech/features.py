@@ -68,7 +68,7 @@ class LogMel:
 
 
 @lru_cache(maxsize=1)
-def _mel_filters() -> np.ndarray:
+def mel_filters() -> np.ndarray:
     """The filters that sum the power of 257 frequencies into 40 mel bands, float32 (257, 40)."""
     from transformers.audio_utils import mel_filter_bank
 
@@ -88,7 +88,7 @@ def log_mel(samples: np.ndarray, block: int = 6_000) -> np.ndarray:
         left, right = start * MEL_HOP - around, stop * MEL_HOP + around
         heard = np.pad(samples[max(0, left) : right], (max(0, -left), max(0, right - len(samples))))
         frames = np.lib.stride_tricks.sliding_window_view(heard, MEL_WINDOW)[::MEL_HOP]
-        mel[start:stop] = (np.abs(np.fft.rfft(frames * window, MEL_FFT)) ** 2).astype(np.float32) @ _mel_filters()
+        mel[start:stop] = (np.abs(np.fft.rfft(frames * window, MEL_FFT)) ** 2).astype(np.float32) @ mel_filters()
     # Everything that is 80 dB or more below the clip's peak counts as silence.
     return np.log10(np.maximum(mel, max(float(mel.max()) * 1e-8, 1e-10)))
 
@@ -108,7 +108,7 @@ def sound_of_log_mel(bands: np.ndarray, iterations: int = 30, seed: int = 0) -> 
     import torch
 
     mel_TM = torch.from_numpy(10 ** (bands - bands.max()).astype(np.float32)).clamp_min(1e-8)
-    filters_FM = torch.from_numpy(_mel_filters())
+    filters_FM = torch.from_numpy(mel_filters())
     power_TF = torch.full((len(bands), len(filters_FM)), float(mel_TM.mean()))
     for _ in range(100):
         ratio_TM = mel_TM / (power_TF @ filters_FM).clamp_min(1e-12)

@@ -154,10 +154,12 @@ class SpeechTokenizer:
         if vocoder is not None:
             self._vocoder  # noqa: B018  # one for other units is refused now, not when it is to speak
 
-    @cached_property
-    def _vocoder(self) -> Vocoder:
-        assert self._vocoder_folder is not None
-        units = Units(
+    @property
+    def units(self) -> Units:
+        """What a vocoder of these units must fit. Raises UserError for a codec's."""
+        if isinstance(self._features, Codec):
+            raise UserError(f"speech: extractor '{self._config['extractor']}' decodes its own codes without a vocoder")
+        return Units(
             self._config["extractor"],
             self.size,
             self._features.width,
@@ -166,7 +168,11 @@ class SpeechTokenizer:
             self._config.get("window_seconds", WINDOW_SECONDS),
             self._config.get("deduplicate", False),
         )
-        return load_vocoder(self._vocoder_folder, units, self._device)
+
+    @cached_property
+    def _vocoder(self) -> Vocoder:
+        assert self._vocoder_folder is not None
+        return load_vocoder(self._vocoder_folder, self.units, self._device)
 
     @classmethod
     def train(
@@ -367,19 +373,24 @@ class SpeechTokenizer:
             raise UserError(f"speech: unit {units.min()} or {units.max()} lies outside the {self.size} there are")
         if isinstance(self._features, Codec):
             return self._features.decode(undelayed(units, self.codebooks, self._features.size))
-        name = self._config["extractor"]
+        name, centroids = self._config["extractor"], self.centroids(units)
         if self._vocoder_folder is None and name != "log_mel":
             raise UserError(
                 f"speech: no vocoder is configured for units of '{name}'; put one into the folder '{VOCODER}' of the "
                 "tokenizer, or let train_tokenizers.py train one"
             )
-        centroids = self._tensors["centroids"][units]
-        if name == "log_mel":
-            mean = self._tensors.get("mean", np.zeros(MEL_BANDS, np.float32))
-            centroids = (centroids.reshape(-1, MEL_BANDS) + mean).reshape(len(units), -1)
         if self._vocoder_folder is not None:
             return self._vocoder(units, centroids), self._vocoder.rate
         return sound_of_log_mel(centroids.reshape(-1, MEL_BANDS)), SAMPLE_RATE
+
+    def centroids(self, units: np.ndarray) -> np.ndarray:
+        """The centroids of units, float32 (n, features). Those of log-mel units are four frames of bands, with the mean
+        of the average clip."""
+        found = self._tensors["centroids"][units]
+        if self._config["extractor"] != "log_mel":
+            return found
+        mean = self._tensors.get("mean", np.zeros(MEL_BANDS, np.float32))
+        return (found.reshape(-1, MEL_BANDS) + mean).reshape(len(units), -1)
 
 
 def _resampled(waveform: np.ndarray, rate: int, to_rate: int, hop: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from mom_tokenizers.base import read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.published import load_published
-from mom_tokenizers.speech.features import MEL_BANDS, sound_in_windows
+from mom_tokenizers.speech.features import MEL_BANDS, MEL_HOP, SAMPLE_RATE, sound_in_windows
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +157,41 @@ class CodeHifiGan:
         return model.hifi_gan(torch.cat(joined, dim=1)).flatten()
 
 
+class TrainedVocoder:
+    """The vocoder that train_tokenizers.py trains (see inverse_stft.py)."""
+
+    def __init__(self, folder: Path, units: Units, device: str):
+        from mom_tokenizers.speech.inverse_stft import load
+
+        self.model = load(folder).to(device)
+        self.rate, self._units = SAMPLE_RATE, units
+        shape = self.model.shape
+        if (shape.extractor, shape.width, shape.repeats) != frames_of(units):
+            raise UserError(
+                f"{folder}: a vocoder of units of '{shape.extractor}' with {shape.width} features that last "
+                f"{10 * shape.repeats} ms; {units}"
+            )
+
+    def __call__(self, units_T: np.ndarray, centroids_TW: np.ndarray) -> np.ndarray:
+        import torch
+
+        shape = self.model.shape
+        frames_TW = centroids_TW.reshape(-1, shape.width).repeat(shape.repeats, axis=0)
+
+        def part(start: int, stop: int) -> np.ndarray:
+            with torch.inference_mode():
+                frames_1TW = torch.from_numpy(frames_TW[None, start:stop]).to(self.model.mean.device)
+                return self.model(frames_1TW)[0].cpu().numpy()
+
+        return np.clip(_in_windows(part, len(frames_TW), MEL_HOP, SAMPLE_RATE, self._units), -1, 1)
+
+
+def frames_of(units: Units) -> tuple[str, int, int]:
+    """(extractor, features, frames of 10 ms that they last) of what the trained vocoder reads of these units."""
+    per_unit = units.hop * SAMPLE_RATE // (units.rate * MEL_HOP)
+    return (units.extractor, MEL_BANDS, 1) if units.extractor == "log_mel" else (units.extractor, units.width, per_unit)
+
+
 def _whole(numerator: int, denominator: int, refused: str) -> int:
     if not numerator or numerator % denominator:
         raise UserError(refused)
@@ -172,4 +207,5 @@ VOCODERS: dict[str, Any] = {
     "hifigan": HifiGan,  # as earlier versions of transformers wrote it
     "seamless_m4t": CodeHifiGan,
     "seamless_m4t_v2": CodeHifiGan,
+    "mom_inverse_stft": TrainedVocoder,
 }

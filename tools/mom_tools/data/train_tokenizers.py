@@ -1,10 +1,12 @@
 """Train small tokenizers from raw documents: byte-level BPE, a VQ or KL autoencoder, k-means speech units.
 
     mom train-tokenizers --config configs/demo_tokenizers.yaml --input 'raw/train-*.tar' --output DIR
+    mom train-tokenizers --config configs/demo_tokenizers.yaml --input 'raw/train-*.tar' --output DIR --vocoder 500
 
 DIR gets text/, image/, speech/, tokenizers.yaml (what tokenize_shards.py takes), training.json (figures) and
 reconstructions.png (held-out pictures above what their codes or latents bring back). A stage whose result is there
-already, from the same config, inputs and seed, is not repeated.
+already, from the same config, inputs and seed, is not repeated. `--vocoder` also trains a vocoder of the speech units,
+in so many steps (500 take about 2 minutes of one core); it can be added later and changes no unit.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from mom_tokenizers.media.pictures import decode_image
 from mom_tokenizers.media.recordings import Waveform, decode_audio
 from mom_tokenizers.speech.codecs import CODECS
 from mom_tokenizers.speech.units import SpeechTokenizer, read_centroids
+from mom_tokenizers.speech.vocoders import FOLDER as VOCODER
 from mom_tokenizers.text import TextTokenizer
 from mom_tools.options import add_input, command_parser
 
@@ -207,17 +210,24 @@ def train_speech(config: SpeechConfig, sample: Sample, directory: Path, seed: in
 # --------------------------------------------------------------------------------------------- the whole
 
 
-def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int, device: str = "cpu") -> dict[str, Any]:
-    """Train the tokenizers that are missing under `output`. Returns the figures of all stages."""
+def train_tokenizers(
+    config: Config, files: list[Path], output: Path, seed: int, device: str = "cpu", vocoder: int | None = None
+) -> dict[str, Any]:
+    """Train the tokenizers that are missing under `output`, and in `vocoder` steps a vocoder of the speech units.
+    Returns the figures of all stages."""
+    check_vocoder(config, vocoder)
     inputs = [[f.name, f.stat().st_size] for f in files]
     stages = {name: getattr(config, name) for name in config.kinds}
     recipes = {n: {"config": recorded(c), "inputs": inputs, "seed": seed} for n, c in stages.items()}
     figures = {name: _finished(output / name, recipe) for name, recipe in recipes.items()}
     missing = {name for name, found in figures.items() if found is None}
-    if missing:
+    spoken = {"steps": vocoder, "inputs": inputs, "seed": seed, "speech": recipes.get("speech")}
+    voiced = None if "speech" in missing else _finished(output / "speech" / VOCODER, spoken)
+    speaks = vocoder is not None and voiced is None
+    if missing or speaks:
         output.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        sample = draw_sample(files, config, missing, seed)
+        sample = draw_sample(files, config, missing | ({"speech"} if speaks else set()), seed)
         reading = time.monotonic() - started
     for name in stages:
         if name not in missing:
@@ -244,6 +254,11 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int,
         shutil.rmtree(output / name, ignore_errors=True)
         os.replace(partial, output / name)
         figures[name] = found
+    if speaks:
+        assert vocoder is not None
+        voiced = _train_vocoder(sample, vocoder, output, spoken, seed, device)
+    if voiced is not None:
+        figures["speech"] = {**(figures["speech"] or {}), **voiced}
 
     declared = {name: {"kind": kind, "path": name} for name, kind in config.kinds.items()}
     write_whole(output / "tokenizers.yaml", yaml.safe_dump(declared, sort_keys=False).encode())
@@ -251,6 +266,34 @@ def train_tokenizers(config: Config, files: list[Path], output: Path, seed: int,
     if "image" in stages:
         write_whole(output / "reconstructions.png", (output / "image" / "reconstructions.png").read_bytes())
     return figures
+
+
+def check_vocoder(config: Config, steps: int | None) -> None:
+    """Raises UserError where no vocoder can be trained for the speech that is configured."""
+    if steps is None:
+        return
+    if steps < 1:
+        raise UserError(f"--vocoder {steps}: steps of training, at least 1")
+    if config.speech is None:
+        raise UserError("--vocoder: the config has no speech")
+    if config.speech.extractor in CODECS:
+        raise UserError(f"--vocoder: extractor '{config.speech.extractor}' decodes its own codes without one")
+    if config.speech.vocoder is not None:
+        raise UserError(f"--vocoder: the config names a vocoder already, {config.speech.vocoder}; take one of both out")
+
+
+def _train_vocoder(
+    sample: Sample, steps: int, output: Path, recipe: dict[str, Any], seed: int, device: str
+) -> dict[str, Any]:
+    from mom_tokenizers.speech.vocoder_training import train_vocoder
+
+    partial = output / ".vocoder.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    found = train_vocoder(SpeechTokenizer.load(output / "speech"), sample.waveforms, steps, partial, seed, device)
+    (partial / "training.json").write_text(json.dumps({"recipe": recipe, "figures": found}))
+    shutil.rmtree(output / "speech" / VOCODER, ignore_errors=True)
+    os.replace(partial, output / "speech" / VOCODER)
+    return found
 
 
 def recorded(config: Strict) -> dict[str, Any]:
@@ -302,6 +345,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="recipe, such as configs/demo_tokenizers.yaml")
     add_input(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the tokenizers")
+    parser.add_argument(
+        "--vocoder", type=int, metavar="STEPS", help="also train a vocoder of the speech units, in so many steps"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, or auto for a GPU where there is one (%(default)s)"
@@ -315,6 +361,7 @@ def main() -> None:
             arguments.output,
             arguments.seed,
             resolved_device(arguments.device),
+            arguments.vocoder,
         )
         for name, found in figures.items():
             print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in found.items() if k != "losses"))
