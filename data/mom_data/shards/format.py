@@ -82,6 +82,7 @@ class ShardWriter:
         self._pending_bytes = 0
         self._index: list[dict[str, np.ndarray]] = []
         self.latent_width = 0
+        self.latents_at_limit = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -106,6 +107,8 @@ class ShardWriter:
         self.documents += 1
         for segment in segments:
             self.counts[self.modalities[segment.modality]] += len(segment.values)
+            if segment.latent:
+                self.latents_at_limit += _at_limit(segment.values)
         if self._pending_bytes >= BLOCK_BYTES or len(self._pending) >= BLOCK_DOCUMENTS:
             self._flush()
 
@@ -172,7 +175,13 @@ class ShardWriter:
             "documents": self.documents,
             "tokens": self.counts,
             "latent_width": self.latent_width,
+            **({"latents_at_limit": self.latents_at_limit} if self.latents_at_limit else {}),
         }
+
+
+def _at_limit(values: np.ndarray) -> int:
+    """The number of float16 values that are the largest, 65,504, or beyond it. A tokenizer clips latents to it."""
+    return int(np.count_nonzero(values.view(np.uint16) & 0x7FFF >= 0x7BFF))
 
 
 def index_block(block: bytes, at: int) -> dict[str, np.ndarray]:

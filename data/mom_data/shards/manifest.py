@@ -39,6 +39,8 @@ class ShardRecord(_Record):
     documents: NonNegativeInt
     tokens: dict[str, NonNegativeInt]
     latent_width: NonNegativeInt
+    latents_at_limit: NonNegativeInt = 0
+    """Number of values of latents that were clipped to the largest of float16. Only shards with some record it."""
 
 
 class TokenizerRecord(_Record):

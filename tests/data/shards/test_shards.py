@@ -57,6 +57,19 @@ def test_the_same_documents_give_the_same_bytes(tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
+def test_values_of_latents_that_were_clipped_are_counted_in_the_manifest(tmp_path):
+    pictures = iter([np.array([[65504, -65504, 65472, 0]]), np.array([[1, 65504, -65472, 0]])])
+
+    def make(rng, latent_width):
+        return [TokenSegment(1, next(pictures).astype(np.float16))]
+
+    write_dataset(tmp_path / "clipped", documents=2, shards=1, latent_width=4, make=make)
+    [record] = json.loads((tmp_path / "clipped/manifest.json").read_text())["shards"]
+    assert record["latents_at_limit"] == 3
+    write_dataset(tmp_path / "plain", latent_width=4)
+    assert "latents_at_limit" not in (tmp_path / "plain/manifest.json").read_text()
+
+
 def test_a_writer_that_fails_leaves_no_shard(tmp_path):
     def fail():
         with ShardWriter(tmp_path / "x.tar", MODALITIES) as writer:

@@ -7,6 +7,7 @@ import soundfile
 import webdataset
 import yaml
 from PIL import Image
+from sklearn.metrics import mean_squared_error
 
 from mom_data.documents.document import Document, read_documents
 from mom_tokenizers.bundle import Tokenizers
@@ -132,6 +133,41 @@ def test_a_small_vae_gives_latents_that_its_own_scale_normalises(trained_kl, raw
     assert abs(scaled.mean()) < 0.15
     assert abs(scaled.std() - 1) < 0.15
     assert (trained_kl / "reconstructions.png").is_file()
+
+
+def test_a_pretrained_autoencoder_is_taken_as_it_is_and_its_round_trip_measured(trained_kl, raw, tmp_path):
+    module, folder = train_tokenizers, trained_kl / "image"
+    image = {"kind": "kl", "folder": str(folder), "resolution": 8, "tokens": 4}
+    config = {"text": CONFIG["text"], "image": image}
+    described = train(raw, tmp_path / "t", config)["image"]
+    theirs = Tokenizers.load(trained_kl / "tokenizers.yaml").describe()["image"]
+    assert {k: v for k, v in described.items() if k != "fingerprint"} == {
+        k: v for k, v in theirs.items() if k != "fingerprint"
+    }
+    figures = json.loads((tmp_path / "t/training.json").read_text())["image"]
+    assert (figures["patches_per_image"], figures["held_out"], figures["images"]) == (4, 60, 0)
+    assert figures["deviation"] == pytest.approx(1, abs=0.15)
+    assert (tmp_path / "t/reconstructions.png").is_file()
+    # the PSNR from the outside, by scikit-learn's mean squared error
+    tokenizer = Tokenizers.load(tmp_path / "t/tokenizers.yaml").tokenizer("image")
+    files = [s.data for f in sorted(raw.glob("*.tar")) for d in documents(f) for s in d.segments]
+    originals = [Image.open(io.BytesIO(data)) for data in files if data[1:4] == b"PNG"]
+    scores = []
+    for original in originals:
+        back = np.asarray(tokenizer.decode(tokenizer.encode(original)), np.float64)
+        scores.append(10 * np.log10(255**2 / mean_squared_error(np.asarray(original).ravel(), back.ravel())))
+    assert figures["psnr"] == pytest.approx(np.mean(scores), abs=0.02)
+    assert figures["psnr"] > figures["psnr_of_mean_colour"]
+    assert module.warnings_of(module.Config.model_validate(config), {"image": figures}) == []
+    worse = {**figures, "psnr": 3.0, "deviation": 5.0}
+    said = module.warnings_of(module.Config.model_validate(config), {"image": worse})
+    assert ["3.0 dB" in said[0], "deviation of 5.0" in said[1], len(said)] == [True, True, 2]
+    for wrong, message in (
+        ({"tokens": None}, "either patch or tokens"),
+        ({"folder": str(raw)}, "no config.json there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(raw, tmp_path / "wrong", {**config, "image": {**image, **wrong}})
 
 
 def test_caps_hold_and_unreadable_items_are_counted(trained):

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError
@@ -78,12 +88,35 @@ class KLConfig(AutoencoderConfig):
     steps: PositiveInt
 
 
+class PretrainedConfig(Strict):
+    """The settings of latents of a published autoencoder, which is taken as it is (`pretrained.py`)."""
+
+    kind: Literal["kl"]
+    folder: Path
+    """The folder with its config.json and weights, as `save_pretrained` of diffusers writes it."""
+    resolution: PositiveInt
+    patch: PositiveInt | None = None
+    """The side of patches, in latents. null takes the smallest with which a picture has at most `tokens`."""
+    tokens: PositiveInt | None = None
+    log_variance: bool = False
+    max_images: PositiveInt = 256
+    """The number of pictures with which the round trip is measured."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> PretrainedConfig:
+        if (self.patch is None) == (self.tokens is None):
+            raise UserError("give either patch or tokens, from which the patch follows")
+        return self
+
+
 def _kind(value: Any) -> Any:
+    if isinstance(value, PretrainedConfig) or (isinstance(value, dict) and "folder" in value):
+        return "pretrained"
     return value.get("kind", "vq") if isinstance(value, dict) else getattr(value, "kind", None)
 
 
 ImageConfig = Annotated[
-    Annotated[VQConfig, Tag("vq")] | Annotated[KLConfig, Tag("kl")],
+    Annotated[VQConfig, Tag("vq")] | Annotated[KLConfig, Tag("kl")] | Annotated[PretrainedConfig, Tag("pretrained")],
     Discriminator(
         _kind, custom_error_type="kind", custom_error_message="an image tokenizer is of kind vq (codes) or kl (latents)"
     ),
@@ -106,7 +139,7 @@ def train_image(
     test, train = pixels[:held_out], pixels[held_out:]
     fit = _train_vq if isinstance(config, VQConfig) else _train_kl
     decoded, figures = fit(config, train, test, directory, device)  # type: ignore[arg-type]
-    _draw(test[:SHOWN].numpy(), decoded[:SHOWN], directory / "reconstructions.png")
+    draw(test[:SHOWN].numpy(), decoded[:SHOWN], directory / "reconstructions.png")
     reference = test.numpy() / 255
     return {
         "images": len(train),
@@ -304,7 +337,7 @@ def usage(codes: np.ndarray, size: int) -> dict[str, float]:
     return {"usage": round(float((shares > 0).mean()), 4), "perplexity": round(math.exp(entropy), 1)}
 
 
-def _draw(originals: np.ndarray, decoded: np.ndarray, file: Path) -> None:
+def draw(originals: np.ndarray, decoded: np.ndarray, file: Path) -> None:
     """Write a PNG with a row of originals above a row of reconstructions, both uint8 (N, 3, H, W). Small pictures are
     enlarged to at least about 96 pixels."""
     gap = 2

@@ -223,7 +223,9 @@ def commit(
     tokens = {m: sum(s["tokens"][m] for s in shards) for m in settings.described}
     return {"documents": documents, "shards": len(shards), "tokens": tokens,
             "unreadable": sum(n for reason, n in reasons.items() if is_damage(reason)),
-            "above_limits": reasons[TOO_LARGE], "empty": reasons[EMPTY], "account": account.as_json()}  # fmt: skip
+            "above_limits": reasons[TOO_LARGE], "empty": reasons[EMPTY], "account": account.as_json(),
+            **({"latents_at_limit": n} if (n := sum(s.get("latents_at_limit", 0) for s in shards)) else {}),
+            }  # fmt: skip
 
 
 def refuse_bad_share(account: Account, most: float, listed: str) -> None:
@@ -474,6 +476,17 @@ def main() -> None:
                 + f" tokens, {figures['unreadable']} unreadable, {figures['above_limits']} too large and "
                 f"{figures['empty']} empty ones skipped"
             )
+        if clipped := figures.get("latents_at_limit"):
+            print(clipped_warning(clipped, output), file=sys.stderr)
+
+
+def clipped_warning(values: int, where: object) -> str:
+    """What to tell a user whose latents exceeded float16."""
+    return (
+        f"warning: {where}: {values:,} values of latents are beyond 65,504, the largest of float16, and were "
+        "clipped to it. Latents of a working autoencoder are tens at most: look at what it brings "
+        "back (mom inspect)."
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from mom_tokenizers.base import resolved_device
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.files import write_whole
 from mom_tokenizers.image.autoencoder import preprocess
-from mom_tokenizers.image.training import ImageConfig, Strict, train_image, usage
+from mom_tokenizers.image.pretrained import take_pretrained
+from mom_tokenizers.image.training import ImageConfig, PretrainedConfig, Strict, train_image, usage
 from mom_tokenizers.media.pictures import decode_image
 from mom_tokenizers.media.recordings import Waveform, decode_audio
 from mom_tokenizers.speech.codecs import CODECS
@@ -240,7 +241,10 @@ def train_tokenizers(
             found = train_text(config.text, sample, partial)
         elif name == "image":
             assert config.image
-            found = train_image(config.image, sample.images, partial, seed, device)
+            if isinstance(config.image, PretrainedConfig):
+                found = take_pretrained(config.image, sample.images, partial, device)
+            else:
+                found = train_image(config.image, sample.images, partial, seed, device)
         else:
             assert config.speech
             found = train_speech(config.speech, sample, partial, seed, device)
@@ -314,7 +318,20 @@ def warnings_of(config: Config, figures: Mapping[str, Mapping[str, Any]]) -> lis
             f"{config.text.max_documents}), or set text.size to {text['size']} or less. A vocabulary.text above "
             "it costs parameters that are never used."
         )
-    if image and config.image and image["psnr"] <= image["psnr_of_mean_colour"]:
+    if image and isinstance(config.image, PretrainedConfig):
+        if image["psnr"] <= image["psnr_of_mean_colour"]:
+            warnings.append(
+                f"image: pictures come back from {config.image.folder} worse ({image['psnr']} dB) than painted all "
+                f"over in their mean colour ({image['psnr_of_mean_colour']} dB). Look at "
+                "reconstructions.png: these are not its weights, or it is not meant for such pictures."
+            )
+        if not 0.5 < image["deviation"] < 2:
+            warnings.append(
+                f"image: the latents that a model would read have a standard deviation of {image['deviation']}, not "
+                "about 1, so a diffusion model would see too much noise or too little. Set latent_scale and "
+                "latent_shift in the run's objective.diffusion, or scaling_factor in the autoencoder's config.json."
+            )
+    elif image and config.image and image["psnr"] <= image["psnr_of_mean_colour"]:
         shown = config.image.model_dump()
         steps = ", ".join(f"{name} is {value}" for name, value in shown.items() if name.endswith("steps"))
         warnings.append(

@@ -103,6 +103,7 @@ def main() -> None:
             "tokens": tokens,
             "bytes": sum(r.bytes for r in reports),
             "index_bytes_per_document": round(per_document, 2),
+            "latents_at_limit": sum(r.latents_at_limit for r in manifest.shards) if manifest else 0,
         }
         if write_json(arguments.json, found):
             for name in found["rebuilt"]:
@@ -114,6 +115,7 @@ def main() -> None:
                 f"{folder}: {documents:,} documents in {len(reports)} shards, {counts} tokens, index of "
                 f"{per_document:.1f} B a document (aim: {INDEX_BYTES}): "
                 + (f"{len(problems)} problems" if problems else "all whole")
+                + (f"; {found['latents_at_limit']:,} values clipped" if found["latents_at_limit"] else "")
             )
         if problems:
             sys.exit(EXIT_USER_ERROR)
