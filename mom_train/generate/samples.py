@@ -20,6 +20,7 @@ from mom_data.shards.format import TokenSegment
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
+from mom_train.config.model import DiffusionConfig
 from mom_train.config.run import PromptConfig, RunConfig
 from mom_train.distributed.ranks import Ranks
 from mom_train.generate.sampler import Sampling, check_prompt, sample_document
@@ -53,6 +54,18 @@ def settings(tokenizers: Tokenizers, patches: int | None = None, **chosen: Any) 
         patches_per_picture=patches or Sampling.patches_per_picture,
         **chosen,
     )
+
+
+def check_latents(tokenizers: Tokenizers, diffusion: DiffusionConfig | None) -> None:
+    """Raises UserError where the model's pictures are latents of another width than the tokenizer decodes."""
+    described = tokenizers.describe().get("image", {})
+    width = described.get("patch_width")
+    if diffusion is not None and width is not None and width != diffusion.patch_width:
+        raise UserError(
+            f"the model makes patches of {diffusion.patch_width} values (objective.diffusion.patch_width), but those "
+            f"of the image tokenizer, {described.get('model_class', 'AutoencoderKL')} {described['fingerprint']}, have "
+            f"{width}: take the tokenizers with which the model's shards were made"
+        )
 
 
 def prompt_segments(prompt: PromptConfig, tokenizers: Tokenizers, vocab: VocabLayout) -> list[TokenSegment]:
@@ -107,6 +120,7 @@ class TrainingSampler:
         if ranks.main:
             chosen = config.sampling
             self._tokenizers = Tokenizers.load(config.tokenizers)
+            check_latents(self._tokenizers, config.objective.diffusion)
             self._sampling = settings(
                 self._tokenizers,
                 temperature=chosen.temperature,

@@ -12,7 +12,7 @@ from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import PROJECTIONS, DiffusionConfig, ModelConfig
 from mom_train.config.run import PromptConfig
 from mom_train.generate.sampler import Sampler, Sampling, denoise, sample_document, timesteps
-from mom_train.generate.samples import prompt_segments
+from mom_train.generate.samples import check_latents, prompt_segments
 from mom_train.model.diffusion import NoisedPatches
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel
@@ -174,6 +174,18 @@ def test_a_prompt_up_to_the_limit_and_a_span_opened_beyond_it_are_written():
     empty = list(sample_document(model, VOCAB, [TokenSegment(0, np.zeros(0))], Sampling(max_tokens=9), 0))
     nothing = list(sample_document(model, VOCAB, [], Sampling(max_tokens=9), 0))
     assert empty == nothing
+
+
+def test_an_autoencoder_of_another_width_than_the_models_is_named_with_both():
+    class Described:
+        def describe(self):
+            return {"image": {"fingerprint": "f00", "patch_width": 128, "model_class": "AutoencoderDC"}}
+
+    message = r"patches of 12 values .*, but .* AutoencoderDC f00, have 128"
+    with pytest.raises(UserError, match=message):
+        check_latents(Described(), DiffusionConfig(patch_width=12))
+    check_latents(Described(), DiffusionConfig(patch_width=128))
+    check_latents(Tokenizers(()), DiffusionConfig(patch_width=12))
 
 
 @pytest.mark.parametrize("start", ["text", "video"])

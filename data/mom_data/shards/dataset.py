@@ -345,9 +345,7 @@ def check_agreement(
     All datasets must be made by the same tokenizers. These must be the run's own where it names them, and their ids
     must fit into the run's vocabulary.
     """
-    known: dict[str, tuple[str, str]] = {
-        m: (t["fingerprint"], "the run's tokenizers") for m, t in (tokenizers or {}).items()
-    }
+    known: dict[str, tuple[str, str]] = {m: (_named(t), "the run's tokenizers") for m, t in (tokenizers or {}).items()}
     for dataset in datasets:
         for modality, made_by in dataset.tokenizers.items():
             if not dataset.manifest["tokens"].get(modality):
@@ -363,9 +361,15 @@ def check_agreement(
                     f"{dataset.location}: its {modality} tokenizer has {made_by['size']} ids, but the config has "
                     f"vocabulary.{modality}={size}"
                 )
-            fingerprint, where = known.setdefault(modality, (made_by["fingerprint"], dataset.location))
-            if fingerprint != made_by["fingerprint"]:
+            name, where = known.setdefault(modality, (_named(made_by), dataset.location))
+            if name.split()[0] != made_by["fingerprint"]:
                 raise UserError(
-                    f"{modality} tokenizers differ: {dataset.location} was made with {made_by['fingerprint']}, "
-                    f"{where} has {fingerprint}. Tokenize again with one of them, or point the config at the right one."
+                    f"{modality} tokenizers differ: {dataset.location} was made with {_named(made_by)}, "
+                    f"{where} has {name}. Tokenize again with one of them, or point the config at the right one."
                 )
+
+
+def _named(described: Mapping[str, Any]) -> str:
+    """A tokenizer's fingerprint, and where it makes latents their width: that is what a user can recognise."""
+    width = described.get("patch_width")
+    return f"{described['fingerprint']}" + (f" (patches of {width} values)" if width else "")

@@ -175,6 +175,9 @@ def test_tokenizers_that_differ_are_named_on_both_sides(tmp_path):
         check_agreement([a, b], vocabulary)
     with pytest.raises(ValueError, match=r"image-1, the run's tokenizers has image-2"):
         check_agreement([a], vocabulary, other)
+    wide = {**other, "image": {**other["image"], "patch_width": 64}}
+    with pytest.raises(ValueError, match=r"image-1, the run's tokenizers has image-2 \(patches of 64 values\)"):
+        check_agreement([a], vocabulary, wide)
     with pytest.raises(ValueError, match=r"20 ids, but the config has vocabulary.speech=19"):
         check_agreement([a], {**vocabulary, "speech": 19})
     with pytest.raises(ValueError, match="'speech', which the config's vocabulary"):

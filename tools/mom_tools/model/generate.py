@@ -75,7 +75,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from mom_tokenizers.bundle import Tokenizers
     from mom_train.checkpoint.load import load_run
     from mom_train.generate.sampler import check_prompt, sample_document
-    from mom_train.generate.samples import prompt_segments, settings, write_span
+    from mom_train.generate.samples import check_latents, prompt_segments, settings, write_span
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_run(arguments.run, arguments.step, device, "ema" if arguments.ema else "model")
@@ -84,6 +84,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
     config.check_guidance(arguments.guidance)
     tokenizers, vocab = Tokenizers.load(path), config.layout
+    check_latents(tokenizers, model.diffusion)
     sampling = settings(tokenizers, arguments.patches, denoised_limit=arguments.denoised_limit, **chosen)
     prompt = prompt_segments(PromptConfig(text=arguments.prompt, start=arguments.start), tokenizers, vocab)
     check_prompt(prompt, sampling, model.diffusion)
