@@ -358,7 +358,8 @@ class RunConfig(Section):
                 raise UserError(f"data.validation.{name}: name at least one source")
         if self.validation.every is not None and not data.validation:
             raise UserError("validation.every: there is nothing to validate on; name a set in data.validation")
-        if self.tokenizers is None and any(s.raw for s in (*data.train, *chain(*data.validation.values()))):
+        further = chain(*data.validation.values(), *self.evaluation.minimal_pairs.values())
+        if self.tokenizers is None and any(s.raw for s in (*data.train, *further)):
             raise UserError("tokenizers: raw sources are tokenized online, so name the tokenizers.yaml to use")
         if data.corrupt_share and len(self.layout.modalities) < 2:
             raise UserError("data.corrupt_share: the vocabulary has one modality, so there is no other to route to")

@@ -115,7 +115,7 @@ class Evaluations:
         for name, datasets in minimal_pairs.items():
             by_modality: dict[str, list[tuple[TokenSegment, TokenSegment]]] = {}
             for dataset in datasets:
-                for right, wrong in find_minimal_pairs(dataset, self.vocab, None, longest - 4):
+                for right, wrong in find_minimal_pairs(dataset, self.vocab, longest - 4):
                     by_modality.setdefault(self.vocab.modalities[right.modality], []).append((right, wrong))
             self._minimal[name] = {**self._minimal.get(name, {}), **by_modality}
 

@@ -94,10 +94,10 @@ def altered(units: np.ndarray) -> np.ndarray:
 
 
 def find_minimal_pairs(
-    dataset: TokenDataset, vocab: VocabLayout, count: int | None, longest: int
+    dataset: TokenDataset, vocab: VocabLayout, longest: int
 ) -> list[tuple[TokenSegment, TokenSegment]]:
-    """The first `count` minimal pairs of a dataset (None: all), each the right segment and the altered one, with the
-    modality numbers of the vocabulary.
+    """All minimal pairs of a dataset, each the right segment and the altered one, with the modality numbers of the
+    vocabulary.
 
     In such a dataset every document consists of two segments of one modality, the right one first. Raises UserError
     where a document has another form, is damaged, or is longer than `longest`: a figure of some of the pairs would be
@@ -124,8 +124,6 @@ def find_minimal_pairs(
         number = vocab.modalities.index(dataset.modalities[modalities[0]])
         right, wrong = (TokenSegment(number, segment.values) for segment in segments)
         found.append((right, wrong))
-        if len(found) == count:
-            break
     return found
 
 

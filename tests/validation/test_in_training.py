@@ -1,5 +1,7 @@
 """Evaluations while a run trains are the same on one rank and on two, and the same as those of the command."""
 
+import contextlib
+import io
 import json
 import re
 import sys
@@ -10,7 +12,7 @@ import pytest
 from mom_data.shards.format import TokenSegment
 from mom_train.config.run import RunConfig
 from mom_train.observe.metrics import read_metrics
-from tests.helpers.corpus import write_dataset
+from tests.helpers.corpus import TOKENIZERS, write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.run_config import tiny_config
 
@@ -32,6 +34,8 @@ def config_of(folder, name):
         write_dataset(folder / "train", documents=60, shards=1, seed=1, make=document)
         write_dataset(folder / "val", documents=60, shards=1, seed=2, make=document)
         write_dataset(folder / "pairs", documents=9, shards=1, seed=3, make=minimal)
+        larger = TOKENIZERS | {"speech": {"kind": "test", "fingerprint": "speech-1", "size": 30}}
+        write_dataset(folder / "foreign", documents=9, shards=1, seed=3, make=minimal, tokenizers=larger)
     pairs = {"words": [{"path": str(folder / "pairs")}]}
     return tiny_config(
         folder,
@@ -60,7 +64,15 @@ def evaluated(folder, name):
     sys.argv = [str(folder / part) if part in (name, "val", "pairs") else part for part in line]
     sys.argv += ["--draws", "1", "--json", str(out)]
     multimodal.main()
-    return logged, json.loads(out.read_text())
+    found = json.loads(out.read_text())
+    del sys.argv[2:4]  # --shards val
+    multimodal.main()
+    found["minimal pairs alone"] = json.loads(out.read_text())["sets"]
+    sys.argv[sys.argv.index("--minimal-pairs") + 1] = str(folder / "foreign")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        multimodal.main()
+    return logged, {**found, "of a foreign vocabulary": said.getvalue()}
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +108,20 @@ def test_the_command_finds_what_was_logged_and_more(runs):
         if "/chance/" not in name
     }
     assert {name: found[name]["value"] for name in logged} == pytest.approx(logged, rel=1e-6)
+    assert command["minimal pairs alone"] == {"pairs": command["sets"]["pairs"]}
     beside = found["eval/val/recall1_shuffled/text_to_image"]
     assert beside["chance"] == 1 / 3
     assert beside["n"] == 9, "three pools of three; the tenth pair is in none"
     assert found["eval/val/gain/image_after_text"]["n"] == 10
     low, high = found["eval/val/loss/image"]["interval"]
     assert low < found["eval/val/loss/image"]["value"] < high
+
+
+def test_shards_of_another_vocabulary_are_refused(runs):
+    *_, command, _ = runs
+    said = command["of a foreign vocabulary"]
+    assert "its speech tokenizer has 30 ids, but the config has vocabulary.speech=20" in said
+    assert "Traceback" not in said
 
 
 def test_every_chart_of_evaluations_shows_something(runs):

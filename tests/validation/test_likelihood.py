@@ -282,14 +282,14 @@ def test_documents_of_minimal_pairs_are_two_segments_of_one_modality(tmp_path):
     units = np.arange(6, dtype=np.uint16)
     right = [TokenSegment(2, units), TokenSegment(2, units[::-1].copy())]
     write_dataset(tmp_path / "pairs", documents=4, shards=1, make=lambda *_: right)
-    found = find_minimal_pairs(TokenDataset(tmp_path / "pairs"), VOCAB, None, 100)
+    found = find_minimal_pairs(TokenDataset(tmp_path / "pairs"), VOCAB, 100)
     assert len(found) == 4
     assert found[0][0].values.tolist() == units.tolist()
     with pytest.raises(UserError, match="a segment of 6 units, more than the 5"):
-        find_minimal_pairs(TokenDataset(tmp_path / "pairs"), VOCAB, None, 5)
+        find_minimal_pairs(TokenDataset(tmp_path / "pairs"), VOCAB, 5)
     write_dataset(tmp_path / "other", documents=2, shards=1, make=lambda *_: [*right, TokenSegment(0, units)])
     with pytest.raises(UserError, match="has the segments speech, speech, text: a document of minimal pairs"):
-        find_minimal_pairs(TokenDataset(tmp_path / "other"), VOCAB, None, 100)
+        find_minimal_pairs(TokenDataset(tmp_path / "other"), VOCAB, 100)
 
 
 def test_where_nothing_can_be_evaluated_it_is_said(tmp_path, one):

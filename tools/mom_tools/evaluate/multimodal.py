@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from mom_data.shards.dataset import TokenDataset, check_agreement
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.model.eval import named, sharded, the_config
 from mom_tools.model.scores import interval
@@ -86,18 +85,17 @@ def evaluate(arguments: argparse.Namespace, settings: EvaluationConfig, ranks: R
     checkpoint = agreed(lambda: find_checkpoint(arguments.run, step))
     agreed(checkpoint.check)
     arguments.sequences, arguments.tokenizers = None, None
+    given, arguments.shards = arguments.shards, [*arguments.shards, *arguments.minimal_pairs]
     config = agreed(lambda: the_config(arguments, checkpoint))
     datasets = data.Datasets(config)
-    sets = {
+    opened = {
         name: [source.dataset for source in datasets.sources(entries)]
         for name, entries in config.data.validation.items()
     }
     config = agreed(lambda: data.check(config, datasets))
-    names = named([*arguments.shards, *arguments.minimal_pairs])
-    minimal = {name: [TokenDataset(place)] for name, place in names.items() if place in set(arguments.minimal_pairs)}
-    made_by = {m: made for some in sets.values() for dataset in some for m, made in dataset.tokenizers.items()}
-    vocabulary = dict(config.layout.sizes)
-    agreed(lambda: check_agreement([d for some in minimal.values() for d in some], vocabulary, made_by))
+    names = named(arguments.shards)
+    sets = {name: some for name, some in opened.items() if names[name] in given}
+    minimal = {name: some for name, some in opened.items() if names[name] not in given}
     model = sharded(config, checkpoint, arguments.weights, ranks)
     passes = Passes(config, config.layout, ranks, model, Context.of(ranks, 1))
     found = agreed(lambda: Evaluations(settings, passes, sets, minimal, control=True))

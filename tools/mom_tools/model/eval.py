@@ -169,6 +169,7 @@ def the_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> RunConf
     values["validation"]["sequences"] = arguments.sequences
     values["training"]["micro_batch"] = arguments.batch or values["training"]["micro_batch"]
     values["checkpoint"]["best"] = None
+    values["evaluation"] = {}
     values.setdefault("parallel", {})["context_ranks"] = 1
     if arguments.tokenizers is not None:
         values["tokenizers"] = str(arguments.tokenizers)
