@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -22,6 +23,8 @@ from mom_train.model.context_scan import slice_of_rows
 from mom_train.model.diffusion import NoisedPatches
 from mom_train.model.language_model import LanguageModel, Losses
 from mom_train.model.objective import Counts, drop_conditions, noised_patches, row_layout
+from mom_train.ops.layout import RowLayout
+from mom_train.step_graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Passes:
         self._modality_of_id = torch.from_numpy(vocab.modality_of_id)
         self._on_device = self._modality_of_id.to(ranks.device)
 
+    @cached_property
+    def _graph(self) -> StepGraph | None:
+        """The passes of a micro-batch as CUDA graphs, if training.cuda_graph asks for them."""
+        training = self.config.training
+        if not training.cuda_graph:
+            return None
+        several = max(training.batches.values()) > training.micro_batch
+        return StepGraph(self.model, self._scored_alone, self.ranks.device, training.precision != "fp32", several)
+
     def prepared(self, batch: PackedBatch) -> PackedBatch:
         """Returns the batch as it is trained on: some conditions of pictures may be dropped. Call it before
         counting."""
@@ -71,6 +83,9 @@ class Passes:
         self.model.train()
         sums = torch.zeros(len(self.modalities) + 1, dtype=torch.float64, device=self.ranks.device)
         for i, batch in enumerate(step_batches):
+            if self._graph is not None:
+                sums += self._graph(batch, counts, self.config.objective, first=i == 0)
+                continue
             cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(step_batches) - 1)
             scored = self.score(batch, self.config.seed)
             counts.objective(scored.losses, self.config.objective).backward()
@@ -95,6 +110,15 @@ class Passes:
             None if past_B is None else self._sent(past_B),
             self.context if self.context.size > 1 else None,
         )
+        return self._scored(batch, layout, patches)
+
+    def _scored_alone(self, batch: PackedBatch) -> tuple[Losses, Tensor]:
+        """The losses and loss sums of whole rows without latent patches that are on the device."""
+        scored = self._scored(batch, row_layout(batch, None), None)
+        return scored.losses, scored.sums
+
+    def _scored(self, batch: PackedBatch, layout: RowLayout, patches: NoisedPatches | None) -> Scored:
+        """Runs the forward pass over rows that are on the device."""
         labels_T = batch.labels.reshape(-1)[batch.rows]
         with self.autocast():
             losses = self.model(batch.tokens.reshape(-1)[batch.rows], layout, labels_T, patches)

@@ -35,7 +35,7 @@ from mom_train.generate.samples import TrainingSampler
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel, build_model, set_precision
 from mom_train.model.objective import Counts
-from mom_train.model.sharding import shard
+from mom_train.model.sharding import compile_blocks, shard
 from mom_train.observe.environment import environment, write_environment
 from mom_train.observe.instruments import Instruments
 from mom_train.observe.metrics import Clock, Record
@@ -47,6 +47,7 @@ from mom_train.optim.optimizer import build_optimizer, set_rate
 from mom_train.optim.schedule import rate_of_step
 from mom_train.passes import Passes
 from mom_train.resume import compare_with_checkpoint
+from mom_train.step_graph import check_device
 from mom_train.validation.evaluations import Evaluations
 from mom_train.validation.losses import validate
 
@@ -414,13 +415,18 @@ def _open_checkpoints(config: RunConfig) -> tuple[Checkpointer, Checkpoint | Non
 
 
 def _sharded_model(config: RunConfig, ranks: Ranks) -> LanguageModel:
-    """Builds the model of the config, sharded over the ranks. Its weights have memory but no values. Collective."""
+    """Builds the model of the config, sharded over the ranks, or whole on one with training.cuda_graph. Its weights
+    have memory but no values. Collective."""
     mesh = agreed(lambda: model_mesh(ranks, config.parallel.shard_ranks))
     model = build_model(config)
     agreed(lambda: set_precision(model, config, ranks.device))
-    model = shard(
-        model, mesh, config.training.compile, config.parallel.cpu_offload, config.training.precision != "fp32"
-    )
+    if config.training.cuda_graph:  # on one rank, where nothing has to be gathered
+        agreed(lambda: check_device(ranks))
+        compile_blocks(model, config.training.compile)
+    else:
+        model = shard(
+            model, mesh, config.training.compile, config.parallel.cpu_offload, config.training.precision != "fp32"
+        )
     model.to_empty(device="cpu" if config.parallel.cpu_offload else ranks.device)
     return model
 

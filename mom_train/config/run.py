@@ -74,6 +74,10 @@ class TrainingConfig(Section):
     scan, attention), so it costs little time."""
     compile: bool = False
     """Whether to compile each block with torch.compile."""
+    cuda_graph: bool = False
+    """Whether the forward and backward pass of a micro-batch is recorded once as a CUDA graph and then replayed, so
+    that the GPU does not wait for the host. It is for one NVIDIA GPU and models of Mamba without latent patches. The
+    gradients stay in memory between steps, and so does a bf16 copy of the matrices with precision bf16 and fp8."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, such as 0.999. null keeps no average."""
 
@@ -313,6 +317,7 @@ class RunConfig(Section):
         if self.validation.ema and training.ema_decay is None:
             raise UserError("validation.ema needs training.ema_decay")
         self._check_fp8()
+        self._check_cuda_graph()
         self._check_muon()
         self._check_observe()
         self._check_context()
@@ -394,6 +399,24 @@ class RunConfig(Section):
                 f"training.precision: fp8 needs widths that are multiples of 16, and the model has {model.dim} and "
                 f"{inner}; change model.dim, or set training.precision: bf16"
             )
+
+    def _check_cuda_graph(self) -> None:
+        if not self.training.cuda_graph:
+            return
+        obstacles = {
+            "model.architecture: transformer": self.model.architecture == "transformer"
+            and "the mask of its attention has another number of blocks in every batch",
+            "objective.diffusion": self.objective.diffusion is not None
+            and "every batch has another number of latent patches",
+            "parallel.context_ranks": self.parallel.context_ranks > 1
+            and "what ranks send to each other is not recorded",
+            "parallel.cpu_offload": self.parallel.cpu_offload and "a graph cannot fetch weights from host memory",
+            "training.fp8_emulation": self.training.fp8_emulation and "the emulation reads the bounds on the host",
+            "observe.statistics_every": self.observe.statistics_every is not None and "what is replayed calls no hooks",
+        }
+        for key, why in obstacles.items():
+            if why:
+                raise UserError(f"training.cuda_graph does not go together with {key}: {why}; leave one of them out")
 
     def _check_muon(self) -> None:
         if (muon := self.optimizer.as_muon) is None:

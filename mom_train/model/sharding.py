@@ -27,9 +27,7 @@ def shard(
     of FSDP2 has one precision, so what else is in the blocks belongs to the root's unit, which is gathered once for a
     forward and a backward pass.
     """
-    if compiled:
-        for block in model.blocks:
-            block.compile()
+    compile_blocks(model, compiled)
     policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     parts = [model.embedding, model.patch_embedding, *model.blocks, model.patch_head, model.head]
     units = [part for part in parts if part is not None]
@@ -52,6 +50,12 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def compile_blocks(model: LanguageModel, compiled: bool) -> None:
+    """Lets torch.compile compile each block at its first use, if `compiled`."""
+    for block in model.blocks if compiled else ():
+        block.compile()
 
 
 def gathered_in_bf16(model: LanguageModel) -> set[nn.Parameter]:

@@ -56,12 +56,13 @@ class Part(NamedTuple):
     """Whether its failure makes the exit code 1."""
 
 
-_KERNELS, _STEPS, _RUNS = (f"mom_tools.bench.gpu_{name}" for name in ("kernels", "steps", "runs"))
+_KERNELS, _STEPS, _RUNS, _GRAPH = (f"mom_tools.bench.gpu_{name}" for name in ("kernels", "steps", "runs", "graph"))
 MACHINE = Part("machine", "The machine and its limits", _KERNELS, 40)
 PARTS = (
     Part("kernels", "Every backend against its definition in float64", _KERNELS, 75, True),
     Part("trainer", "The trainer against the CPU", _RUNS, 50, True),
     Part("resume", "Resuming to the last bit, with several checkpoints in a process", _RUNS, 50, True),
+    Part("graph", "The passes as CUDA graphs, against the same passes without", _GRAPH, 45, True),
     Part("times", "Kernels beside stock kernels and limits", _KERNELS, 60),
     Part("steps", "The training step", _STEPS, 150),
     Part("transfusion", "Transfusion, generation and tokenizers", _STEPS, 40),

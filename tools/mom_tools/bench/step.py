@@ -104,7 +104,7 @@ class _Step:
         with self.device:
             self.model = LanguageModel(config, arguments.vocabulary, modalities, recompute=recompute)
         if self.device.type == "cuda":
-            _draw_on_device(self.model)
+            draw_on_device(self.model)
         else:
             initialize(self.model, 0)
         if arguments.compile:
@@ -163,7 +163,7 @@ def _config(name: str, arguments: argparse.Namespace) -> ModelConfig:
 
 
 @torch.no_grad()
-def _draw_on_device(model: LanguageModel) -> None:
+def draw_on_device(model: LanguageModel) -> None:
     """Initial values for a model whose speed alone matters: large matrices are drawn on the device from the right range
     instead of one by one on the CPU, which takes minutes for billions of weights."""
     for name, parameter in model.named_parameters():
