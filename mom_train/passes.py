@@ -23,8 +23,8 @@ from mom_train.model.context_scan import slice_of_rows
 from mom_train.model.diffusion import NoisedPatches
 from mom_train.model.language_model import LanguageModel, Losses
 from mom_train.model.objective import Counts, drop_conditions, noised_patches, row_layout
+from mom_train.model.step_graph import StepGraph
 from mom_train.ops.layout import RowLayout
-from mom_train.step_graph import StepGraph
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel, build_model, set_precision
 from mom_train.model.objective import Counts
 from mom_train.model.sharding import compile_blocks, shard
+from mom_train.model.step_graph import check_device
 from mom_train.observe.environment import environment, write_environment
 from mom_train.observe.instruments import Instruments
 from mom_train.observe.metrics import Clock, Record
@@ -47,7 +48,6 @@ from mom_train.optim.optimizer import build_optimizer, set_rate
 from mom_train.optim.schedule import rate_of_step
 from mom_train.passes import Passes
 from mom_train.resume import compare_with_checkpoint
-from mom_train.step_graph import check_device
 from mom_train.validation.evaluations import Evaluations
 from mom_train.validation.losses import validate
 

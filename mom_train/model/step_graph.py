@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from mom_data.batches.batch import PackedBatch
 from mom_tokenizers.errors import UserError
 from mom_train.distributed.ranks import Ranks
-from mom_train.model.language_model import Losses
+from mom_train.model.language_model import LanguageModel, Losses
 from mom_train.model.objective import Counts, ObjectiveConfig
 from mom_train.model.sharding import gathered_in_bf16
 
@@ -52,7 +53,7 @@ class StepGraph:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         score: Callable[[PackedBatch], tuple[Losses, Tensor]],
         device: torch.device,
         bf16: bool,
@@ -94,11 +95,12 @@ class StepGraph:
         named = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in _ON_HOST}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         if self._batch is None:
-            self._batch = replace(batch, **{n: torch.empty_like(t, device=self._device) for n, t in tensors.items()})
+            mine: dict[str, Any] = {n: torch.empty_like(t, device=self._device) for n, t in tensors.items()}
+            self._batch = replace(batch, **mine)
         for name, value in tensors.items():
-            mine = getattr(self._batch, name)
-            assert mine.shape == value.shape, f"{name} is {tuple(value.shape)}, and {tuple(mine.shape)} was recorded"
-            mine.copy_(value, non_blocking=True)
+            place = getattr(self._batch, name)
+            assert place.shape == value.shape, f"{name} is {tuple(value.shape)}, and {tuple(place.shape)} was recorded"
+            place.copy_(value, non_blocking=True)
         self._seeds.copy_(seeds.pin_memory() if self._device.type == "cuda" else seeds, non_blocking=True)
 
     def _passes(self, first: bool) -> Tensor:
@@ -136,7 +138,7 @@ class StepGraph:
 class _Halves:
     """Copies in bf16 of the weights that are operands of matrix products, which take their places in the passes."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: LanguageModel):
         masters = gathered_in_bf16(model)
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         for module in model.modules():
