@@ -66,6 +66,7 @@ def test_values_of_latents_that_were_clipped_are_counted_in_the_manifest(tmp_pat
     write_dataset(tmp_path / "clipped", documents=2, shards=1, latent_width=4, make=make)
     [record] = json.loads((tmp_path / "clipped/manifest.json").read_text())["shards"]
     assert record["latents_at_limit"] == 3
+    assert TokenDataset(tmp_path / "clipped").manifest["latent_width"] == 4
     write_dataset(tmp_path / "plain", latent_width=4)
     assert "latents_at_limit" not in (tmp_path / "plain/manifest.json").read_text()
 
