@@ -109,10 +109,7 @@ def test_what_is_recorded_reads_no_value_from_the_device_and_nothing_from_the_ho
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        (
-            {"model": {"architecture": "transformer", "heads": 2, "dim": 32, "layers": 1, "decoupled": []}},
-            "architecture: transformer",
-        ),
+        ({"model": TRANSFORMER}, "model.architecture"),
         ({"parallel": {"cpu_offload": True}}, "parallel.cpu_offload"),
         ({"parallel": {"context_ranks": 2}}, "parallel.context_ranks"),
         ({"observe": {"statistics_every": 2}}, "observe.statistics_every"),
