@@ -32,6 +32,8 @@ _DESCRIBING = {
     "readme",
     "license",
     "licence",
+    "credits",
+    "attribution",
     "summary",
     "stats",
     "manifest",

@@ -41,6 +41,8 @@ def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path
     assert sorted(p.name for p in (work / "run/checkpoints").iterdir()) == ["step-10", "step-20"]
     assert (work / "run/curves.png").read_bytes().startswith(b"\x89PNG")
 
+    assert "| digit" in table  # whether captions decide what is drawn
+    assert (work / "run/captions.png").read_bytes().startswith(b"\x89PNG")
     assert (work / "run/samples/sample-1.md").exists()
     assert (work / "run/samples/sample-0-0.png").exists()
 

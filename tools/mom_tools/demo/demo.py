@@ -103,6 +103,18 @@ def report(config: RunConfig, baseline: dict[str, float], name: str) -> str:
     )
 
 
+def captions_heeded(run: Path) -> str:
+    """A table of how many pictures show what their captions say. The pictures are in RUN/captions.png. Empty where the
+    run has no pictures to draw."""
+    from mom_tools.demo.captions import measure, table  # here, for it imports scikit-learn
+
+    if (measured := measure(run)) is None:
+        return ""
+    hits, sheet = measured
+    sheet.save(run / "captions.png")
+    return table(hits) + "\n"
+
+
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--corpus", type=Path, help="folder of raw tars (with train/ and val/ inside, if it has them)")
@@ -126,7 +138,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
     if corpus is None:
         raw = work / "raw"
-        with stage("1/5 corpus: text, handwritten digits, and speech, from what this machine has"):
+        with stage("1/5 corpus: text, digits, emoji and speech, from what this machine has"):
             size = ["--documents", str(arguments.documents)] if arguments.documents else []
             call("demo-corpus", "--output", raw, *size)
     else:
@@ -189,18 +201,24 @@ def demo(arguments: argparse.Namespace) -> None:
             baseline = unigram(config)
             write_baseline(run, baseline)
             call("plot", run, "--out", run / "curves.png")
-            (run / "report.md").write_text(f"```\n{report(config, baseline[name], name)}\n```\n")
+            text = f"```\n{report(config, baseline[name], name)}\n```\n"
+            if corpus is None and "image" in found:
+                text += f"\n{captions_heeded(run)}"
+            (run / "report.md").write_text(text)
             start = ["--start", "image"] if "image" in found else []
             prompt = ["--prompt", "A handwritten digit"] if corpus is None else []
             call("generate", run, *prompt, *start, "--samples", "2", "--max-tokens", "300", quiet=True)
             call("report", run, quiet=True)
-        print("\n" + (run / "report.md").read_text().strip("`\n") + "\n")
+        print("\n" + (run / "report.md").read_text().replace("```\n", "").strip() + "\n")
         made_pictures = made / "reconstructions.png"
         for title, what in {
             "report": f"{run / 'report.html'}: open it in a browser",
             "run": f"{run} (config.yaml, metrics.jsonl, checkpoints/, report.md)",
             "curves": run / "curves.png",
             "samples": f"{run / 'samples'}: what the model writes, draws and says",
+            "captions": f"{run / 'captions.png'}: what was drawn for each digit and ground"
+            if (run / "captions.png").exists()
+            else "",
             "pictures": f"{made_pictures}: what the image tokenizer keeps" if made_pictures.exists() else "",
             "TensorBoard": f"tensorboard --logdir {work}, then http://localhost:6006/#custom_scalars",
         }.items():
