@@ -170,7 +170,7 @@ class DiffusionConfig(Section):
     of a rectified flow."""
     noise_limit: PositiveInt | None = None
     """Timesteps below this one are drawn for a picture that has text after it in its document. null sets no limit; the
-    paper mentions none."""
+    paper mentions none. The limit counts before a shift, which raises or lowers the noise of each timestep."""
     shift: float | None = Field(None, gt=0)
     """alpha, by which the noise schedule is shifted as in SD3: the ratio of noise to signal is alpha times as large at
     every timestep, in training and in sampling. 3 is SD3's for pictures of 1,024 x 1,024. null is no shift, or that of
