@@ -12,7 +12,7 @@ import yaml
 
 from mom_tools.compare.charts import Series, chart, short
 from mom_tools.compare.curves import Run
-from mom_tools.compare.report import page, samples
+from mom_tools.compare.report import page, samples, scored
 from mom_train.baseline import read_baseline, unigram
 from mom_train.config.files import load_config
 from tests.helpers.ranks import mom_train, program
@@ -122,10 +122,16 @@ def test_what_documents_configs_and_hosts_say_is_only_text(trained, tmp_path):
         (run / f"samples/step-{step}/text.txt").write_text(f"{EVIL} after {step}")
     (run / "samples/step-10/0.png").write_bytes(PIXEL)
     (run / "samples/step-10/0.wav").write_bytes(b"RIFF....WAVE")
+    row = {"figure": EVIL, "of": "samples", "value": 2.6415, "interval": None, "n": 1234}
+    (run / "scores/step-4").mkdir(parents=True)
+    (run / "scores/step-4/scores.json").write_text(json.dumps({"step": 4, "scores": [row], "notes": [f"{EVIL}, said"]}))
     html = page([Run(run)])
     found = Page(html)
     assert found.asks_for_nothing()
     assert html.count("<script") == 0
+    assert found.says("2.642")
+    assert found.says("1,234")
+    assert found.says(f"{EVIL}, said")
     assert found.says(f"{EVIL} after 10")
     assert html.index("after 10") < html.index("after 2")
     assert found.tags.count("img") == 1
@@ -207,3 +213,14 @@ def test_the_names_inside_two_charts_differ():
     names = [re.findall(r' id="([^"]+)"', chart("text", series, label)) for label in ("steps", "tokens")]
     assert names[0]
     assert not set(names[0]) & set(names[1])
+
+
+def test_scores_come_newest_first_and_a_file_cut_short_is_left_out(tmp_path):
+    for step, text in (
+        (4, '{"step": 4, "scores": []}'),
+        (12, '{"step": 12, "scores": [], "notes": ["a"]}'),
+        (20, '{"st'),
+    ):
+        (tmp_path / f"scores/step-{step}").mkdir(parents=True)
+        (tmp_path / f"scores/step-{step}/scores.json").write_text(text)
+    assert [(one["name"], one["notes"]) for one in scored(Run(tmp_path))] == [("step-12", ["a"]), ("step-4", None)]

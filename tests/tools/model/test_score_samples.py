@@ -368,6 +368,8 @@ def test_what_cannot_be_scored_is_said(place, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err
 
     assert "give a model" in says()
+    assert "--round-trip compares with the originals: give --raw" in says("--round-trip")
+    assert "not DNSMOS's sig_bak_ovr.onnx" in says("--dnsmos", folder / "raw.tar")
     assert "no config.json there" in says("--vision", tmp_path)
     seeing = tmp_path / "seeing"
     CLIPVisionModel.from_pretrained(folder / "clip").save_pretrained(seeing)

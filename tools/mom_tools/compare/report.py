@@ -167,6 +167,16 @@ def _media(file: Path) -> list[dict[str, str]]:
     return [{"name": file.name, "picture" if file.suffix != ".wav" else "sound": uri}]
 
 
+def scored(run: Run) -> list[dict[str, Any]]:
+    """What `mom score` left in RUN/scores/step-N/scores.json, the newest step first: its name, rows and notes."""
+    found = []
+    for file in run.path.glob("scores/*/scores.json"):
+        figures = json_or_none(file)
+        if isinstance(figures, dict) and isinstance(figures.get("scores"), list):
+            found.append({"name": file.parent.name, **{key: figures.get(key) for key in ("step", "scores", "notes")}})
+    return sorted(found, key=lambda one: -(one["step"] or 0))
+
+
 # ---- curves --------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +318,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
         configs=configs,
         sources=[run.config.get("data", {}).get("train", []) for run in runs],
         samples=[samples(run) for run in runs],
+        scored=[scored(run) for run in runs],
         parts=PARTS,
         modalities=list(dict.fromkeys(m for run in runs for line in run.lines[-1:] for m in tokens_of(line))),
         price=price,

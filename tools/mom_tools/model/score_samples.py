@@ -2,10 +2,12 @@
 
     mom score RUN --shards tokens/val --vision models/dinov2 --clip models/clip --samples 10000
     mom score RUN --shards tokens/val --raw raw/val --asr models/whisper --language english
+    mom score RUN --shards tokens/val --raw raw/val --round-trip --dnsmos --pocketsphinx
 
-Pictures: Fréchet distance of features (--vision), CLIP score (--clip). Speech: word error rate (--asr). Texts are those
-of held-out documents of one text and one picture or recording. Samples are kept: the same command again goes on, and
-several processes share the work, each with its own --part K/N. Models are folders on this machine; nothing is fetched.
+Pictures: Fréchet distance of features (--vision), CLIP score (--clip), PSNR and SSIM to the originals (--round-trip).
+Speech: word error rate (--asr, --pocketsphinx), quality (--dnsmos). Texts are those of held-out documents of one text
+and one picture or recording. Samples are kept: the same command again goes on, and several processes share the work,
+each with its own --part K/N. Models are folders on this machine; nothing is fetched.
 Needs pip install '.[tokenizers,scores]'. What the figures mean: docs/explanation/judging.md.
 """
 
@@ -23,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mom_tokenizers.errors import UserError, exit_clearly
-from mom_tools.model import scores
+from mom_tokenizers.errors import UserError, exit_clearly, write_text
+from mom_tools.model import scores, signals
 from mom_tools.model.pairs import FEWEST, chosen_pairs, originals
 from mom_tools.model.scores import Score
 from mom_tools.options import add_device, add_json, add_tokenizers, add_weights, command_parser
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mom_tokenizers.bundle import Tokenizers
 
 LONGEST = 30.0  # seconds: what Whisper hears at once
+SCORES = "scores.json"
 ENDING = {"image": "png", "speech": "wav"}
 
 Set = tuple[Callable[[int], Any], Sequence[int]]
@@ -74,7 +77,7 @@ def sample(
 
 def look(
     folder: Path, pairs: Sequence[Pair], texts: Sequence[str], raw: Sequence[Any], tokenizers: Tokenizers,
-    vision: scores.Vision | None, clip: scores.Vision | None,
+    vision: scores.Vision | None, clip: scores.Vision | None, round_trip: bool = False,
 ) -> tuple[list[Score], list[str]]:  # fmt: skip
     """The scores of pictures, and notes for the reader of the table."""
     import torch
@@ -139,12 +142,60 @@ def look(
             found.append(Score("CLIP score", name, float(values_N.mean()), scores.interval(values_N), len(values_N)))
         if cut:
             notes.append(f"CLIP score: {cut} texts are longer than the model reads, and were cut.")
+    if round_trip:
+        more, said = nearness(kept, drawn, decoded, original, vision)
+        found, notes = found + more, notes + said
+    return found, notes
+
+
+def nearness(
+    kept: Sequence[int], drawn: Callable[[int], Any], decoded: Callable[[int], Any], original: Callable[[int], Any],
+    vision: scores.Vision | None,
+) -> tuple[list[Score], list[str]]:  # fmt: skip
+    """How near pictures are to their originals, number by number, beside what comes without any model."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    near = {"PSNR, dB": signals.psnr, "SSIM": signals.ssim}
+    values: dict[tuple[str, str], list[float]] = {}
+    small = False
+    for place, i in enumerate(tqdm(kept, desc="compare with originals", unit="picture", disable=None)):
+        real = original(i)
+        truth = signals.pixels(real)
+        others = {
+            "decoded": decoded(i),
+            "samples": drawn(i),
+            "samples of other texts: floor": drawn(kept[place - 1]),
+            "mean colour": Image.new("RGB", real.size, tuple(truth.mean(axis=(0, 1)).round().astype(int).tolist())),
+            "noise": Image.fromarray(signals.noise_like(truth, i)),
+        }
+        small = small or min(truth.shape[:2]) < signals.WINDOW
+        seen = vision.layers(real) if vision is not None else None
+        for name, picture in others.items():
+            for figure, measure in near.items():
+                if not (small and figure == "SSIM"):
+                    value = min(measure(signals.pixels(picture), truth), 100.0)
+                    values.setdefault((figure, name), []).append(value)
+            if vision is not None and seen is not None:
+                figure = f"perceptual distance, layers of {vision.folder.resolve().name}"
+                distance = scores.perceptual_distance(vision.layers(picture), seen)
+                values.setdefault((figure, name), []).append(distance)
+    found = [
+        Score(figure, f"{name}, originals", float(np.mean(of)), scores.interval(np.array(of)), len(of))
+        for (figure, name), of in sorted(values.items(), key=lambda item: item[0][0])
+    ]
+    notes = [
+        "PSNR, SSIM: higher is nearer; at most 100 dB and 1. What a sample is to be like its text does not say in all, "
+        "so compare it with samples of other texts."
+    ]
+    if small:
+        notes.append(f"SSIM: left out, because pictures are smaller than its window of {signals.WINDOW} pixels.")
     return found, notes
 
 
 def listen(
     folder: Path, pairs: Sequence[Pair], texts: Sequence[str], raw: Sequence[Any], tokenizers: Tokenizers,
-    hear: scores.Recogniser | None,
+    hear: scores.Recogniser | None, sphinx: signals.Pocketsphinx | None = None, dnsmos: signals.Dnsmos | None = None,
 ) -> tuple[list[Score], list[str]]:  # fmt: skip
     """The scores of speech, and notes for the reader of the table."""
     import soundfile
@@ -152,7 +203,6 @@ def listen(
 
     from mom_tokenizers.media.recordings import decode_audio
 
-    assert hear is not None
     tokenizer = tokenizers.tokenizer("speech")
 
     def spoken(i: int) -> Any:
@@ -170,13 +220,39 @@ def listen(
     }
     if kept := [i for i, data in enumerate(raw) if data is not None]:
         sets["originals"] = original, kept
-    found = []
-    for name, (make, which) in sets.items():
-        heard = [hear(*make(i)) for i in tqdm(which, desc=f"listen to {name}", unit="recording", disable=None)]
-        errors_N, words_N = scores.word_errors([texts[i] for i in which], heard).T
-        value = 100 * float(errors_N.sum() / words_N.sum())
-        found.append(Score("word error rate, %", name, value, scores.interval(100 * errors_N, words_N), len(heard)))
-    return found, [f"Word error rate: in {scores.NORMALISED}, by jiwer."]
+
+    def noise(i: int) -> Any:
+        waveform, rate = decoded(i)
+        return signals.noise_like(waveform, i), rate
+
+    found, notes = [], []
+    recognisers: dict[str, Callable[[np.ndarray, int], str]] = {}
+    if hear is not None:
+        recognisers["word error rate, %"] = hear
+    if sphinx is not None:
+        recognisers["word error rate by pocketsphinx, %"] = sphinx
+        notes.append(signals.UNDERSTANDS)
+    for figure, listener in recognisers.items():
+        for name, (make, which) in (
+            sets if listener is hear else {**sets, "noise": (noise, sets["samples"][1])}
+        ).items():
+            heard = [listener(*make(i)) for i in tqdm(which, desc=f"listen to {name}", unit="recording", disable=None)]
+            errors_N, words_N = scores.word_errors([texts[i] for i in which], heard).T
+            value = 100 * float(errors_N.sum() / words_N.sum())
+            found.append(Score(figure, name, value, scores.interval(100 * errors_N, words_N), len(heard)))
+    if recognisers:
+        notes.insert(0, f"Word error rate: in {scores.NORMALISED}, by jiwer.")
+    if dnsmos is not None:
+        for name, (make, which) in {**sets, "noise": (noise, sets["samples"][1])}.items():
+            rated = [dnsmos(*make(i)) for i in tqdm(which, desc=f"rate {name}", unit="recording", disable=None)]
+            for part in signals.DNSMOS_POLYNOMIALS:
+                values_N = np.array([one[part] for one in rated])
+                value = float(values_N.mean())
+                found.append(Score(f"DNSMOS {part}", name, value, scores.interval(values_N), len(values_N)))
+        notes.append(
+            "DNSMOS: a model's guess how people would rate the sound, from 1 to 5; noise is as loud as decoded."
+        )
+    return found, notes
 
 
 def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[str, Any]:
@@ -189,9 +265,19 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
     from mom_train.generate.samples import settings
 
     given = {role: path for role in ("vision", "clip", "asr") if (path := getattr(arguments, role)) is not None}
-    if not given:
-        raise UserError("give a model: --vision or --clip to look at pictures, --asr to listen to speech")
+    looks = "vision" in given or "clip" in given or arguments.round_trip
+    listens = "asr" in given or arguments.pocketsphinx or arguments.dnsmos is not None
+    if not looks and not listens:
+        raise UserError(
+            "give a model: --vision or --clip to look at pictures, --asr to listen to speech; or ask for what needs no "
+            "model from elsewhere: --round-trip, --pocketsphinx, --dnsmos"
+        )
+    if arguments.round_trip and not arguments.raw:
+        raise UserError("--round-trip compares with the originals: give --raw")
     scores.needed("jiwer", "scores")
+    sphinx = signals.Pocketsphinx() if arguments.pocketsphinx else None
+    file = arguments.dnsmos
+    dnsmos = None if file is None else signals.Dnsmos(Path(file) if file else None)
     seeing = {path: scores.Vision(path, arguments.device, arguments.batch) for r, path in given.items() if r != "asr"}
     vision, clip = seeing.get(arguments.vision), seeing.get(arguments.clip)
     if clip is not None:
@@ -223,7 +309,7 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
     root = arguments.out or Path(arguments.run) / "scores" / f"step-{checkpoint.step}{'-ema' * arguments.ema}"
     found: list[Score] = []
     notes: list[str] = []
-    for modality in ["image"] * bool(seeing) + ["speech"] * (hear is not None):
+    for modality in ["image"] * looks + ["speech"] * listens:
         if modality not in vocab.modalities:
             raise UserError(f"this run has no modality '{modality}', only {', '.join(vocab.modalities)}")
         opened = TokenSegment(vocab.modalities.index(modality), np.zeros(0, np.uint32))
@@ -242,9 +328,12 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
             continue
         texts = [tokenizers.tokenizer("text").decode(pair.text) for pair in pairs]
         rest = (root / modality, pairs, texts, raw, tokenizers)
-        more, said = look(*rest, vision, clip) if modality == "image" else listen(*rest, hear)
+        if modality == "image":
+            more, said = look(*rest, vision, clip, arguments.round_trip)
+        else:
+            more, said = listen(*rest, hear, sphinx, dnsmos)
         found, notes = found + more, notes + said
-    return {
+    figures = {
         "checkpoint": str(checkpoint), **{k: identity[k] for k in ("step", "weights", "seed", "sampling")},
         "shards": dataset.location, "samples": str(root),
         "models": {
@@ -253,6 +342,9 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
         },
         "scores": [asdict(one) for one in found], "notes": notes,
     }  # fmt: skip
+    if part is None:  # for the run's report
+        write_text(root / SCORES, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    return figures
 
 
 def parsed(part: str | None) -> tuple[int, int] | None:
@@ -284,6 +376,19 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, metavar="FOLDER", help="vision model whose features are compared")
     parser.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model, which compares pictures with texts")
     parser.add_argument("--asr", type=Path, metavar="FOLDER", help="speech recogniser, Whisper or one with a CTC head")
+    parser.add_argument(
+        "--round-trip", action="store_true", help="PSNR and SSIM of pictures to their originals (--raw)"
+    )
+    parser.add_argument(
+        "--dnsmos",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="speech quality by DNSMOS, of the package speechmos or a file",
+    )
+    parser.add_argument(
+        "--pocketsphinx", action="store_true", help="word errors by the small English recogniser of pocketsphinx"
+    )
     parser.add_argument("--language", help="language that a multilingual Whisper expects (default: it guesses)")
     parser.add_argument(
         "--samples", type=int, default=1000, help="most samples of each modality (default: %(default)s)"

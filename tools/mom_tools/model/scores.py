@@ -58,6 +58,12 @@ def frechet_distance(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
     return float(((means[0] - means[1]) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc"))
 
 
+def perceptual_distance(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
+    """How differently a vision model sees two pictures, from 0: the squared distance of their features of length 1,
+    averaged over positions and layers. This is LPIPS without its learned weights (Zhang et al. 2018)."""
+    return float(np.mean([((x - y) ** 2).sum(axis=1).mean() for x, y in zip(one, other, strict=True)]))
+
+
 def clip_scores(image_ND: np.ndarray, text_ND: np.ndarray) -> np.ndarray:
     """(N,) float64: 100 max(0, cosine) of each pair's embeddings (Hessel et al. 2021, with 100 in place of 2.5)."""
     image, text = (np.asarray(e, np.float64) / np.linalg.norm(e, axis=1, keepdims=True) for e in (image_ND, text_ND))
@@ -134,6 +140,21 @@ class Vision:
                 else:
                     features.append(_array(self._model(pixel_values=inputs["pixel_values"])))
         return np.concatenate(features[1:] or features)
+
+    def layers(self, picture: Image) -> list[np.ndarray]:
+        """The features of every layer at every position, each (positions, D) float64 of length 1, for
+        `perceptual_distance`."""
+        import torch
+
+        model = getattr(self._model, "vision_model", self._model)
+        inputs = self._processor(images=[picture.convert("RGB")], return_tensors="pt").to(self._device)
+        with torch.inference_mode():
+            states = model(pixel_values=inputs["pixel_values"], output_hidden_states=True).hidden_states
+        if not states:
+            raise UserError(f"{self.folder}: a {type(self._model).__name__}, which does not show its layers")
+        # convolutional models have (1, D, H, W), Transformers (1, positions, D)
+        rows = [s[0].flatten(1).T if s.ndim == 4 else s[0] for s in states]
+        return [torch.nn.functional.normalize(r.double(), dim=1).cpu().numpy() for r in rows]
 
     def texts(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
         """The features of texts, (N, D) float32, not normalised, and how many texts were cut to the length that the
