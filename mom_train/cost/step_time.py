@@ -17,6 +17,7 @@ from mom_train.cost.flops import (
     newton_schulz_flops,
     optimizer_flops,
 )
+from mom_train.cost.fp8 import saved_by_fp8
 from mom_train.cost.memory import memory
 from mom_train.cost.peaks import BF16_PEAK
 
@@ -31,13 +32,15 @@ class Gpu:
     """Bytes of memory."""
     nvlink: float
     """Bytes per second and direction to the other GPUs of a node."""
+    memory_speed: float
+    """Bytes per second of the memory, read and written together."""
 
 
 GPUS = {
-    "a100": Gpu(BF16_PEAK["A100"], 80e9, 300e9),
-    "h100": Gpu(BF16_PEAK["H100 SXM"], 80e9, 450e9),
-    "h200": Gpu(BF16_PEAK["H200"], 141e9, 450e9),
-    "b200": Gpu(BF16_PEAK["B200"], 180e9, 900e9),
+    "a100": Gpu(BF16_PEAK["A100"], 80e9, 300e9, 2.04e12),
+    "h100": Gpu(BF16_PEAK["H100 SXM"], 80e9, 450e9, 3.35e12),
+    "h200": Gpu(BF16_PEAK["H200"], 141e9, 450e9, 4.8e12),
+    "b200": Gpu(BF16_PEAK["B200"], 180e9, 900e9, 8e12),
 }
 
 
@@ -197,7 +200,8 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
     """Predicted seconds of a step.
 
     They are `computing`, `communicating`, `exposed` (communication during which the GPU cannot compute) and `at_peak`
-    (the time for the FLOPs of the model at the peak of the GPU).
+    (the time for the FLOPs of the model at the bf16 peak of the GPU). `fp8_gain` is how many times as fast the passes
+    are as in bf16 (`mom_train.cost.fp8`), 1 without `training.precision: fp8`.
     """
     ranks = cluster.nodes * cluster.gpus
     S, accumulation = shared_by(config, ranks), config.accumulation(ranks)
@@ -205,10 +209,11 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
     model, length, diffusion = config.model, config.data.sequence_length, config.objective.diffusion
     tokens = config.training.micro_batch * length
     flops = forward_flops_per_token(model, config.layout.size, length)
-    head = flops.pop("head")
+    head, patches = flops.pop("head"), 0.0
     if diffusion is not None:
         patch = forward_flops_per_token(model, config.layout.size, length, diffusion.patch_width)
         ends = patch["patch_in"] + patch["patch_out"]
+        patches = assumed.patch_share
         head = round((1 - assumed.patch_share) * head + assumed.patch_share * ends)
     speed = assumed.mfu * cluster.gpu.bf16_flops
     block = tokens * sum(flops.values()) / model.blocks / speed
@@ -216,6 +221,15 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
     forward["head"] = tokens * head / speed
     again = 1 if config.training.activation_checkpointing is True else 0  # selective recomputes only what is cheap
     backward = {name: seconds * (2 + (again if name != "head" else 0)) for name, seconds in forward.items()}
+    at_peak = accumulation * TRAINING_FACTOR * sum(forward.values()) * assumed.mfu
+    in_bf16 = sum(forward.values()) + sum(backward.values())
+    if config.training.precision == "fp8":
+        saved = saved_by_fp8(config, cluster.gpu.bf16_flops, cluster.gpu.memory_speed)
+        for name in forward:
+            if name.startswith("blocks."):
+                forward[name] = max(0.0, forward[name] - saved.block_forward)
+                backward[name] = max(0.0, backward[name] - saved.block_backward)
+        forward["head"] = max(0.0, forward["head"] - (1 - patches) * saved.head_forward)
 
     apart = cluster.gpus % S != 0
     gather = {unit.name: cluster.collective(unit.element * unit.padded, S, apart) for unit in every}
@@ -252,7 +266,8 @@ def step_time(config: RunConfig, cluster: Cluster, every: Sequence[Unit]) -> dic
         "computing": accumulation * sum(forward[n] + backward[n] for n in order) + muon_seconds(config, S, speed),
         "communicating": sum(2 * accumulation * gather[n] + sums[n] for n in order) + small,
         "exposed": exposed + small,
-        "at_peak": accumulation * TRAINING_FACTOR * sum(forward.values()) * assumed.mfu,
+        "at_peak": at_peak,
+        "fp8_gain": in_bf16 / (sum(forward.values()) + sum(backward.values())),
     }
 
 
@@ -267,11 +282,16 @@ def plan(config: RunConfig, nodes: int, gpus: int, gpu: str, interconnect: str, 
     """All predictions for one cluster. Raises UserError if the config does not fit the number of ranks."""
     ranks = nodes * gpus
     config.accumulation(ranks)  # called early, to raise if the ranks cannot share the batch
+    if config.training.precision == "fp8" and gpu == "a100":
+        raise UserError(
+            "training.precision: fp8 needs a GPU with FP8, and the A100 has none; set bf16, or plan for h100"
+        )
     every = units(config, shared_by(config, ranks))
     counted = communication(config, ranks, every)
     cluster = Cluster(GPUS[gpu], nodes, gpus, INTERCONNECTS[interconnect], assumed)
     seconds = step_time(config, cluster, every)
     total, at_peak = seconds["computing"] + seconds["exposed"], seconds.pop("at_peak")
+    fp8_gain = seconds.pop("fp8_gain")
     tokens = config.training.batch * config.data.sequence_length
     training = config.training
     trained = training.sequences_before(training.steps) * config.data.sequence_length
@@ -290,6 +310,7 @@ def plan(config: RunConfig, nodes: int, gpus: int, gpu: str, interconnect: str, 
         "communication_bytes": counted,
         "seconds_per_step": {**seconds, "total": total},
         "mfu": at_peak / total,
+        "fp8_gain": fp8_gain,
         "tokens_per_s": tokens / total,
         "tokens_per_gpu_hour": tokens / total * 3600 / ranks,
         "tokens": trained,

@@ -194,6 +194,23 @@ def test_an_operator_that_computes_something_wrong_is_named(tmp_path, monkeypatc
     assert re.match(r"scan, ours, torch: \de-04|scan, ours, torch: \d\.\de-0[34]", findings.found["wrong"][0])
 
 
+def test_a_wrong_product_in_fp8_and_other_bits_of_a_gradient_are_seen(tmp_path, monkeypatch):
+    import torch
+
+    from mom_tools.bench import gpu_graph, gpu_products
+
+    findings = Findings(tmp_path / "part.json", tmp_path, "cpu", True, 60)
+    assert gpu_products.fp8_error(findings, 3, "emulated") < 1e-2
+    right = gpu_products.fp8_linear
+    monkeypatch.setattr(gpu_products, "fp8_linear", lambda *a: right(*a) * 1.03)
+    assert gpu_products.fp8_error(findings, 3, "emulated") > 1e-2
+    values = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    other = values.clone()
+    other[3] = torch.nextafter(other[3], torch.tensor(9.0))
+    assert gpu_graph.digest(values) == gpu_graph.digest(values.clone()) != gpu_graph.digest(other)
+    assert gpu_graph.digest(values) != gpu_graph.digest(values.flip(0))
+
+
 def test_a_difference_between_two_runs_is_seen():
     from mom_tools.bench.gpu_runs import greatest_difference
 

@@ -7,6 +7,7 @@ import mom_tokenizers  # noqa: F401  # isort: skip  # before torch: how its thre
 import platform
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mom_data.batches.batch import IGNORE
+from mom_tools.bench import gpu_products
 from mom_tools.bench import kernels as bench_kernels
 from mom_tools.bench.findings import Findings
+from mom_tools.bench.gpu_products import checked, routing_error, worst
 from mom_tools.bench.suites import SUITES, Sizes
 from mom_train.model.cross_entropy import linear_cross_entropy
-from mom_train.model.routed import Norm
 from mom_train.ops import backends
 from mom_train.ops.layout import RowLayout
-from mom_train.ops.routing.modality_linear import modality_linear
+from mom_train.ops.norm.add_norm import add_norm
 from mom_train.ops.scan import naive as naive_scan
 from mom_train.ops.scan.selective_scan import selective_scan
 
@@ -79,21 +81,6 @@ def _version(package: str) -> str:
 # ---- whether they are right --------------------------------------------------------------------------------
 
 
-def checked(findings: Findings, operator: str, what: str, tolerance: float, compare: Callable[[], float]) -> None:
-    """A row about one comparison. An error beyond the tolerance, or an exception, is wrong and ends nothing else."""
-    try:
-        error = compare()
-        verdict = "right" if error <= tolerance else "**WRONG**"
-        shown = f"{error:.1e}"
-    except Exception as raised:
-        traceback.print_exc()
-        verdict, shown, error = "**FAILED**", f"{type(raised).__name__}: {str(raised)[:120]}", float("inf")
-    cells = {"operator": operator, "what": what, "greatest error": shown, "allowed": f"{tolerance:.0e}"}
-    findings.row("Error of outputs and gradients over their greatest magnitude", **cells, verdict=verdict)
-    if verdict != "right":
-        findings.wrong(f"{operator}, {what}: {shown}")
-
-
 def kernels(findings: Findings) -> None:
     """Compares every backend that can run here with the definition of its operator in float64."""
     if findings.device == "cpu":
@@ -113,8 +100,13 @@ def kernels(findings: Findings) -> None:
             what = f"ours, {name}, " + (f"{modalities} modalities, one empty" if modalities > 1 else "one modality")
             compare = lambda m=modalities, d=dtype: routing_error(findings, m, d)  # noqa: E731
             checked(findings, "routing", what, tolerance, compare)
-    checked(findings, "cross-entropy", "ours, fp32", 1e-5, lambda: cross_entropy_error(findings))
-    checked(findings, "RMSNorm", "ours, fp32, by modality", 1e-5, lambda: norm_error(findings))
+        loose = 1e-5 if name == "fp32" else 3e-2
+        checked(findings, "cross-entropy", f"ours, {name}", loose, partial(cross_entropy_error, findings, dtype))
+        checked(
+            findings, "RMSNorm", f"ours, {name}, of a sum, by modality", loose, partial(norm_error, findings, dtype)
+        )
+    gpu_products.check_backends(findings)
+    gpu_products.check_fp8(findings)
 
 
 def _suite(findings: Findings, operator: str, name: str, dtype: torch.dtype, suite_of: Callable[..., Any]) -> None:
@@ -137,15 +129,6 @@ def _suite(findings: Findings, operator: str, name: str, dtype: torch.dtype, sui
     if name == "fp32":
         for absent, why in suite.absent.items():
             findings.left_out(f"{operator}, {absent}", why)
-
-
-def worst(ours: list[Tensor], wanted: list[Tensor]) -> float:
-    """The greatest error of any tensor over the greatest magnitude of what it should be; infinite for NaN."""
-    errors = []
-    for a, b in zip(ours, wanted, strict=True):
-        error = float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(1e-30))
-        errors.append(error if error == error else float("inf"))
-    return max(errors)
 
 
 def carried_scan_error(findings: Findings, backend: str, dtype: torch.dtype) -> float:
@@ -187,33 +170,12 @@ def carried_scan_error(findings: Findings, backend: str, dtype: torch.dtype) -> 
     return worst([t.cpu() for t in (y, hT, *found)], [into_rows(y_true), hT_true, *wanted])
 
 
-def routing_error(findings: Findings, modalities: int, dtype: torch.dtype) -> float:
-    """Error of `modality_linear` with segments of uneven lengths, of which the last is empty where there are more than
-    one, against a product of each row with its own matrix in float64."""
-    inputs, outputs = (24, 40) if findings.tiny else (344, 200)
-    lengths = [(13 * m * m + 5) % 97 + 1 for m in range(modalities)]
-    if modalities > 1:
-        lengths[-1] = 0
-    g = torch.Generator().manual_seed(modalities)
-    T = sum(lengths)
-    drawn = [torch.randn(*s, generator=g) for s in ((T, inputs), (modalities * outputs, inputs), (T, outputs))]
-    x, weight, gradient = (t.to(findings.device, dtype) for t in drawn)
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(findings.device, torch.int32)
-    leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    y = modality_linear(leaves[0], leaves[1], offsets)
-    found = torch.autograd.grad(y, leaves, gradient)
-    wide = [t.double().requires_grad_() for t in (x, weight)]
-    number_T = torch.repeat_interleave(torch.arange(modalities), torch.tensor(lengths)).to(findings.device)
-    chosen = wide[1].view(modalities, outputs, inputs)[number_T]
-    y_true = (chosen @ wide[0][:, :, None]).squeeze(2)
-    return worst([y, *found], [y_true, *torch.autograd.grad(y_true, wide, gradient.double())])
-
-
-def cross_entropy_error(findings: Findings) -> float:
-    """Error of the loss of the head, with rows that have no label, against PyTorch's in float64."""
+def cross_entropy_error(findings: Findings, dtype: torch.dtype) -> float:
+    """Error of the loss of the head, with rows that have no label, against PyTorch's in float64. With bf16, the
+    products are in bf16 and so are the logits that the kernel reads."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(37, 16, generator=g).to(findings.device).requires_grad_()
-    weight = torch.randn(50, 16, generator=g).to(findings.device).requires_grad_()
+    x = torch.randn(37, 16, generator=g).to(findings.device, dtype).requires_grad_()
+    weight = torch.randn(50, 16, generator=g).to(findings.device, dtype).requires_grad_()
     labels = torch.randint(0, 50, (37,), generator=g).to(findings.device)
     labels[::5] = IGNORE
     loss, each = linear_cross_entropy(x, weight, labels)
@@ -223,25 +185,25 @@ def cross_entropy_error(findings: Findings) -> float:
     return worst([each, *found], [each_true, *torch.autograd.grad(each_true.sum(), wide)])
 
 
-def norm_error(findings: Findings) -> float:
-    """Error of RMSNorm with weights of its own for each modality, against its formula in float64."""
+def norm_error(findings: Findings, dtype: torch.dtype) -> float:
+    """Error of residual + branch and its RMSNorm, with weights of its own for each modality, against the formula in
+    float64. The residual and the weight are fp32; branch, norm and the gradient of the norm are in `dtype`."""
     g = torch.Generator().manual_seed(0)
     modality = torch.tensor([[0, 1, 1, 2, 0, 2, 1]])
     layout = RowLayout.sort(modality.to(torch.uint8), torch.zeros(1, 7, dtype=torch.int32), 3)
     moved = {k: v.to(findings.device) for k, v in vars(layout).items() if isinstance(v, Tensor)}
     on_device = RowLayout(**{**vars(layout), **moved})
-    norm = Norm(48, 3, 1e-5).to(findings.device)
-    weight = next(iter(norm.parameters()))
-    with torch.no_grad():
-        weight.copy_(torch.randn(weight.shape, generator=g))
-    x = torch.randn(7, 48, generator=g).to(findings.device).requires_grad_()
-    gradient = torch.randn(7, 48, generator=g).to(findings.device)
-    y = norm(x, on_device)
-    found = torch.autograd.grad(y, [x, weight], gradient)
-    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
-    scale = wide[0] / (wide[0].square().mean(1, keepdim=True) + 1e-5).sqrt()
-    y_true = scale * wide[1].view(3, 48)[modality.view(-1)[layout.rows].to(findings.device)]
-    return worst([y, *found], [y_true, *torch.autograd.grad(y_true, wide, gradient.double())])
+    drawn = [torch.randn(*shape, generator=g).to(findings.device) for shape in ((7, 48), (7, 48), (3, 48))]
+    x, branch, weight = drawn[0].requires_grad_(), drawn[1].to(dtype).requires_grad_(), drawn[2].requires_grad_()
+    of_sum, of_norm = (torch.randn(7, 48, generator=g).to(findings.device) for _ in range(2))
+    total, y = add_norm(x, branch, weight, on_device, 1e-5, dtype)
+    found = torch.autograd.grad([total, y], [x, branch, weight], [of_sum, of_norm.to(dtype)])
+    wide = [t.detach().double().requires_grad_() for t in (x, branch, weight)]
+    total_true = wide[0] + wide[1]
+    scale = total_true / (total_true.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    y_true = scale * wide[2][modality.view(-1)[layout.rows].to(findings.device)]
+    gradients = [of_sum.double(), of_norm.to(dtype).double()]
+    return worst([total, y, *found], [total_true, y_true, *torch.autograd.grad([total_true, y_true], wide, gradients)])
 
 
 # ---- how fast they are -------------------------------------------------------------------------------------

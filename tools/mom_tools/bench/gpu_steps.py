@@ -37,6 +37,8 @@ class Case(NamedTuple):
     systems: tuple[str, ...]
     seconds: float
     """About how long it takes on an H100."""
+    precision: str = "bf16"
+    """On a CPU it is always fp32, because bf16 is slow on one without AMX."""
 
 
 class Preset(NamedTuple):
@@ -61,6 +63,8 @@ CASES = (
     Case("1.5B", True, 2, ("dense",), 25),
     Case("1.5B", True, 2, ("mixture",), 25),
     Case("37M", True, 3, _PAIR, 15),
+    Case("1.5B", True, 2, ("dense",), 25, "fp8"),
+    Case("1.5B", True, 2, ("mixture",), 25, "fp8"),
     Case("1.5B", True, 3, ("mixture",), 25),
     Case("37M", False, 3, _PAIR, 10),
     Case("1.5B", False, 2, ("dense",), 15),
@@ -80,11 +84,12 @@ TOP_KERNELS = 12
 
 def steps(findings: Findings) -> None:
     """Times the training step of each system and says which kernels take it."""
-    dense: dict[tuple[str, bool, int], float] = {}  # preset, compiled, tokens -> ms
+    dense: dict[tuple[str, bool, int, str], float] = {}  # preset, compiled, tokens, precision -> ms
     if findings.tiny:
         torch.set_num_threads(1)
     for case in TINY_CASES if findings.tiny else CASES:
         what = f"{' and '.join(case.systems)} at {case.preset}, {_mode(case)}, M = {case.modalities}"
+        what += ", fp8" if case.precision == "fp8" else ""
         if not findings.time_for(what, case.seconds):
             continue
         try:
@@ -95,7 +100,7 @@ def steps(findings: Findings) -> None:
             continue
         findings.figure(what, result)
         for name, values in result["systems"].items():
-            same = (case.preset, case.compiled, tokens)
+            same = (case.preset, case.compiled, tokens, case.precision)
             if name == "dense":
                 dense[same] = values["step_ms"]
             _rows(findings, case, name, values, tokens, dense.get(same))
@@ -105,8 +110,8 @@ def _mode(case: Case) -> str:
     return "compiled" if case.compiled else "eager"
 
 
-def _precision(findings: Findings) -> str:
-    return "fp32" if findings.device == "cpu" else "bf16"  # bf16 is slow on a CPU without AMX
+def _precision(findings: Findings, case: Case) -> str:
+    return "fp32" if findings.device == "cpu" else case.precision
 
 
 def _timed(findings: Findings, case: Case, what: str) -> tuple[dict[str, Any], int]:
@@ -119,7 +124,8 @@ def _timed(findings: Findings, case: Case, what: str) -> tuple[dict[str, Any], i
         arguments = parser.parse_args([])
         vars(arguments).update(
             systems=list(case.systems), modalities=case.modalities, compile=case.compiled, batch=batch,
-            device=findings.device, precision=_precision(findings), profile=True, warm_up=1 if findings.tiny else 3,
+            device=findings.device, precision=_precision(findings, case), profile=True,
+            warm_up=1 if findings.tiny else 3,
             repetitions=1 if findings.tiny else 5, **{k: v for k, v in preset._asdict().items() if k != "batch"},
         )  # fmt: skip
         try:
@@ -142,7 +148,7 @@ def _rows(
     ratio = values.get("over_dense") or (values["step_ms"] / dense_ms if dense_ms else None)
     shown = name if name in ("dense", "transformer") else f"{name}, M = {case.modalities}"
     findings.row(
-        f"Step at {case.preset}, {_precision(findings)}",
+        f"Step at {case.preset}, {_precision(findings, case)}",
         **{
             "system": f"{shown}, {_mode(case)}",
             "tokens a step": f"{tokens:,}",
@@ -156,7 +162,7 @@ def _rows(
     )
     for kernel in values["kernels"][:TOP_KERNELS]:
         findings.row(
-            f"{PROFILE}: {shown}, {case.preset}, {_mode(case)}",
+            f"{PROFILE}: {shown}, {case.preset}, {_mode(case)}, {_precision(findings, case)}",
             kernel=kernel["name"][:90].replace("|", "/"),
             calls=str(kernel["calls"]),
             ms=f"{kernel['ms']:.2f}",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from mom_tokenizers.errors import UserError
 from mom_train.config.model import PROJECTIONS, ModelConfig, Part
 from mom_train.config.optimizer import OptimizerConfig
 from mom_train.config.run import Recompute
@@ -33,6 +34,7 @@ from mom_train.cost.gemm import gemm_flops_per_second
 from mom_train.model.init import initial_value, initialize
 from mom_train.model.language_model import LanguageModel
 from mom_train.ops.layout import RowLayout
+from mom_train.ops.routing import fp8
 from mom_train.optim.optimizer import build_optimizer
 
 PHASES = ("forward", "backward", "clip", "optimizer")
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modalities", type=int, default=3, help="weights of the mixture's projections (3)")
     parser.add_argument("--batch", type=int, default=2, help="rows of the batch (2)")
     parser.add_argument("--length", type=int, default=1024, help="positions in a row (1024)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="fp32")
     parser.add_argument("--checkpointing", choices=tuple(_RECOMPUTE), default="false")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
     parser.add_argument("--profile", action="store_true", help="profile one more step of each; --json has the kernels")
@@ -107,6 +109,11 @@ class _Step:
             draw_on_device(self.model)
         else:
             initialize(self.model, 0)
+        if self._precision == "fp8":
+            grouped = modalities > 1 and name != "transformer"
+            if (obstacle := fp8.why_not(self.device, grouped)) is not None:
+                raise UserError(f"--precision fp8: {obstacle}")
+            self.model.use_fp8("device")
         if arguments.compile:
             for block in self.model.blocks:
                 block.compile()
@@ -126,7 +133,7 @@ class _Step:
         self.layout = RowLayout(**{**vars(layout), **moved})
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._precision == "bf16" else nullcontext()
+        return nullcontext() if self._precision == "fp32" else torch.autocast(self.device.type, torch.bfloat16)
 
     def __call__(self, lap: Callable[[str], AbstractContextManager[None]]) -> None:
         with lap("forward"), self._autocast():
@@ -279,7 +286,7 @@ def _gemm_flops_per_second(arguments: argparse.Namespace) -> float:
             work()
         return lap.milliseconds()["gemm"] / 1e3
 
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16  # also beside fp8
     return gemm_flops_per_second(device, dtype, seconds, arguments.repetitions)
 
 

@@ -45,6 +45,8 @@ def describe(name: str, plans: Sequence[dict[str, Any]]) -> str:
         "days to the end": [f"{p['hours'] / 24:.2f}" for p in plans],
         "GPU-hours": [f"{p['gpu_hours']:,.0f}" for p in plans],
     }
+    if first["fp8_gain"] != 1:
+        rows["computing in bf16, over in fp8 (calculated, not measured)"] = [f"{p['fp8_gain']:.2f}" for p in plans]
     if first["cost"] is not None:
         rows["cost"] = [f"{p['cost']:,.0f}" for p in plans]
     return "\n".join(
