@@ -28,9 +28,13 @@ _PARTS: dict[str, tuple[Part, ...]] = {
 
 
 _ONLY: dict[str, tuple[str, ...]] = {
-    "mamba": ("state", "conv", "expand", "dt_rank"),
-    "transformer": ("heads", "rope_base"),
+    "mamba": ("state", "conv", "expand", "dt_rank", "normalise", "normalise_eps"),
+    "transformer": ("heads", "rope_base", "qk_norm"),
 }
+
+
+_COUNTERPART = {"normalise": "model.qk_norm", "qk_norm": "model.normalise"}
+"""What does for the other architecture what a key does for its own."""
 
 
 _PART_OF: dict[str, Part] = {
@@ -80,6 +84,16 @@ class ModelConfig(Section):
     """Rank of the time-step projection (Mamba only). null stands for ceil(dim / 16)."""
     norm_eps: float = Field(default=1e-5, gt=0, lt=1)
     """Number that RMSNorm adds to the mean square before it takes the root."""
+    normalise: bool = False
+    """Whether dt, B and C, the three parts of the output of x_proj, each pass an RMSNorm without weights, as in
+    FalconMamba (Mamba only). It limits how large the steps and the inputs of the scan can become. See
+    docs/explanation/stability.md."""
+    normalise_eps: float = Field(default=1e-6, gt=0, lt=1)
+    """The number that the norms of `normalise` add to the mean square. The default is that of FalconMamba."""
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMSNorm in each head before the rotary embedding (Transformer only). Its weights
+    are shared by the heads of a block, and separate for each modality if `norm` is decoupled. It limits how large the
+    scores of attention can become. See docs/explanation/stability.md."""
     identical_modalities: bool = False
     """Start every modality from the same weights. Otherwise the weights of each are drawn independently."""
 
@@ -101,7 +115,10 @@ class ModelConfig(Section):
         [other] = {*_ONLY} - {self.architecture}
         for key in _ONLY[other]:
             if getattr(self, key) != type(self).model_fields[key].default:
-                raise UserError(f"{key}: only a {other} has it, and this is a {self.architecture}")
+                instead = f"; {_COUNTERPART[key]} is for a {self.architecture}" if key in _COUNTERPART else ""
+                raise UserError(f"{key}: only a {other} has it, and this is a {self.architecture}{instead}")
+        if self.normalise_eps != type(self).model_fields["normalise_eps"].default and not self.normalise:
+            raise UserError("normalise_eps: there are no such norms; set model.normalise=true, or leave it out")
         return self
 
     @property
@@ -113,6 +130,12 @@ class ModelConfig(Section):
     def feed_forward(self) -> int:
         """Hidden width of the SwiGLU feed-forward: 8/3 of `dim`, rounded up to a multiple of 256."""
         return -(-8 * self.dim // (3 * 256)) * 256
+
+    @property
+    def head(self) -> int:
+        """Width of an attention head."""
+        assert self.heads is not None, "a Mamba has no heads"
+        return self.dim // self.heads
 
     @property
     def inner(self) -> int:

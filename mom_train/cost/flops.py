@@ -121,7 +121,8 @@ def parameters(
 
     `vocabulary` includes padding, as VocabLayout.size does. `patch_width` adds the diffusion adapters: patch_in (p +
     1)d, the MLP of the timestep 257d + (d + 1)d, and patch_out (d + 1)p. If dt_proj is decoupled, so is its bias; if
-    `norm` is, so is the final norm. Learned routers are counted with their projection.
+    `norm` is, so are the final norm and the norms of queries and keys (`qk_norm`, 2 heads' widths per block). The norms
+    of `normalise` have no parameters. Learned routers are counted with their projection.
     """
     d, D, N, R, K, h = config.dim, config.inner, config.state, config.rank, config.conv, config.feed_forward
 
@@ -139,13 +140,13 @@ def parameters(
 
     per_block: dict[str, int]
     if config.architecture == "transformer":
-        norms = 2 * config.blocks + 1
+        norms = (2 * config.blocks + 1) * d + (2 * config.blocks * config.head if config.qk_norm else 0)
         per_block = {
             "attention": matrices("attention", (d, 3 * d * d), (d, d * d)),
             "feed_forward": matrices("feed_forward", (d, 2 * d * h), (h, h * d)),
         }
     else:
-        norms = config.blocks + 1
+        norms = (config.blocks + 1) * d
         projections = {
             "in_proj": (d, d * 2 * D),
             "x_proj": (D, D * (R + 2 * N)),
@@ -159,7 +160,7 @@ def parameters(
         }
     counts = {"embedding": vocabulary * d, "head": d * vocabulary}
     counts |= {part: config.blocks * count for part, count in per_block.items()}
-    counts["norms"] = copies("norm") * norms * d
+    counts["norms"] = copies("norm") * norms
     if patch_width is not None:
         p = patch_width
         counts["adapters"] = (p + 1) * d + (TIME_FREQUENCIES + 1) * d + (d + 1) * d + (d + 1) * p

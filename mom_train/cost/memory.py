@@ -30,17 +30,20 @@ def block_activation_bytes(config: ModelConfig, element: int, device: Device = "
 
     Mamba: 8d for the norm (the fp32 residual and its normalised form; on CUDA, where the norm is one kernel, 4d),
     e (d + 5D + R + 2N) for the input and output of in_proj, conv, x_proj, dt_proj and the output of the scan, and
-    4DN / chunk for the states of the scan.
+    4DN / chunk for the states of the scan. With `normalise`, dt, B and C in fp32 and the root of each, 4 (R + 2N) + 12.
 
     Transformer: 16d for two norms (on CUDA 8d); e (9d + 4h) for q, k and v before and after RoPE, the output of
-    attention in both orders, the inputs, and the four tensors of SwiGLU; and 4 bytes per head for the softmax.
+    attention in both orders, the inputs, and the four tensors of SwiGLU; and 4 bytes per head for the softmax. With
+    `qk_norm`, q and k normalised in fp32 and a root per head, 8d + 8 per head, and in bf16 8d for both in fp32.
     """
     d, D, N, R = config.dim, config.inner, config.state, config.rank
     norm = 4 * d if device == "cuda" else 8 * d
     if config.architecture == "transformer":
         assert config.heads is not None
-        return 2 * norm + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads
-    return norm + element * (d + 5 * D + R + 2 * N) + _scan_states(config, device)
+        of_qk = 2 * _FP32 * (d + config.heads) + (0 if element == _FP32 else 2 * _FP32 * d) if config.qk_norm else 0
+        return 2 * norm + element * (9 * d + 4 * config.feed_forward) + _FP32 * config.heads + of_qk
+    of_inputs = _FP32 * (R + 2 * N + 3) if config.normalise else 0
+    return norm + element * (d + 5 * D + R + 2 * N) + _scan_states(config, device) + of_inputs
 
 
 def _scan_states(config: ModelConfig, device: Device) -> int:

@@ -1,6 +1,7 @@
 """Published Mamba-1 models: what their tensors are called, and what their config.json says.
 
-Two libraries write them. Transformers' MambaForCausalLM and mamba_ssm's MambaLMHeadModel name the tensors alike but for
+Two libraries write them. Transformers' MambaForCausalLM (and FalconMambaForCausalLM, whose tensors have the same names,
+but which normalises dt, B and C) and mamba_ssm's MambaLMHeadModel name the tensors alike but for
 one (`backbone.embeddings.weight` and `backbone.embedding.weight`); their config.json have other keys for the same
 things, and some published folders hold both kinds. Every key has a meaning here, is known not to change what the model
 computes, or is a problem that is reported by its name.
@@ -93,12 +94,13 @@ _STATED = {
     "ssm_cfg.expand": "expand",
     "time_step_rank": "rank",
     "ssm_cfg.dt_rank": "rank",
+    "mixer_rms_eps": "normalise_eps",
 }
 _DEFAULTS = {"norm_eps": 1e-5, "state": 16, "conv": 4, "expand": 2}
 """The values that both libraries assume where config.json does not state them."""
 # Key -> the values with which the model computes what ours does.
 _NEEDED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("mamba", None),
+    "model_type": ("mamba", "falcon_mamba", None),
     "use_bias": (False,),
     "ssm_cfg.bias": (False,),
     "use_conv_bias": (True,),
@@ -114,22 +116,22 @@ _WITHOUT_EFFECT = frozenset(
     ("initializer_range", "rescale_prenorm_residual", "time_step_scale", "time_step_min", "time_step_max",
      "time_step_init_scheme", "time_step_floor", "ssm_cfg.dt_min", "ssm_cfg.dt_max", "ssm_cfg.dt_init",
      "ssm_cfg.dt_scale", "ssm_cfg.dt_init_floor", "residual_in_fp32", "fused_add_norm", "ssm_cfg.use_fast_path",
-     "use_cache", "use_mambapy", "use_associative_scan", "torch_dtype", "dtype", "architectures",
+     "use_cache", "use_mambapy", "use_falcon_mambapy", "use_associative_scan", "torch_dtype", "dtype", "architectures",
      "transformers_version", "mamba_ssm_version", "_name_or_path", "name_or_path", "return_dict", "id2label",
      "label2id", "layer_types", "attn_cfg", "bos_token_id", "eos_token_id", "pad_token_id")
 )  # fmt: skip
+_FALCON = "falcon_mamba"
+"""The model_type that says that dt, B and C are normalised. No tensor says so, because these norms have no weights."""
 _OF_VOCABULARY = ("vocab_size", "pad_vocab_size_multiple", "tie_word_embeddings", "tie_embeddings")
 
 
 def other_kind(config: Mapping[str, Any]) -> str | None:
     """The kind of model that a config.json describes where it is not a Mamba-1; None for a Mamba-1."""
     kind = config.get("model_type")
-    if kind == "mamba" or (kind is None and {"d_model", "n_layer"} <= set(config)):
+    if kind in ("mamba", _FALCON) or (kind is None and {"d_model", "n_layer"} <= set(config)):
         return None
-    if kind == "falcon_mamba":
-        return "model_type 'falcon_mamba', which normalises dt, B and C: this package has no such norms"
     if kind is not None:
-        return f"model_type {kind!r}, and only Mamba-1 ('mamba') is read"
+        return f"model_type {kind!r}, and only Mamba-1 ('mamba', '{_FALCON}') is read"
     return "no model_type, as Transformers' have, and no d_model and n_layer, as mamba_ssm's have"
 
 
@@ -142,7 +144,17 @@ def differences(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
     problems = []
     if model.architecture != "mamba":
         problems.append(f"it is a Mamba, this model's architecture is {model.architecture!r}")
+    if (falcon := values.get("model_type") == _FALCON) != model.normalise:
+        does = "normalises" if falcon else "does not normalise"
+        problems.append(f"it {does} dt, B and C: set model.normalise={str(falcon).lower()}")
+    if not falcon:
+        values.pop("mixer_rms_eps", None)  # without norms it means nothing
     stated: set[str] = set()
+    width = values.get("hidden_size", values.get("d_model", model.dim))
+    if values.get("intermediate_size") is not None:
+        # Transformers takes it instead of expand * hidden_size: falcon-mamba-7b says expand 16, and is built with 2.
+        values.pop("expand", None)
+        stated.add("expand")
     for key, value in values.items():
         if key in _STATED:
             field = _STATED[key]
@@ -150,24 +162,29 @@ def differences(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
             if value == "auto" and field == "rank":
                 value = -(-int(values.get("hidden_size", values.get("d_model", model.dim))) // 16)
             if value != ours[field]:
-                problems.append(f"{key} is {value}, here {field} is {ours[field]}{_advice(field, value)}")
+                problems.append(f"{key} is {value}, here {field} is {ours[field]}{_advice(field, value, width)}")
         elif key in _NEEDED:
             if value not in _NEEDED[key] and not (value is None and key == "attn_layer_idx"):
                 problems.append(f"{key} is {json.dumps(value)}, this package has only {json.dumps(_NEEDED[key][0])}")
         elif key not in _WITHOUT_EFFECT and key not in _OF_VOCABULARY and value not in (None, False, "", [], {}):
             problems.append(f"{key} is {json.dumps(value)}, a key that is not known here")
-    for field in sorted(_DEFAULTS.keys() - stated):
-        if ours[field] != _DEFAULTS[field]:
+    defaults = _DEFAULTS | ({"normalise_eps": 1e-6} if falcon else {})
+    for field in sorted(defaults.keys() - stated):
+        if ours[field] != defaults[field]:
             problems.append(
-                f"config.json does not say {field}, which then is {_DEFAULTS[field]}, here it is {ours[field]}"
-                + _advice(field, _DEFAULTS[field])
+                f"config.json does not say {field}, which then is {defaults[field]}, here it is {ours[field]}"
+                + _advice(field, defaults[field], width)
             )
     return problems
 
 
-def _advice(field: str, value: Any) -> str:
+def _advice(field: str, value: Any, width: Any) -> str:
+    """What to set so that `field` becomes `value` in a model that is as wide as the published one."""
     if field == "inner":
-        return " (model.expand times model.dim)"
+        whole = isinstance(value, int) and isinstance(width, int) and width > 0 and value % width == 0
+        if not whole:
+            return f": model.expand times model.dim, and no whole number of times {width} is that"
+        return f": set model.expand={value // width}, as it is model.expand times model.dim"
     if field == "blocks":
         if not isinstance(value, int) or value % 2:
             return ": a layer of this model is two blocks, so an odd number of them cannot be had"
@@ -183,12 +200,13 @@ def says_tied(config: Mapping[str, Any]) -> bool:
 def transformers_config(
     model: ModelConfig, vocabulary: int, bos_token_id: int, eos_token_id: int, pad_token_id: int
 ) -> str:
-    """The config.json of a dense Mamba of ours, with this many ids, for Transformers' MambaForCausalLM."""
+    """The config.json of a dense Mamba of ours, with this many ids, for Transformers' MambaForCausalLM, or for its
+    FalconMambaForCausalLM if `model.normalise` is set."""
     if model.architecture != "mamba" or model.decoupled:
         raise UserError("only a dense Mamba has a counterpart in Transformers; export the mixture as safetensors")
-    values = {
-        "architectures": ["MambaForCausalLM"],
-        "model_type": "mamba",
+    values: dict[str, Any] = {
+        "architectures": ["FalconMambaForCausalLM" if model.normalise else "MambaForCausalLM"],
+        "model_type": _FALCON if model.normalise else "mamba",
         "vocab_size": vocabulary,
         "hidden_size": model.dim,
         "state_size": model.state,
@@ -206,4 +224,6 @@ def transformers_config(
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
     }
+    if model.normalise:
+        values |= {"mixer_rms_eps": model.normalise_eps, "intermediate_size": model.inner}
     return json.dumps(values, indent=1) + "\n"

@@ -100,8 +100,34 @@ def rotate(x_BHLh: Tensor, base: float, start: int = 0) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BHLh.dtype)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm of each attention head, with a scale that all heads share and that is shared by the modalities or
+    separate for each (weight [modalities * head])."""
+
+    def __init__(self, head: int, modalities: int, eps: float):
+        super().__init__()
+        self.modalities, self.eps = modalities, eps
+        self.weight = nn.Parameter(torch.empty(modalities * head))
+
+    def forward(self, x_BHLh: Tensor, layout: RowLayout) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight[modality] over the last dimension of x (B, H, L, head), which is in time
+        order. It is computed in fp32 (float64 for float64 rows), and returned in the dtype of x."""
+        wide_BHLh = x_BHLh.to(torch.promote_types(x_BHLh.dtype, torch.float32))
+        normed_BHLh = F.rms_norm(wide_BHLh, wide_BHLh.shape[-1:], None, self.eps)
+        scales_Mh = self.weight.view(self.modalities, -1)
+        scale = scales_Mh[0]
+        modality_BL1 = layout.modality.view(layout.batch, 1, -1, 1)
+        for m in range(1, self.modalities):  # unlike an index, this has the same gradient on every run on any device
+            scale = torch.where(modality_BL1 == m, scales_Mh[m], scale)
+        return (normed_BHLh * scale).to(x_BHLh.dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions. q, k and v come from one projection."""
+    """Multi-head attention with rotary positions. q, k and v come from one projection.
+
+    With `model.qk_norm`, q and k pass an RMSNorm in each head before they are rotated (arXiv 2302.05442, there with
+    LayerNorm).
+    """
 
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
@@ -109,12 +135,20 @@ class Attention(nn.Module):
         self.dim, self.heads, self.base = config.dim, config.heads, config.rope_base
         self.qkv_proj = projection(config, "attention", config.dim, 3 * config.dim, modalities)
         self.out_proj = projection(config, "attention", config.dim, config.dim, modalities)
+        self.q_norm: HeadNorm | None = None
+        self.k_norm: HeadNorm | None = None
+        if config.qk_norm:
+            norms = modalities if "norm" in config.decoupled else 1
+            self.q_norm = HeadNorm(config.head, norms, config.norm_eps)
+            self.k_norm = HeadNorm(config.head, norms, config.norm_eps)
 
     def forward(self, x_Td: Tensor, layout: RowLayout, mask: Any, state: AttentionState | None = None) -> Tensor:
         B, L, d = layout.batch, layout.length, x_Td.shape[1]
         qkv_T3d = self.qkv_proj(x_Td, layout).index_select(0, layout.order)
         q, k, v = qkv_T3d.view(B, L, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         past = 0 if state is None else state.k.shape[2]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, layout), self.k_norm(k, layout)
         q, k = rotate(q, self.base, past), rotate(k, self.base, past)
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mom_train.config.model import ModelConfig
@@ -25,17 +26,26 @@ class MambaState:
     """The state of the scan, in fp32."""
 
 
+def normalised(x_TW: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) of each row (T, W), computed in fp32 (float64 for float64 rows), in the dtype of x."""
+    wide_TW = x_TW.to(torch.promote_types(x_TW.dtype, torch.float32))
+    return F.rms_norm(wide_TW, (x_TW.shape[1],), None, eps).to(x_TW.dtype)
+
+
 class MambaMixer(nn.Module):
     """The inner part of a Mamba-1 block (Algorithm 2 of the paper). Any subset of its four projections can be
     decoupled.
 
-    The convolution, A and D are shared by all modalities. The bias of the time step is always added in fp32.
+    The convolution, A and D are shared by all modalities. The bias of the time step is always added in fp32. With
+    `model.normalise`, the three parts of the output of x_proj pass an RMSNorm without weights, as in FalconMamba (arXiv
+    2410.05355): dt before dt_proj, B and C before the scan.
     """
 
     def __init__(self, config: ModelConfig, modalities: int):
         super().__init__()
         D, N, R = config.inner, config.state, config.rank
         self.modalities, self.inner, self.state, self.rank = modalities, D, N, R
+        self.normalise_eps = config.normalise_eps if config.normalise else None
         self.in_proj = projection(config, "in_proj", config.dim, 2 * D, modalities)
         self.conv_weight = nn.Parameter(torch.empty(D, config.conv))
         self.conv_bias = nn.Parameter(torch.empty(D))
@@ -62,6 +72,8 @@ class MambaMixer(nn.Module):
             conv_BKD = inputs_before(context, x_TD, layout, self.conv_weight.shape[1] - 1)
         x_TD, conv_BKD = causal_conv(x_TD, self.conv_weight, self.conv_bias, layout, conv_BKD)
         dt_TR, B_TN, C_TN = self.x_proj(x_TD, layout).split([self.rank, self.state, self.state], dim=1)
+        if (eps := self.normalise_eps) is not None:
+            dt_TR, B_TN, C_TN = normalised(dt_TR, eps), normalised(B_TN, eps), normalised(C_TN, eps)
         dt_TD = self.dt_proj(dt_TR, layout)
         A_DN = -torch.exp(self.A_log.float())
         dt_bias_MD = self.dt_bias.float().expand(self.modalities, -1)

@@ -116,15 +116,17 @@ def test_the_formula_counts_what_the_model_has_part_by_part(path):
 
 @pytest.mark.parametrize("decoupled", [c for n in range(6) for c in combinations((*PROJECTIONS, "norm"), n)])
 def test_every_subset_of_parts_is_counted_as_built(decoupled):
-    config = ModelConfig(dim=48, layers=2, decoupled=decoupled, expand=3, state=8, dt_rank=5)
+    config = ModelConfig(dim=48, layers=2, decoupled=decoupled, expand=3, state=8, dt_rank=5, normalise=True)
     assert sum(parameters(config, 128, 3).values()) == size(built(config, 128, 3))
 
 
 @pytest.mark.parametrize("decoupled", [c for n in range(4) for c in combinations(MOT, n)])
 def test_every_subset_of_a_transformers_parts_is_counted_as_built(decoupled):
-    config = ModelConfig(architecture="transformer", heads=2, dim=48, layers=3, decoupled=decoupled)
     diffusion = DiffusionConfig.model_validate({"patch_width": 12})
-    assert sum(parameters(config, 128, 3, 12).values()) == size(built(config, 128, 3, diffusion))
+    for qk_norm in (False, True):
+        kind = {"architecture": "transformer", "heads": 2, "qk_norm": qk_norm}
+        config = ModelConfig(**kind, dim=48, layers=3, decoupled=decoupled)
+        assert sum(parameters(config, 128, 3, 12).values()) == size(built(config, 128, 3, diffusion))
 
 
 def test_the_ablation_is_the_sixteen_subsets_and_nothing_else_differs():

@@ -15,12 +15,13 @@ M, D, HEADS = 3, 32, 2
 MOT = ("attention", "feed_forward", "norm")
 
 
-def config(decoupled=MOT, layers=1):
-    return ModelConfig(architecture="transformer", dim=D, layers=layers, heads=HEADS, decoupled=decoupled)
+def config(decoupled=MOT, layers=1, qk_norm=False):
+    kind = {"architecture": "transformer", "heads": HEADS, "qk_norm": qk_norm}
+    return ModelConfig(**kind, dim=D, layers=layers, decoupled=decoupled)
 
 
-def model(decoupled=MOT, layers=1):
-    m = LanguageModel(config(decoupled, layers), 96, M)
+def model(decoupled=MOT, layers=1, qk_norm=False):
+    m = LanguageModel(config(decoupled, layers, qk_norm), 96, M)
     initialize(m, 0)
     with torch.no_grad():  # scales that differ, or a norm with the wrong modality's scale would go unseen
         for name, p in m.named_parameters():
@@ -51,7 +52,9 @@ def reference(block: TransformerBlock, x, modality, document, picture):
         return weight.view(-1, outputs, weight.shape[1])[m if weight.shape[0] > outputs else 0]
 
     def normed(name, v, m):
-        weight = w[f"{name}.weight"].view(-1, D)
+        if f"{name}.weight" not in w:  # without QK-norm
+            return v
+        weight = w[f"{name}.weight"].view(-1, len(v))
         return v / torch.sqrt((v * v).mean() + 1e-5) * weight[m if weight.shape[0] > 1 else 0]
 
     def turned(v, t):
@@ -68,14 +71,15 @@ def reference(block: TransformerBlock, x, modality, document, picture):
             heads = []
             for h in range(HEADS):
                 at = slice(h * head, (h + 1) * head)
-                q = turned(qkv[t][:D][at], t)
+                q = turned(normed("attention.q_norm", qkv[t][:D][at], m[t]), t)
                 seen = [
                     s
                     for s in range(L)
                     if document[b, s] == document[b, t]
                     and (s <= t or (picture[b, t] >= 0 and picture[b, s] == picture[b, t]))
                 ]
-                scores = torch.stack([q @ turned(qkv[s][D : 2 * D][at], s) / math.sqrt(head) for s in seen])
+                keys = [turned(normed("attention.k_norm", qkv[s][D : 2 * D][at], m[s]), s) for s in seen]
+                scores = torch.stack([q @ k / math.sqrt(head) for k in keys])
                 weights = torch.exp(scores - scores.max())
                 weights = weights / weights.sum()
                 heads.append(sum(a * qkv[s][2 * D :][at] for a, s in zip(weights, seen, strict=True)))
@@ -86,9 +90,10 @@ def reference(block: TransformerBlock, x, modality, document, picture):
     return torch.stack(out).view_as(x), w
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("decoupled", [(), MOT, ("attention",), ("feed_forward", "norm")])
-def test_the_block_equals_the_float64_definition_outputs_and_gradients(decoupled):
-    block = model(decoupled).blocks[0].block
+def test_the_block_equals_the_float64_definition_outputs_and_gradients(decoupled, qk_norm):
+    block = model(decoupled, qk_norm=qk_norm).blocks[0].block
     modality, document, picture = rows()
     g = torch.Generator().manual_seed(1)
     x = torch.randn(2, 14, D, generator=g, dtype=torch.float64, requires_grad=True)
@@ -106,10 +111,44 @@ def test_the_block_equals_the_float64_definition_outputs_and_gradients(decoupled
         assert (a - b).abs().max() / b.abs().max().clamp_min(1) < 1e-5, name
 
 
-def test_equal_weights_for_every_modality_are_the_dense_transformer():
+def test_with_qk_norm_it_is_the_qwen3_of_transformers():
+    """Qwen3 norms queries and keys in each head, with weights that the heads share, before the same rotation."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    ours = model((), layers=2, qk_norm=True).eval()
+    shape = {"hidden_size": D, "intermediate_size": ours.config.feed_forward, "head_dim": D // HEADS}
+    depth = {"num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+    config = Qwen3Config(vocab_size=96, **shape, **depth, rms_norm_eps=1e-5, tie_word_embeddings=False)
+    theirs = Qwen3ForCausalLM(config).eval()
+    w = {name: p.detach() for name, p in ours.named_parameters()}
+    taken = {"model.embed_tokens": w["embedding.weight"], "model.norm": w["norm.weight"], "lm_head": w["head.weight"]}
+    for i in range(2):
+        block, layer = f"blocks.{i}.block.", f"model.layers.{i}."
+        q, k, v = w[block + "attention.qkv_proj.weight"].split(D)
+        gate, up = w[block + "feed_forward.gate_up_proj.weight"].chunk(2)
+        taken |= {
+            layer + "self_attn.q_proj": q, layer + "self_attn.k_proj": k, layer + "self_attn.v_proj": v,
+            layer + "self_attn.o_proj": w[block + "attention.out_proj.weight"],
+            layer + "self_attn.q_norm": w[block + "attention.q_norm.weight"],
+            layer + "self_attn.k_norm": w[block + "attention.k_norm.weight"],
+            layer + "mlp.gate_proj": gate, layer + "mlp.up_proj": up,
+            layer + "mlp.down_proj": w[block + "feed_forward.down_proj.weight"],
+            layer + "input_layernorm": w[block + "attention_norm.weight"],
+            layer + "post_attention_layernorm": w[block + "feed_forward_norm.weight"],
+        }  # fmt: skip
+    theirs.load_state_dict({f"{name}.weight": value for name, value in taken.items()})
+    tokens = torch.arange(28) * 5 % 96
+    zeros = torch.zeros(1, 28)
+    layout = RowLayout.sort(zeros.to(torch.uint8), zeros.to(torch.int32), M)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens, layout)[0], theirs(tokens[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_equal_weights_for_every_modality_are_the_dense_transformer(qk_norm):
     modality, document, _ = rows()
     layout = RowLayout.sort(modality, document, M)
-    mixture, dense = model(), model(())
+    mixture, dense = model(qk_norm=qk_norm), model((), qk_norm=qk_norm)
     with torch.no_grad():
         plain = dict(dense.named_parameters())
         for name, p in mixture.named_parameters():

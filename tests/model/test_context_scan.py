@@ -46,17 +46,22 @@ def packed(modality, document, tokens, labels):
 CROSSING = [[], [5, 16, 40]]  # one document over all slices; one that begins in each way there is
 TOGETHER = [[16, 32, 48], [20, 21, 22, 63]]  # documents that end where slices do
 CUT = [[32], [32]]
-CASES = ((CROSSING, "float64", 1e-7), (CROSSING, "float32", 1e-5), (TOGETHER, "float32", 1e-5))
-"""float64 takes the PyTorch kernels (the time step's bias is fp32 there, too), float32 the C kernels where they are."""
+CASES = (
+    (CROSSING, "float64", 1e-7, True),
+    (CROSSING, "float32", 1e-5, False),
+    (CROSSING, "float32", 1e-5, True),
+    (TOGETHER, "float32", 1e-5, False),
+)
+"""(documents, dtype, tolerance, model.normalise). float64 takes the PyTorch kernels (the time step's bias is fp32 there, too), float32 the C kernels where they are."""
 
 
-def losses_and_gradients(context, documents, dtype):
+def losses_and_gradients(context, documents, dtype, normalise=False):
     """(the loss of each of this rank's positions in time order, its share of every gradient) of the whole model."""
     from mom_train.model.init import initialize
     from mom_train.model.language_model import LanguageModel
     from mom_train.model.objective import row_layout
 
-    model = LanguageModel(ModelConfig(dim=32, layers=2, decoupled=PROJECTIONS), V, M)
+    model = LanguageModel(ModelConfig(dim=32, layers=2, decoupled=PROJECTIONS, normalise=normalise), V, M)
     initialize(model, 0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -76,14 +81,14 @@ def on_ranks():
 
     with process_group() as ranks:
         context = Context.of(ranks, ranks.world_size)
-        return [losses_and_gradients(context, documents, dtype) for documents, dtype, _ in CASES]
+        return [losses_and_gradients(context, documents, dtype, n) for documents, dtype, _, n in CASES]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_losses_and_all_gradients_are_those_of_one_rank(ranks):
     results = run_ranks(ranks, on_ranks)
-    for case, (documents, dtype, tolerance) in enumerate(CASES):
-        whole, gradients = losses_and_gradients(Context(), documents, dtype)
+    for case, (documents, dtype, tolerance, normalise) in enumerate(CASES):
+        whole, gradients = losses_and_gradients(Context(), documents, dtype, normalise)
         slices = [of_rank[case] for of_rank in results]
         nats = np.concatenate([nats for nats, _ in slices], 1)
         assert np.abs(nats - whole).max() < tolerance * np.abs(whole).max()

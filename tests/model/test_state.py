@@ -14,10 +14,12 @@ ARCHITECTURES = {
     "mom": ModelConfig(dim=32, layers=2, decoupled=PROJECTIONS),
     "mamba": ModelConfig(dim=32, layers=2, decoupled=()),
     "least": ModelConfig(dim=8, layers=1, decoupled=PROJECTIONS, conv=1, state=1, expand=1, dt_rank=1),
+    "normalised": ModelConfig(dim=32, layers=2, decoupled=PROJECTIONS, normalise=True),
     "transformer": ModelConfig(architecture="transformer", dim=32, layers=2, heads=2, decoupled=()),
     "mot": ModelConfig(
-        architecture="transformer", dim=32, layers=2, heads=2, decoupled=("attention", "feed_forward", "norm")
-    ),
+        architecture="transformer", dim=32, layers=2, heads=2, decoupled=("attention", "feed_forward", "norm"),
+        qk_norm=True,
+    ),  # fmt: skip
 }
 
 

@@ -24,6 +24,10 @@ CONFIGS = {
     "transformer": ModelConfig(
         architecture="transformer", heads=4, dim=128, layers=1, decoupled=("attention", "feed_forward")
     ),
+    "normalised": ModelConfig(dim=128, layers=1, decoupled=PROJECTIONS, normalise=True),
+    "qk_norm": ModelConfig(
+        architecture="transformer", heads=4, dim=128, layers=1, decoupled=("attention", "feed_forward"), qk_norm=True
+    ),
 }
 
 
@@ -37,7 +41,7 @@ def autocast(precision):
     return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-@pytest.mark.parametrize("name", ["mixture", "dense", "learned", "transformer"])
+@pytest.mark.parametrize("name", ["mixture", "dense", "learned", "transformer", "normalised", "qk_norm"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_recomputing_changes_no_bit_of_loss_or_gradients(name, precision):
     results = []
@@ -82,18 +86,18 @@ def kept_bytes(name, recompute, precision, B=2, L=480):
     layout = RowLayout.sort(modality, torch.zeros(B, L, dtype=torch.int32), M)
     x_Td = torch.randn(B * L, model.config.dim, requires_grad=True)
     more = ()
-    if name == "transformer":
+    if model.config.architecture == "transformer":
         more = (attention_mask(layout, 0, torch.bfloat16 if precision == "bf16" else torch.float32),)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, autocast(precision):
         y_Td = model.blocks[0](x_Td, layout, None, *more)
     kept = sum(e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
-    copied = {False: "_proj", "selective": "out_proj" if name != "transformer" else "none", True: "none"}[recompute]
+    copied = {False: "_proj", "selective": "out_proj" if not more else "none", True: "none"}[recompute]
     weights = sum(p.numel() for n, p in model.blocks[0].named_parameters() if copied in n and p.dim() == 2)
     copies = 2 * weights if precision == "bf16" else 0
     return (kept - y_Td.nbytes - copies + x_Td.nbytes) / (B * L)
 
 
-@pytest.mark.parametrize("name", ["mixture", "dense", "transformer"])
+@pytest.mark.parametrize("name", ["mixture", "dense", "transformer", "normalised", "qk_norm"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("norms_of", ["cpu", "cuda"])
 def test_a_block_keeps_as_much_as_predicted_in_each_way_to_recompute(name, precision, norms_of, monkeypatch):
@@ -160,7 +164,7 @@ OBJECTIVES = [None, {"diffusion": {"patch_width": 4}}]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["chameleon", "transfusion"])
-@pytest.mark.parametrize("name", ["mixture", "dense", "norms", "learned"])
+@pytest.mark.parametrize("name", ["mixture", "dense", "norms", "learned", "normalised"])
 def test_nothing_in_a_step_reads_a_value_from_the_device(name, objective, monkeypatch):
     """A tensor on the meta device has no values: whatever would make the host wait for a GPU (item, tolist, nonzero,
     a mask as an index, a condition on a tensor) is an error there. In fp32, as meta knows no autocast."""
@@ -188,7 +192,7 @@ def test_no_step_after_the_first_makes_the_host_wait_for_the_gpu(name, objective
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["mixture", "transformer"])
+@pytest.mark.parametrize("name", ["normalised", "qk_norm"])
 def test_selective_recomputation_goes_through_the_compiler_whole(name):
     import torch._dynamo
 

@@ -37,7 +37,7 @@ def test_each_parameter_gets_the_rate_of_its_kind(kind):
 
 def test_every_part_of_a_model_of_pictures_is_of_a_kind():
     model = LanguageModel(
-        ModelConfig(architecture="transformer", dim=32, heads=2, layers=1, decoupled=("norm",)),
+        ModelConfig(architecture="transformer", dim=32, heads=2, layers=1, decoupled=("norm",), qk_norm=True),
         96,
         3,
         diffusion=DiffusionConfig(patch_width=4),
@@ -47,3 +47,9 @@ def test_every_part_of_a_model_of_pictures_is_of_a_kind():
     assert {part for name, part in parts.items() if name.startswith("patch_head")} == {"head"}
     assert {part for name, part in parts.items() if name.startswith("blocks")} == {"norm", "projection"}
     assert all(("norm" in name) == (part == "norm") for name, part in parts.items())
+    for kind in ("adamw", "muon"):  # no norm decays, and none goes to Muon
+        optimizer = build_optimizer(model, OptimizerConfig(kind=kind, learning_rate=1))
+        names = {id(p): n for n, p in model.named_parameters()}
+        kept = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+        assert "blocks.0.block.attention.q_norm.weight" in kept
+        assert {name for name, part in parts.items() if part == "norm"} <= kept
