@@ -220,7 +220,7 @@ def test_a_falcon_mambas_inner_width_is_what_intermediate_size_says(tmp_path):
     with pytest.raises(UserError, match=r"mixer_rms_eps is 1e-06, here normalise_eps is 0.01: set model.normalise_eps"):
         load_weights(dense(FALCON.model_copy(update={"normalise_eps": 1e-2})), open_weights(tmp_path), tmp_path)
     MambaForCausalLM(MambaConfig(**SMALL)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="it does not normalise dt, B and C: set model.normalise=false"):
+    with pytest.raises(UserError, match=r"it does not normalise dt, B and C: set model.normalise=false"):
         load_weights(ours, open_weights(tmp_path), tmp_path)
 
 

@@ -17,9 +17,13 @@ ARCHITECTURES = {
     "normalised": ModelConfig(dim=32, layers=2, decoupled=PROJECTIONS, normalise=True),
     "transformer": ModelConfig(architecture="transformer", dim=32, layers=2, heads=2, decoupled=()),
     "mot": ModelConfig(
-        architecture="transformer", dim=32, layers=2, heads=2, decoupled=("attention", "feed_forward", "norm"),
+        architecture="transformer",
+        dim=32,
+        layers=2,
+        heads=2,
+        decoupled=("attention", "feed_forward", "norm"),
         qk_norm=True,
-    ),  # fmt: skip
+    ),
 }
 
 

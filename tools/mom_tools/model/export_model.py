@@ -4,8 +4,8 @@
     mom export runs/mine --out exported/ --format transformers
 
 For Transformers, a dense Mamba becomes its own MambaForCausalLM, or FalconMambaForCausalLM where dt, B and C are
-normalised; every other model of discrete tokens loads with
-AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) where this package is installed. The way back is
+normalised; every other model of discrete tokens loads with AutoModelForCausalLM.from_pretrained(DIR,
+trust_remote_code=True) where this package is installed. The way back is
 `init_from: exported/` in a config, for safetensors of ours and dense Mamba.
 """
 
