@@ -52,8 +52,8 @@ CASES = (
     (CROSSING, "float32", 1e-5, True),
     (TOGETHER, "float32", 1e-5, False),
 )
-"""(documents, dtype, tolerance, model.normalise). float64 takes the PyTorch kernels (the time step's bias is fp32 there,
-too), float32 the C kernels where they are."""
+"""(documents, dtype, tolerance, model.normalise). float64 takes the PyTorch kernels (the time step's bias is fp32
+there, too), float32 the C kernels where they are."""
 
 
 def losses_and_gradients(context, documents, dtype, normalise=False):
