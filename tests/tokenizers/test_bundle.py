@@ -110,7 +110,10 @@ def test_text_alone_imports_neither_torch_nor_diffusers(folder):
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("text: {kind: wordpiece, path: words}", "unknown kind 'wordpiece'; known: bpe, vq, emu3, janus, kl, units"),
+        (
+            "text: {kind: wordpiece, path: words}",
+            "unknown kind 'wordpiece'; known: bpe, vq, patches, vidtok, emu3, janus, kl, units",
+        ),
         ("text: {kind: bpe, path: words, size: 3}", "exactly the keys kind and path"),
         ("text: {kind: bpe, path: nowhere}", "nowhere, which does not exist"),
         ("image: {kind: vq, path: pictures}", "expected 'text"),

@@ -1,7 +1,7 @@
 """The tokenizers of a data set, which a tokenizers.yaml names:
 
     text:   {kind: bpe, path: text}
-    image:  {kind: vq, path: image}         # codes, as with kinds emu3 and janus; kind kl makes latents for diffusion
+    image:  {kind: vq, path: image}         # codes, as with patches, vidtok, emu3, janus; kl makes latents
     speech: {kind: units, path: speech}
     music:  {kind: ids, size: 2048, made_by: "EnCodec, 32 kHz, first codebook"}    # ready-made ids in the documents
 
@@ -28,6 +28,8 @@ from mom_tokenizers.errors import UserError, user_path
 KINDS = {
     "bpe": ("mom_tokenizers.text", "TextTokenizer"),
     "vq": ("mom_tokenizers.image.autoencoder", "VQImageTokenizer"),
+    "patches": ("mom_tokenizers.image.patches", "PatchImageTokenizer"),
+    "vidtok": ("mom_tokenizers.image.vidtok", "VidTokImageTokenizer"),
     "emu3": ("mom_tokenizers.image.transformers", "Emu3ImageTokenizer"),
     "janus": ("mom_tokenizers.image.transformers", "JanusImageTokenizer"),
     "kl": ("mom_tokenizers.image.kl", "KLImageTokenizer"),
@@ -36,13 +38,15 @@ KINDS = {
 
 _LIBRARIES = {
     "vq": "diffusers.models.autoencoders.vq_model",
+    "patches": "mom_tokenizers.image.patch_network",
+    "vidtok": "diffusers.models.autoencoders.autoencoder_vidtok",
     "emu3": "transformers.models.emu3.modeling_emu3",
     "janus": "transformers.models.janus.modeling_janus",
     "kl": "diffusers.models.autoencoders.autoencoder_kl",
     "units": "transformers.audio_utils",
 }
 
-PICTURES = ("vq", "emu3", "janus", "kl")
+PICTURES = ("vq", "patches", "vidtok", "emu3", "janus", "kl")
 
 
 READY = "ids"  # the kind that has no files, because it is declared completely in tokenizers.yaml

@@ -18,12 +18,16 @@ from tests.helpers.ranks import program
 TOOL = CHECKOUT / "tools" / "train_tokenizers.py"
 CONFIG = {
     "text": {"size": 300},
-    "image": {
-        "size": 64, "resolution": 8, "block_out_channels": [8, 16], "latent_channels": 4, "batch_size": 8,
-        "max_images": 40, "autoencoder_steps": 120, "quantized_steps": 120, "learning_rate": 0.005,
-    },
+    "image": {"size": 64, "resolution": 8, "patch": 2, "channels": 16, "batch_size": 8, "max_images": 40, "steps": 120},
     "speech": {"size": 8, "max_seconds": 6},
 }  # fmt: skip
+
+
+VQ = {
+    "size": 64, "resolution": 8, "block_out_channels": [8, 16], "latent_channels": 4, "batch_size": 8,
+    "max_images": 40, "autoencoder_steps": 120, "quantized_steps": 120, "learning_rate": 0.005,
+}  # fmt: skip
+"""The image tokenizer of kind vq, by a recipe of the time when no kind had to be named."""
 
 
 def picture(rng):
@@ -94,8 +98,11 @@ def test_the_result_encodes_every_modality(trained, raw):
 def test_pictures_come_back_better_than_their_mean_colour(trained):
     figures = json.loads((trained / "training.json").read_text())["image"]
     assert figures["psnr"] > figures["psnr_of_mean_colour"]
-    assert figures["losses"][-1]["mse"] < 0.2 * figures["losses"][0]["mse"]
+    assert figures["psnr_without_network"] < figures["psnr"] < figures["psnr_without_quantization"]
+    assert figures["losses"][-1]["mse"] < figures["losses"][0]["mse"]
     assert 0 < figures["usage"] <= 1
+    assert figures["usage_in_training"] > 0.9
+    assert figures["stable"] == 1
     # PSNR measured again from the outside, on a picture never seen
     image = Tokenizers.load(trained / "tokenizers.yaml").tokenizer("image")
     rng = np.random.default_rng(5)
@@ -112,7 +119,7 @@ def test_pictures_come_back_better_than_their_mean_colour(trained):
 def trained_kl(raw, tmp_path_factory):
     """A VAE in place of the codes, and a text tokenizer."""
     output = tmp_path_factory.mktemp("trained_kl") / "tokenizers"
-    image = {k: v for k, v in CONFIG["image"].items() if k not in ("size", "autoencoder_steps", "quantized_steps")}
+    image = {k: v for k, v in VQ.items() if k not in ("size", "autoencoder_steps", "quantized_steps")}
     train(raw, output, {"text": CONFIG["text"], "image": {**image, "kind": "kl", "steps": 240}})
     return output
 
@@ -170,6 +177,25 @@ def test_a_pretrained_autoencoder_is_taken_as_it_is_and_its_round_trip_measured(
             train(raw, tmp_path / "wrong", {**config, "image": {**image, **wrong}})
 
 
+def test_a_recipe_of_kind_vq_with_and_without_its_name_trains_the_same_vqmodel(raw, tmp_path):
+    short = {**VQ, "autoencoder_steps": 20, "quantized_steps": 40}
+    unnamed = train(raw, tmp_path / "a", {"text": CONFIG["text"], "image": short})["image"]
+    assert unnamed["kind"] == "vq"
+    assert train(raw, tmp_path / "b", {"text": CONFIG["text"], "image": {**short, "kind": "vq"}})["image"] == unnamed
+    figures = json.loads((tmp_path / "a/training.json").read_text())["image"]
+    assert 0 <= figures["stable"] <= 1
+
+
+def test_more_codes_than_different_squares_are_refused_with_both_numbers(tmp_path):
+    from mom_tokenizers.errors import UserError
+    from mom_tokenizers.image.patch_training import PatchConfig
+    from mom_tokenizers.image.training import train_image
+
+    pictures = [np.full((3, 8, 8), grey, np.uint8) for grey in range(25)]
+    with pytest.raises(UserError, match="9 different squares are too few for 64 codes"):
+        train_image(PatchConfig(size=64, resolution=8), pictures, tmp_path, 0)
+
+
 def test_caps_hold_and_unreadable_items_are_counted(trained):
     figures = json.loads((trained / "training.json").read_text())
     assert figures["image"]["images"] + figures["image"]["held_out"] == 40
@@ -194,7 +220,7 @@ def test_a_second_call_repeats_only_what_changed(trained, raw):
 
 
 def test_training_is_deterministic_for_a_seed(raw, tmp_path):
-    short = {**CONFIG, "image": {**CONFIG["image"], "autoencoder_steps": 20, "quantized_steps": 40}}
+    short = {**CONFIG, "image": {**CONFIG["image"], "steps": 20}}
     first = train(raw, tmp_path / "a", short)
     assert train(raw, tmp_path / "b", short) == first
     assert train(raw, tmp_path / "c", short, seed=1)["image"] != first["image"]
@@ -245,7 +271,11 @@ def test_a_vocoder_that_cannot_be_trained_is_refused_before_anything_is_read(tmp
     ("config", "inputs", "message"),
     [
         ({**CONFIG, "video": {}}, "train-*.tar", "video: Extra inputs"),
-        ({**CONFIG, "image": {**CONFIG["image"], "kind": "gan"}}, "train-*.tar", "of kind vq (codes) or kl (latents)"),
+        (
+            {**CONFIG, "image": {**CONFIG["image"], "kind": "gan"}},
+            "train-*.tar",
+            "of kind patches or vq (codes), or of kind kl (latents)",
+        ),
         ({"text": {"size": 300, "sise": 1}}, "train-*.tar", "text.sise"),
         (CONFIG, "nothing-*.tar", "no input matches"),
         (CONFIG, "text.jsonl", "the inputs hold no image"),
@@ -270,7 +300,14 @@ def test_a_tokenizer_that_came_out_worse_than_asked_is_said_loudly_with_what_to_
     [said] = module.warnings_of(config, {"text": text, "image": {**image, "psnr": 15.97}})
     assert "15.97 dB" in said
     assert "mean colour (16.85 dB)" in said
-    assert "autoencoder_steps is 120, quantized_steps is 120" in said
+    assert "steps is 120" in said
+    good = {**image, "psnr": 20.0, "psnr_without_network": 19.5, "usage_in_training": 0.9}
+    assert module.warnings_of(config, {"text": text, "image": good}) == []
+    [said] = module.warnings_of(config, {"text": text, "image": {**good, "psnr": 19.2}})
+    assert "network (19.2 dB) than by the codebook alone (19.5 dB)" in said
+    unused = {**good, "usage_in_training": 0.25, "perplexity_in_training": 9.0, "size": 64}
+    [said] = module.warnings_of(config, {"text": text, "image": unused})
+    assert "only 25% of the 64 codes" in said
     [said] = module.warnings_of(config, {"text": {**text, "size": 271}})
     assert "271 ids, fewer than the 300 asked for" in said
     assert "text.max_documents is 20000" in said

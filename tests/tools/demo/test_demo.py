@@ -11,8 +11,7 @@ from tests.helpers import CHECKOUT
 
 RECIPE = {
     "text": {"size": 400},
-    "image": {"size": 32, "resolution": 16, "block_out_channels": [8, 16], "latent_channels": 4, "batch_size": 8,
-              "max_images": 40, "autoencoder_steps": 5, "quantized_steps": 5},
+    "image": {"size": 32, "resolution": 16, "patch": 2, "max_images": 40, "batch_size": 8, "steps": 5},
     "speech": {"size": 20, "max_seconds": 20},
 }  # fmt: skip
 

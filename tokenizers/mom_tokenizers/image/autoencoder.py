@@ -1,7 +1,8 @@
 """What all image tokenizers share, and the tokenizer that makes codes with any `diffusers.VQModel`.
 
-An image tokenizer is an autoencoder's folder with an `image_tokenizer.json` beside the weights. transformers.py has the
-codes of Emu3 and Janus, and kl.py the latents of an `AutoencoderKL`.
+An image tokenizer is an autoencoder's folder with an `image_tokenizer.json` beside the weights. patches.py has the
+small one that is trained here, transformers.py the codes of Emu3 and Janus, vidtok.py those of VidTok, and kl.py the
+latents of an `AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -163,7 +164,10 @@ class VQImageTokenizer(ImageTokenizer):
 
     def __init__(self, model: Any, resolution: int, source: Path | None = None):
         super().__init__(model, resolution, source)
-        self.size = int(getattr(model.config, self.size_key[0]))
+        self.size = self._codebook_size()
+
+    def _codebook_size(self) -> int:
+        return int(getattr(self._model.config, self.size_key[0]))
 
     @property
     def codes_per_image(self) -> int:

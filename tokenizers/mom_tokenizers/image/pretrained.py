@@ -14,7 +14,8 @@ from PIL import Image
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.image.autoencoder import SIDECAR
 from mom_tokenizers.image.kl import KLImageTokenizer
-from mom_tokenizers.image.training import SHOWN, PretrainedConfig, draw, psnr
+from mom_tokenizers.image.measures import psnr
+from mom_tokenizers.image.training import SHOWN, PretrainedConfig, draw
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -1,4 +1,5 @@
-"""Trains small image tokenizers: a VQ autoencoder for codes, or a KL autoencoder (VAE) for latents."""
+"""Trains small image tokenizers: a codebook of patches or a VQ autoencoder for codes, or a KL autoencoder (VAE) for
+latents."""
 
 from __future__ import annotations
 
@@ -9,22 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    Tag,
-    model_validator,
-)
+from pydantic import Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
 from tqdm import tqdm
 
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.image.autoencoder import VQImageTokenizer
 from mom_tokenizers.image.kl import KLImageTokenizer, patchify
+from mom_tokenizers.image.measures import psnr, usage
+from mom_tokenizers.image.patch_training import PatchConfig, Strict, train_patches
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +25,13 @@ if TYPE_CHECKING:
 LOG_EVERY = 25  # steps
 REVIVE_EVERY = 25  # steps after which a code that was not used is replaced by a latent of some picture
 COLOUR_WEIGHT = 2.0
+USED = 1024  # the number of training pictures whose codes are counted
 SHOWN = 16  # the number of pictures in reconstructions.png
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class AutoencoderConfig(Strict):
-    """The settings of both kinds. Between two levels the side of the picture is halved, so that with three levels 32
-    pixels become 8 positions."""
+    """The settings of kinds vq and kl. Between two levels the side of the picture is halved, so that with three levels
+    32 pixels become 8 positions."""
 
     resolution: PositiveInt
     block_out_channels: tuple[PositiveInt, ...]
@@ -112,19 +102,31 @@ class PretrainedConfig(Strict):
 def _kind(value: Any) -> Any:
     if isinstance(value, PretrainedConfig) or (isinstance(value, dict) and "folder" in value):
         return "pretrained"
-    return value.get("kind", "vq") if isinstance(value, dict) else getattr(value, "kind", None)
+    if not isinstance(value, dict):
+        return getattr(value, "kind", None)
+    # Before there was kind patches, a recipe of kind vq needed no kind.
+    return value.get("kind", "vq" if "block_out_channels" in value else "patches")
 
 
 ImageConfig = Annotated[
-    Annotated[VQConfig, Tag("vq")] | Annotated[KLConfig, Tag("kl")] | Annotated[PretrainedConfig, Tag("pretrained")],
+    Annotated[PatchConfig, Tag("patches")]
+    | Annotated[VQConfig, Tag("vq")]
+    | Annotated[KLConfig, Tag("kl")]
+    | Annotated[PretrainedConfig, Tag("pretrained")],
     Discriminator(
-        _kind, custom_error_type="kind", custom_error_message="an image tokenizer is of kind vq (codes) or kl (latents)"
+        _kind,
+        custom_error_type="kind",
+        custom_error_message="an image tokenizer is of kind patches or vq (codes), or of kind kl (latents)",
     ),
 ]
 
 
 def train_image(
-    config: VQConfig | KLConfig, images: Sequence[np.ndarray], directory: Path, seed: int, device: str = "cpu"
+    config: PatchConfig | VQConfig | KLConfig,
+    images: Sequence[np.ndarray],
+    directory: Path,
+    seed: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train a tokenizer on `device` with pictures uint8 (3, resolution, resolution). Saves it and reconstructions.png
     in `directory`, and returns its figures. Raises UserError for fewer than 20 pictures."""
@@ -137,8 +139,15 @@ def train_image(
     pixels = pixels[torch.from_numpy(np.random.default_rng(seed).permutation(len(pixels)))]
     held_out = min(256, max(SHOWN, len(pixels) // 20))
     test, train = pixels[:held_out], pixels[held_out:]
-    fit = _train_vq if isinstance(config, VQConfig) else _train_kl
-    decoded, figures = fit(config, train, test, directory, device)  # type: ignore[arg-type]
+    if isinstance(config, KLConfig):
+        decoded, figures = _train_kl(config, train, test, directory, device)
+    else:
+        if isinstance(config, VQConfig):
+            tokenizer, figures = _train_vq(config, train, test, directory, device)
+        else:
+            tokenizer, figures = train_patches(config, train, test, directory, seed, device)
+        decoded, measured = _measured(tokenizer, train, test)
+        figures = measured | figures
     draw(test[:SHOWN].numpy(), decoded[:SHOWN], directory / "reconstructions.png")
     reference = test.numpy() / 255
     return {
@@ -150,11 +159,35 @@ def train_image(
     }
 
 
+def _measured(
+    tokenizer: VQImageTokenizer, train: torch.Tensor, test: torch.Tensor
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(The pictures of `test` after encoding and decoding, uint8 (N, 3, H, W); figures of the codes). "stable" is the
+    share of codes that are the same when the decoded pictures are encoded again."""
+    import torch
+
+    with torch.inference_mode():
+        codes = torch.cat([tokenizer.quantize(_scaled(b)) for b in test.split(64)])
+        used = torch.cat([tokenizer.quantize(_scaled(b)) for b in train[:USED].split(64)])
+        side = tokenizer.resolution // tokenizer.downsample
+        pixels = torch.cat([tokenizer.reconstruct(c) for c in codes.view(-1, side, side).split(64)])
+        decoded = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        again = torch.cat([tokenizer.quantize(_scaled(b)) for b in decoded.split(64)])
+    training = usage(used.numpy(), tokenizer.size)
+    return decoded.numpy(), {
+        "size": tokenizer.size,
+        "codes_per_image": tokenizer.codes_per_image,
+        **usage(codes.numpy(), tokenizer.size),
+        **{f"{name}_in_training": value for name, value in training.items()},
+        "stable": round(float((codes == again).float().mean()), 4),
+    }
+
+
 def _train_vq(
     config: VQConfig, train: torch.Tensor, test: torch.Tensor, directory: Path, device: str
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[VQImageTokenizer, dict[str, Any]]:
     """Train a plain autoencoder, take k-means of its latents as codebook, and then train both together with
-    quantisation. Returns (the pictures of `test` after encoding and decoding, uint8 (N, 3, H, W); figures)."""
+    quantisation. Returns (the tokenizer; figures)."""
     import torch
     from diffusers import VQModel
 
@@ -194,18 +227,13 @@ def _train_vq(
 
     with torch.inference_mode():
         originals = _scaled(test)
-        codes = torch.cat([tokenizer.quantize(batch) for batch in originals.split(64)]).numpy()
         # For comparison, measure what the autoencoder loses without its codebook.
         unquantized = torch.cat(
             [model.decode(model.encode(b).latents, force_not_quantize=True).sample for b in originals.split(64)]
         )
-    decoded = np.stack([np.asarray(tokenizer.decode(c)).transpose(2, 0, 1) for c in codes])
     plain = ((unquantized.clamp(-1, 1) + 1) / 2).numpy()
-    return decoded, {
-        "size": tokenizer.size,
-        "codes_per_image": tokenizer.codes_per_image,
+    return tokenizer, {
         "psnr_without_quantization": psnr(plain, test.numpy() / 255),
-        **usage(codes, tokenizer.size),
         "losses": losses,
     }
 
@@ -322,19 +350,6 @@ def _revive(weight: torch.Tensor, latents: torch.Tensor, counts: torch.Tensor) -
 
 def _scaled(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1
-
-
-def psnr(pictures: np.ndarray, originals: np.ndarray) -> float:
-    """The peak signal-to-noise ratio in dB, as the mean over pictures (N, C, H, W) in [0, 1]."""
-    error = ((pictures - originals) ** 2).mean(axis=(1, 2, 3))
-    return round(float((-10 * np.log10(np.maximum(error, 1e-10))).mean()), 2)
-
-
-def usage(codes: np.ndarray, size: int) -> dict[str, float]:
-    """{"usage": the share of ids that occur, "perplexity": how many equally frequent ids have the same entropy}."""
-    shares = np.bincount(codes.ravel(), minlength=size) / codes.size
-    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
-    return {"usage": round(float((shares > 0).mean()), 4), "perplexity": round(math.exp(entropy), 1)}
 
 
 def draw(originals: np.ndarray, decoded: np.ndarray, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Train small tokenizers from raw documents: byte-level BPE, a VQ or KL autoencoder, k-means speech units.
+"""Train small tokenizers from raw documents: byte-level BPE, codes or latents of pictures, k-means speech units.
 
     mom train-tokenizers --config configs/demo_tokenizers.yaml --input 'raw/train-*.tar' --output DIR
     mom train-tokenizers --config configs/demo_tokenizers.yaml --input 'raw/train-*.tar' --output DIR --vocoder 500
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -34,8 +35,10 @@ from mom_tokenizers.base import resolved_device
 from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tokenizers.files import write_whole
 from mom_tokenizers.image.autoencoder import preprocess
+from mom_tokenizers.image.measures import usage
+from mom_tokenizers.image.patch_training import Strict
 from mom_tokenizers.image.pretrained import take_pretrained
-from mom_tokenizers.image.training import ImageConfig, PretrainedConfig, Strict, train_image, usage
+from mom_tokenizers.image.training import ImageConfig, PretrainedConfig, train_image
 from mom_tokenizers.media.pictures import decode_image
 from mom_tokenizers.media.recordings import Waveform, decode_audio
 from mom_tokenizers.speech.codecs import CODECS
@@ -339,6 +342,18 @@ def warnings_of(config: Config, figures: Mapping[str, Mapping[str, Any]]) -> lis
             f"({image['psnr_of_mean_colour']} dB): a model can learn nothing from these tokens. Look at "
             f"reconstructions.png. Train for longer ({steps}), on more pictures (there were {image['images']}), with "
             "a lower learning_rate or smaller pictures (resolution); or use a pretrained tokenizer."
+        )
+    if image and image["psnr"] < image.get("psnr_without_network", -math.inf):
+        warnings.append(
+            f"image: held-out pictures come back worse with the decoder's network ({image['psnr']} dB) than by the "
+            f"codebook alone ({image['psnr_without_network']} dB). Give more pictures (there were {image['images']}), "
+            "or set image.steps to 0, which leaves the network out."
+        )
+    if image and image.get("usage_in_training", 1) < 0.5:
+        warnings.append(
+            f"image: only {image['usage_in_training']:.0%} of the {image['size']} codes occur in the pictures trained "
+            f"on (as many as {image['perplexity_in_training']} equally frequent ones). The others cost parameters "
+            "of the model and mean nothing. Give more pictures, or set a lower image.size."
         )
     if speech and speech["usage"] < 0.5:
         warnings.append(
