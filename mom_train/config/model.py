@@ -29,7 +29,7 @@ _PARTS: dict[str, tuple[Part, ...]] = {
 
 _ONLY: dict[str, tuple[str, ...]] = {
     "mamba": ("state", "conv", "expand", "dt_rank", "normalise", "normalise_eps"),
-    "transformer": ("heads", "rope_base", "qk_norm"),
+    "transformer": ("heads", "base_heads", "rope_base", "qk_norm"),
 }
 
 
@@ -57,6 +57,10 @@ class ModelConfig(Section):
     feed-forward."""
     dim: PositiveInt
     """Width of the residual stream. The inner width of a Mamba block is `expand` times this."""
+    base_dim: PositiveInt | None = None
+    """Width at which the learning rate was tuned (muP). Initial values, learning rates and weight decay are then scaled
+    so that the same settings are meant to fit at `dim`. null scales nothing, which is the same as the value of `dim`.
+    See docs/explanation/width-transfer.md."""
     layers: PositiveInt
     """Number of layers. A layer is two Mamba blocks, as in the published model, or one Transformer block."""
     decoupled: tuple[Part, ...]
@@ -72,6 +76,9 @@ class ModelConfig(Section):
     each modality (`router: rule`) or a larger pool of experts for all tokens (`router: learned`)."""
     heads: PositiveInt | None = None
     """Number of attention heads (Transformer only). `dim / heads` must be an even number."""
+    base_heads: PositiveInt | None = None
+    """Number of attention heads at the width `base_dim` (Transformer only). null stands for `heads`, so that heads grow
+    wider with the model instead of more."""
     rope_base: float = Field(default=10000.0, gt=1)
     """Base of the rotary position embedding (Transformer only)."""
     state: PositiveInt = 16
@@ -112,6 +119,14 @@ class ModelConfig(Section):
             )
         if self.architecture == "transformer" and (self.heads is None or self.dim % (2 * self.heads)):
             raise UserError(f"a transformer needs heads such that dim / heads is even (dim {self.dim})")
+        if self.base_heads is not None and self.base_dim is None:
+            raise UserError("base_heads: it belongs to base_dim, which is not set")
+        base = self.base
+        if base.heads is not None and base.dim % (2 * base.heads):
+            raise UserError(
+                f"base_dim / {'heads' if self.base_heads is None else 'base_heads'} must be an even number "
+                f"({base.dim} / {base.heads}); set base_heads if the model of width {base.dim} had other heads"
+            )
         [other] = {*_ONLY} - {self.architecture}
         for key in _ONLY[other]:
             if getattr(self, key) != type(self).model_fields[key].default:
@@ -143,6 +158,14 @@ class ModelConfig(Section):
         return self.expand * self.dim
 
     @property
+    def base(self) -> ModelConfig:
+        """The same model at the width `base_dim`, or this model if that is not set."""
+        if self.base_dim is None:
+            return self
+        changes = {"dim": self.base_dim, "heads": self.base_heads or self.heads, "base_dim": None, "base_heads": None}
+        return self.model_copy(update=changes)
+
+    @property
     def matrices(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """For each projection of a block, its input width and the rows of the linear maps that its matrix stacks.
 
@@ -163,6 +186,13 @@ class ModelConfig(Section):
             "dt_proj": (self.rank, (D,)),
             "out_proj": (D, (d,)),
         }
+
+    @property
+    def routed(self) -> list[str]:
+        """Projections whose matrix a learned router chooses."""
+        if self.router == "rule" and self.experts == 1:
+            return []
+        return [name for name in self.matrices if self.copies(name, 2) > 1]
 
     def copies(self, projection: str, modalities: int) -> int:
         """Number of matrices of a projection: one, or one for each modality and expert if its part is decoupled."""

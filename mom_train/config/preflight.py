@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from mom_data.shards.dataset import TokenDataset, check_agreement
 from mom_tokenizers.bundle import Tokenizers
-from mom_tokenizers.errors import AgreedError, UserError
+from mom_tokenizers.errors import AgreedError, UserError, read_json
 from mom_train.config.files import read_saved
 from mom_train.config.run import RunConfig
 
@@ -43,6 +43,8 @@ def check_places(config: RunConfig, ranks: int | None = None) -> None:
         attempt(problems, lambda: Tokenizers.load(bundle))
     if (weights := config.init_from) is not None and is_local(weights) and not weights.exists():
         problems.append(f"{weights}: nothing there (init_from)")
+    if (weights := config.init_from) is not None and config.model.base_dim is not None and is_local(weights):
+        attempt(problems, lambda: _check_not_published(weights))
     written = {"run_dir": config.run_dir, "checkpoint.path": config.checkpoint.path, "data.cache": config.data.cache}
     for key, place in written.items():
         if place is not None and is_local(place):
@@ -53,6 +55,18 @@ def check_places(config: RunConfig, ranks: int | None = None) -> None:
     if problems and not of_this_rank:  # the config and the number of ranks are the same on all ranks
         raise AgreedError(problems[0])
     say(problems)
+
+
+def _check_not_published(weights: Path) -> None:
+    """Raises UserError if `weights` are those of a published model, whose initial values no `model.base_dim` scaled.
+    What else does not fit is found when they are opened (`mom_train.exchange.weights`)."""
+    file = (weights if weights.is_dir() else weights.parent) / "config.json"
+    described = read_json(file) if file.is_file() else {}
+    if isinstance(described, dict) and described and described.get("model_type") != "mixture_of_mamba":
+        raise UserError(
+            f"{file}: a published model, and model.base_dim is for models that it has scaled from their first step: "
+            "leave model.base_dim out"
+        )
 
 
 def check_run(run: str | Path) -> None:

@@ -294,6 +294,11 @@ def _differences(model: LanguageModel, weights: Weights, vocabulary: VocabLayout
     if weights.published is not None:
         problems += published_mamba.differences(weights.published, model.config)
     theirs, ours = weights.model, model.config
+    if theirs is None and ours.base_dim is not None:
+        problems.append(
+            f"model.base_dim={ours.base_dim} scales initial values and learning rates together, and nothing says that "
+            "these weights were trained so: leave model.base_dim out"
+        )
     if theirs is not None:
         passed_over = {"decoupled", "identical_modalities"}
         if not theirs.decoupled:

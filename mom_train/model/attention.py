@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mom_train.config.model import ModelConfig
+from mom_train.config.width import attention_scale
 from mom_train.model.routed import Norm, Projection, projection
 from mom_train.ops.layout import RowLayout
 
@@ -133,6 +134,7 @@ class Attention(nn.Module):
         super().__init__()
         assert config.heads is not None
         self.dim, self.heads, self.base = config.dim, config.heads, config.rope_base
+        self.scale = attention_scale(config)
         self.qkv_proj = projection(config, "attention", config.dim, 3 * config.dim, modalities)
         self.out_proj = projection(config, "attention", config.dim, config.dim, modalities)
         self.q_norm: HeadNorm | None = None
@@ -154,9 +156,9 @@ class Attention(nn.Module):
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
             state.k, state.v = k, v
         if isinstance(mask, Tensor):
-            y_BHLh = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y_BHLh = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         else:
-            y_BHLh = _flex()(q, k, v, block_mask=mask)
+            y_BHLh = _flex()(q, k, v, block_mask=mask, scale=self.scale)
         y_Td = y_BHLh.transpose(1, 2).reshape(B * L, d).index_select(0, layout.rows)
         return self.out_proj(y_Td, layout)
 

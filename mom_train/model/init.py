@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mom_train.config.model import ModelConfig
+from mom_train.config.width import growth
 from mom_train.model.language_model import LanguageModel
 
 
@@ -36,7 +37,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, genera
     Linear maps are U(+-1/sqrt(fan_in)) and dt_proj U(+-1/sqrt(rank)); dt_bias is such that softplus(dt_bias) is
     log-uniform in [1e-3, 1e-1]; A = -(1..N), D = 1, embedding N(0, 0.02), patch_out 0. Maps back into the residual
     stream are divided by sqrt(number of them) for every modality. (The published mixture does not do this to its own
-    out_proj, whose name does not match.) The Transformer is treated in the same way.
+    out_proj, whose name does not match.) The Transformer is treated in the same way. With `model.base_dim`, values are
+    scaled as `mom_train.config.width` says.
     """
 
     def uniform(bound: float, size: tuple[int, ...] = shape) -> Tensor:
@@ -58,8 +60,9 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, genera
         return torch.empty(shape).normal_(0, 0.02, generator=generator)
     if leaf.startswith("conv_"):
         return uniform(config.conv**-0.5)
+    scales = growth(name, config).scales
     if leaf == "router":
-        return torch.empty(shape).normal_(0, 0.02, generator=generator)
+        return torch.empty(shape).normal_(0, 0.02 * scales[0], generator=generator)
     value = uniform(shape[1] ** -0.5)
     if module in config.matrices:
         if config.identical_modalities:
@@ -67,4 +70,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, genera
             value = value[:rows].repeat(shape[0] // rows, 1)
         if module in ("out_proj", "down_proj"):
             value = value / math.sqrt(config.blocks * (2 if config.architecture == "transformer" else 1))
+    if any(scale != 1 for scale in scales):
+        rows = config.matrices[module][1] if module in config.matrices else shape[:1]
+        of_one = torch.tensor(scales).repeat_interleave(torch.tensor(rows))  # of one modality
+        value = value * of_one.repeat(shape[0] // len(of_one)).unsqueeze(1)
     return value

@@ -75,18 +75,21 @@ class Muon(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]],
         rows: Sequence[Sequence[int]],
         config: MuonConfig,
+        factors: Sequence[float] | None = None,
     ):
         """`adamw` is the optimiser of everything else, which becomes a part of this one. `groups` are parameter groups
         for Muon with `params`, `lr` and `weight_decay`, and `rows` the rows of the matrices of each of their
-        parameters, in order."""
+        parameters, in order. `factors` has the factor on the rate for each matrix; by default, it follows from its
+        shape (`adjusted`)."""
         self._adamw, self._config = adamw, config
         self._others = len(adamw.param_groups)
         super().__init__([*adamw.param_groups, *groups], {"lr": 0.0, "weight_decay": 0.0})
         parameters = [p for p, _ in self._matrices()]
         self._owners = Owners(parameters, rows)
         self._index = [self._owners.matrix_of_row(i).to(p.device) for i, p in enumerate(parameters)]
-        factors = [adjusted(config, m.rows, m.columns) for m in self._owners.matrices]
-        self._factor = torch.tensor(factors, device=parameters[0].device)
+        if factors is None:
+            factors = [adjusted(config, m.rows, m.columns) for m in self._owners.matrices]
+        self._factor = torch.tensor([*factors], device=parameters[0].device)
 
     def _matrices(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
         """The parameters that Muon trains, each with its group."""

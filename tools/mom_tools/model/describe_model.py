@@ -19,6 +19,7 @@ from mom_tools.options import add_configs, add_json, command_parser, configs_and
 from mom_tools.output import markdown_table, write_json
 from mom_train.config.files import load_config
 from mom_train.config.run import RunConfig
+from mom_train.config.width import attention_scale, factors
 from mom_train.cost.flops import (
     TRAINING_FACTOR,
     active_parameters,
@@ -56,6 +57,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         "architecture": model.architecture,
         "decoupled": list(model.decoupled),
         "dim": model.dim,
+        "base_dim": model.base_dim,
         "layers": model.layers,
         "blocks": model.blocks,
         "vocabulary": vocab.size,
@@ -70,6 +72,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         "flops_per_token": flops(None) | ({} if patch_width is None else {"patch": flops(patch_width)}),
         # of a whole step, not among the training FLOPs; 0 with AdamW
         "optimizer_flops_per_step": optimizer_flops(config),
+        "width_transfer": None if model.base_dim is None else transfer(config),
         "tokens_per_batch": config.training.batch * length,
         "ranks": ranks,
         "accumulation": accumulation,
@@ -139,6 +142,42 @@ def _noise_schedule(d: Mapping[str, Any]) -> str:
     return said + "; ".join(parts) + more
 
 
+def transfer(config: RunConfig) -> dict[str, Any]:
+    """What `model.base_dim` makes of each kind of parameter, as factors: `initial` on the initial values of each map
+    that its matrix stacks, `rate`, `weight_decay` and `eps` of AdamW, or `muon` on Muon's rate for each map."""
+    muon = config.optimizer.as_muon
+    by_muon = [] if muon is None else muon.names(config.model)
+    kinds: dict[str, Any] = {}
+    for kind, grown in factors(config.model, config.objective.diffusion is not None).items():
+        kinds[kind] = {"initial": list(grown.scales)}
+        if kind in by_muon:
+            kinds[kind] |= {"muon": list(grown.muon)}
+        else:
+            kinds[kind] |= {"rate": grown.rate, "weight_decay": 1 / grown.rate, "eps": grown.eps}
+    return {"kinds": kinds, "attention_scale": attention_scale(config.model)}
+
+
+def _transfer_table(d: Mapping[str, Any]) -> list[str]:
+    found = d["width_transfer"]
+
+    def listed(values: list[float]) -> str:
+        return " / ".join(f"{v:.4g}" for v in (values if len({*values}) > 1 else values[:1]))
+
+    rows = []
+    for kind, f in found["kinds"].items():
+        adamw = [f"{f[key]:.4g}" for key in ("rate", "weight_decay", "eps")] if "rate" in f else ["", "", ""]
+        rows.append([kind, listed(f["initial"]), *adamw, listed(f.get("muon", []))])
+    header = [f"width {d['dim']}, tuned at {d['base_dim']}: factor on", "initial values", "rate", "weight decay", "eps"]
+    muon = any("muon" in f for f in found["kinds"].values())
+    said = [
+        "",
+        markdown_table([*header, "Muon's rate"], rows) if muon else markdown_table(header, [row[:-1] for row in rows]),
+    ]
+    if found["attention_scale"] is not None:
+        said += ["", f"attention scores are multiplied by {found['attention_scale']:.4g}"]
+    return said
+
+
 def _millions(n: float) -> str:
     return f"{n / 1e6:,.1f}"
 
@@ -173,6 +212,8 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
     if optimizer := d["optimizer_flops_per_step"]:
         share = optimizer / (flops["training"] * d["tokens_per_batch"])
         said += ["", f"Muon: {optimizer / 1e9:,.1f} GFLOPs a step, {100 * share:.2f} % of a step's training FLOPs"]
+    if d["width_transfer"] is not None:
+        said += _transfer_table(d)
     names = ("without_checkpointing", "with_selective_checkpointing", "with_checkpointing")
     kinds = [mem[name] for name in names]
     memory_rows = [
