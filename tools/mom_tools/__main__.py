@@ -42,6 +42,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("mom_tools.compare.report", "write one HTML page about one or more runs"),
         "plot": ("mom_tools.compare.plot_run", "draw the loss curves of one or more runs"),
         "match-loss": ("mom_tools.compare.match_loss", "compare two models by the FLOPs they need for a loss"),
+        "transfer": ("mom_tools.compare.transfer", "show whether the best learning rate is the same at other widths"),
         "paper-mini": ("mom_tools.paper.miniature", "repeat the paper's tables in miniature on your corpus"),
         "laws": ("mom_tools.laws.laws", "fit scaling laws by modality to a grid of runs, or to the paper's losses"),
     },
