@@ -70,6 +70,13 @@ def test_mamba_ssms_own_names_and_tied_heads_are_read_too(published, tmp_path):
     assert torch.equal(ours.blocks[3].block.mixer.conv_weight, theirs.backbone.layers[3].mixer.conv1d.weight[:, 0])
 
 
+def test_width_transfer_is_refused_for_weights_that_it_did_not_scale(published, tmp_path):
+    _, path = published
+    config = ModelConfig(dim=32, layers=2, decoupled=(), base_dim=16)
+    with pytest.raises(UserError, match=r"model\.base_dim=16 scales initial values and learning rates together"):
+        load_weights(LanguageModel(config, 128, 1), open_weights(path), path)
+
+
 def test_another_shape_is_refused_with_all_that_differs(published, tmp_path):
     _, path = published
     narrow = LanguageModel(ModelConfig(dim=48, layers=2, decoupled=()), 128, 1)

@@ -65,6 +65,11 @@ MISTAKES = [
     ("inspect", "--output x.html", "give a DATASET folder, or --config"),
     ("inspect", "empty --output x.html --rows 0", "--rows must be at least 1"),
     ("verify", "empty", "empty"),
+    ("transfer", "c.yaml --rates 1 2", "--rates: name at least 3 learning rates above 0"),
+    ("transfer", "c.yaml --rates 1 2 4 --widths 64", "--widths: name at least 2 different ones"),
+    ("transfer", "c.yaml --rates 1 2 4", "model.decoupled is empty, so there is no mixture: --models dense"),
+    ("transfer", "c.yaml --rates 1 2 4 --models dense", "data.validation: name a set"),
+    ("mom_train.__main__", "c.yaml model.base_dim=16 init_from=published", "config.json: a published model, and"),
     ("paper-mini", "", "make paper-mini CORPUS=path/to/raw/tars"),
     ("paper-mini", "--corpus none", "--corpus none: nothing there"),
     ("paper-mini", "--corpus empty --seeds 0", "--seeds, --max-steps and --jobs must be at least 1"),
@@ -95,6 +100,8 @@ def test_a_mistake_is_one_message_with_exit_code_2_before_torch_is_imported(tmp_
     for folder in ("empty", "run/checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "file").touch()
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published/config.json").write_text('{"model_type": "mamba"}')
     metrics = [{"step": s, "loss/text": 3.0, "tokens/text": 9 * s, "flops/total": 9 * s} for s in (1, 2)]
     (tmp_path / "run/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics))
     (tmp_path / "c.yaml").write_text(

@@ -57,6 +57,21 @@ def test_the_json_contract(tmp_path):
     assert {"attention", "feed_forward", "adapters"} <= set(both[1]["parameters"]["by_part"])
 
 
+def test_width_transfer_is_shown_by_kind_of_parameter():
+    path = CONFIGS / "chameleon_speech/443m-mom.yaml"  # width 1024
+    assert describe(load_config(path))["width_transfer"] is None
+    described = describe(load_config(path, ["model.base_dim=256"]))
+    assert described["base_dim"] == 256
+    kinds = described["width_transfer"]["kinds"]
+    assert kinds["in_proj"] == {"initial": [1, 1], "rate": 0.25, "weight_decay": 4, "eps": 0.25}
+    assert kinds["x_proj"]["initial"] == [1, 0.5, 0.5]
+    assert kinds["head"] == {"initial": [0.5], "rate": 0.25, "weight_decay": 4, "eps": 1}
+    assert "width 1024, tuned at 256" in by_part("a", described)
+    muon = describe(load_config(path, ["model.base_dim=256", "optimizer.kind=muon"]))["width_transfer"]["kinds"]
+    assert muon["x_proj"] == {"initial": [1, 0.5, 0.5], "muon": [1, 0.5, 0.5]}
+    assert muon["head"] == kinds["head"]
+
+
 def test_the_shift_of_the_noise_schedule_is_that_of_the_shards_pictures(tmp_path):
     write_dataset(tmp_path / "d", documents=8, shards=1, latent_width=8)  # pictures of 16 patches
     given = ["vocabulary={text: 128, image: 1}", "objective.diffusion={patch_width: 8}", "data.validation={}"]
