@@ -67,7 +67,11 @@ MISTAKES = [
     ("verify", "empty", "empty"),
     ("transfer", "c.yaml --rates 1 2", "--rates: name at least 3 learning rates above 0"),
     ("transfer", "c.yaml --rates 1 2 4 --widths 64", "--widths: name at least 2 different ones"),
-    ("transfer", "c.yaml --rates 1 2 4", "model.decoupled is empty, so there is no mixture: --models dense"),
+    (
+        "transfer",
+        "c.yaml --rates 1 2 4 --models mixture",
+        "model.decoupled is empty, so there is no mixture: --models dense",
+    ),
     ("transfer", "c.yaml --rates 1 2 4 --models dense", "data.validation: name a set"),
     ("mom_train.__main__", "c.yaml model.base_dim=16 init_from=published", "config.json: a published model, and"),
     ("paper-mini", "", "make paper-mini CORPUS=path/to/raw/tars"),
