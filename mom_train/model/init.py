@@ -71,7 +71,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, genera
         if module in ("out_proj", "down_proj"):
             value = value / math.sqrt(config.blocks * (2 if config.architecture == "transformer" else 1))
     if any(scale != 1 for scale in scales):
-        rows = config.matrices[module][1] if module in config.matrices else shape[:1]
-        of_one = torch.tensor(scales).repeat_interleave(torch.tensor(rows))  # of one modality
+        stacked = config.matrices[module][1] if module in config.matrices else shape[:1]
+        of_one = torch.tensor(scales).repeat_interleave(torch.tensor(stacked))  # of one modality
         value = value * of_one.repeat(shape[0] // len(of_one)).unsqueeze(1)
     return value

@@ -222,7 +222,7 @@ def draw(losses: Losses, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    models, widths = ([*dict.fromkeys(key[k] for key in losses)] for k in (0, 2))
+    models, widths = [*dict.fromkeys(key[0] for key in losses)], [*dict.fromkeys(key[2] for key in losses)]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "transfer", "font.size": 9}):
         figure = Figure(figsize=(9, 3.4 * len(models)), layout="constrained")
         panels = figure.subplots(len(models), len(FORMS), sharex=True, sharey="row", squeeze=False)
