@@ -162,6 +162,23 @@ def test_a_sample_shows_its_pictures_where_they_stand_and_is_not_cut(tmp_path):
         assert kept in written
 
 
+def test_what_the_tokenizers_keep_stands_beside_the_original_and_captions_above_the_samples(tmp_path):
+    folder = tmp_path / "round_trip"
+    folder.mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "loss/text": 3.0, "flops/total": 1, "tokens/text": 1}\n')
+    assert "Before and after" not in page([Run(tmp_path)])
+    lines = ["A seven.", "![original](0-0-original.png)", "![from its tokens](0-0-decoded.png)"]
+    (folder / "document-0.md").write_text("\n\n".join(lines))
+    for name in ("round_trip/0-0-original.png", "round_trip/0-0-decoded.png", "captions.png"):
+        (tmp_path / name).write_bytes(PIXEL)
+    html = page([Run(tmp_path)])
+    shown = html.split("Before and after the tokenizers")[1].split("<h2>")[0]
+    assert [shown.index(x) for x in ("A seven.", "0-0-original.png", "0-0-decoded.png")] == sorted(
+        shown.index(x) for x in ("A seven.", "0-0-original.png", "0-0-decoded.png")
+    )
+    assert 'alt="captions.png"' in html.split("Drawn for captions")[1]
+
+
 def test_the_loss_of_counting_stands_beside_a_runs_own(trained):
     (trained[0] / "unigram.json").unlink(missing_ok=True)
     page([Run(trained[0])])

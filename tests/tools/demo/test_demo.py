@@ -42,6 +42,11 @@ def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path
 
     assert "| digit" in table  # whether captions decide what is drawn
     assert (work / "run/captions.png").read_bytes().startswith(b"\x89PNG")
+    page = (work / "run/report.html").read_text()
+    assert "Drawn for captions" in page
+    shown = page.split("Before and after the tokenizers")[1].split("<h2>")[0]
+    assert shown.count("original.png") == shown.count("decoded.png") > 2
+    assert shown.count("original.wav") == shown.count("decoded.wav") > 0
     assert (work / "run/samples/sample-1.md").exists()
     assert (work / "run/samples/sample-0-0.png").exists()
 

@@ -130,22 +130,30 @@ def samples(run: Run) -> list[dict[str, Any]]:
     """
     folder = run.path / "samples"
     steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]) if p.name[5:].isdigit() else -1)
-    found = []
-    for place in [*steps[-_SAMPLES:][::-1], *([folder] if folder.is_dir() else [])]:
-        files = {p.name: p for p in sorted(place.iterdir()) if p.is_file()}
-        parts: list[dict[str, str]] = []
-        shown = set()
-        for file in files.values():
-            if file.suffix in (".txt", ".md"):
-                for text, name in _pieces(file.read_text(errors="replace"), files):
-                    parts += [{"name": file.name, "text": text}] if text.strip() else []
-                    parts += _media(files[name]) if name else []
-                    shown.add(name)
-        for name in sorted(files.keys() - shown):
-            parts += _media(files[name])
-        if parts:
-            found.append({"name": place.name, "parts": parts})
-    return found
+    places = [*steps[-_SAMPLES:][::-1], *([folder] if folder.is_dir() else [])]
+    return [{"name": place.name, "parts": parts} for place in places if (parts := _parts(place))]
+
+
+def round_trips(run: Run) -> list[dict[str, str]]:
+    """The documents of RUN/round_trip, where each picture and recording stands before and after the tokenizers."""
+    folder = run.path / "round_trip"
+    return _parts(folder) if folder.is_dir() else []
+
+
+def _parts(place: Path) -> list[dict[str, str]]:
+    """What a folder of documents in Markdown holds, in its order, and then the files that none of them names."""
+    files = {p.name: p for p in sorted(place.iterdir()) if p.is_file()}
+    parts: list[dict[str, str]] = []
+    shown = set()
+    for file in files.values():
+        if file.suffix in (".txt", ".md"):
+            for text, name in _pieces(file.read_text(errors="replace"), files):
+                parts += [{"name": file.name, "text": text}] if text.strip() else []
+                parts += _media(files[name]) if name else []
+                shown.add(name)
+    for name in sorted(files.keys() - shown):
+        parts += _media(files[name])
+    return parts
 
 
 def _pieces(text: str, files: Iterable[str]) -> Iterator[tuple[str, str | None]]:
@@ -318,6 +326,8 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
         configs=configs,
         sources=[run.config.get("data", {}).get("train", []) for run in runs],
         samples=[samples(run) for run in runs],
+        round_trips=[round_trips(run) for run in runs],
+        captions=[_media(run.path / "captions.png") if (run.path / "captions.png").is_file() else [] for run in runs],
         scored=[scored(run) for run in runs],
         parts=PARTS,
         modalities=list(dict.fromkeys(m for run in runs for line in run.lines[-1:] for m in tokens_of(line))),

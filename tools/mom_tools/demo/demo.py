@@ -24,8 +24,10 @@ import yaml
 from mom_data.documents.document import expand_inputs
 from mom_data.documents.inputs import files_of_side, modalities_at_the_head
 from mom_data.shards.content import keep_inputs
+from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
 from mom_tools.data.mixture import sources
+from mom_tools.demo.gallery import write_round_trips
 from mom_tools.options import command_parser
 from mom_train.baseline import unigram, write_baseline
 from mom_train.config.files import load_config
@@ -208,6 +210,8 @@ def demo(arguments: argparse.Namespace) -> None:
             start = ["--start", "image"] if "image" in found else []
             prompt = ["--prompt", "A handwritten digit"] if corpus is None else []
             call("generate", run, *prompt, *start, "--samples", "2", "--max-tokens", "300", quiet=True)
+            if len(found) > 1:
+                write_round_trips(run, Tokenizers.load(made / "tokenizers.yaml"), files_of_side([str(raw)], "val")[0])
             call("report", run, quiet=True)
         print("\n" + (run / "report.md").read_text().replace("```\n", "").strip() + "\n")
         made_pictures = made / "reconstructions.png"
