@@ -128,9 +128,11 @@ def test_a_restart_from_its_file_goes_on_the_same_way(tmp_path):
     assert [j.id for j in before + after] == [j.id for j in whole]
 
 
+@pytest.mark.parametrize("transfer", [False, True])
 @pytest.mark.parametrize("model", ["dense", "mixture", "transformer"])
-def test_the_config_of_every_job_is_valid(model):
+def test_the_config_of_every_job_is_valid(model, transfer):
     grid = state(base=1e11)
+    grid.transfer = transfer
     grid.models = [model]
     if model == "transformer":
         for table in (grid.flops, grid.per_step, grid.startup):

@@ -269,14 +269,22 @@ def startable(state: State, seeds: int, batch: int, busy: set[str], begun: set[s
     return found
 
 
+def heads_of(dim: int) -> int:
+    """The number of attention heads of a Transformer of this width: as many as leave each at least 24 wide."""
+    return max(h for h in range(1, 17) if dim % (2 * h) == 0 and dim // h >= min(24, dim))
+
+
 def changes(state: State, job: Job) -> dict[str, Any]:
     """The keys in which the config of a job differs from that of its setting, besides its data."""
     size = Size.parse(job.size)
     model: dict[str, Any] = MODELS[job.model] | {"dim": size.dim, "layers": size.layers}
     if job.model == "transformer":
-        model["heads"] = max(h for h in range(1, 17) if size.dim % (2 * h) == 0 and size.dim // h >= min(24, size.dim))
+        model["heads"] = heads_of(size.dim)
     if state.transfer:
-        model["base_dim"] = Size.parse(state.sizes[0]).dim
+        base = Size.parse(state.sizes[0]).dim
+        model["base_dim"] = base
+        if job.model == "transformer":
+            model["base_heads"] = heads_of(base)
     first = plan_of(first_steps(state, job.model, job.size), 1)[0] if state.base else (TIMED_STEPS, 1)
     every = first[0] - first[1]  # where branches may leave the trunk
     schedule: dict[str, Any] = {"schedule": "constant"}
