@@ -10,9 +10,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NoReturn
+
+_PATIENCE = 60  # seconds for a command to save and end
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Processes:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo"])
+        # A signal to the whole process group, as Slurm and `timeout` send it, must not end the server. The commands that
+        # it has forked are stopped one by one.
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        forkserver.ensure_running()
+        signal.signal(signal.SIGTERM, before)
 
     @property
     def names(self) -> set[str]:
@@ -75,10 +83,14 @@ class Processes:
         for process, _, _ in self._running.values():
             process.terminate()
         for process, _, _ in self._running.values():
-            process.join()
+            while process.exitcode is None:  # one that had just been forked did not hear the first signal
+                process.join(_PATIENCE)
+                if process.exitcode is None:
+                    process.terminate()
 
 
 def _work(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()  # an interrupt from the terminal is for the program that started this, which then stops its commands
     sys.stdout.flush()
     with open(log, "ab", buffering=0) as file:

@@ -160,7 +160,7 @@ class Grid:
             if ended.code == 0 and math.isfinite(loss):
                 self._finish(job, ended.seconds, last)
                 log.info("done  %s: %.4f, %.0f s", job.id, loss, ended.seconds)
-            elif ended.code != EXIT_PREEMPTED:
+            elif ended.code not in (EXIT_PREEMPTED, -signal.SIGTERM):  # that is no fault of the run
                 self.tries[job.id] = self.tries.get(job.id, 0) + 1
                 said = self._log(job).read_text(errors="replace").strip().rpartition("\n")[2]
                 why = said if ended.code else "its held-out loss at the end is not finite"
