@@ -43,8 +43,8 @@ class Processes:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo"])
-        # A signal to the whole process group, as Slurm and `timeout` send it, must not end the server. The commands that
-        # it has forked are stopped one by one.
+        # A signal to the whole process group, as Slurm and `timeout` send it, must not end the server. Its commands
+        # are stopped one by one.
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         forkserver.ensure_running()
         signal.signal(signal.SIGTERM, before)
