@@ -15,6 +15,7 @@ from mom_tools.compare.curves import Run
 from mom_tools.compare.report import page, samples, scored
 from mom_train.baseline import read_baseline, unigram
 from mom_train.config.files import load_config
+from tests.helpers import CHECKOUT
 from tests.helpers.ranks import mom_train, program
 from tests.helpers.run_config import write_config
 
@@ -177,6 +178,16 @@ def test_what_the_tokenizers_keep_stands_beside_the_original_and_captions_above_
         shown.index(x) for x in ("A seven.", "0-0-original.png", "0-0-decoded.png")
     )
     assert 'alt="captions.png"' in html.split("Drawn for captions")[1]
+
+
+def test_a_branch_says_which_trunk_it_left_and_where(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "loss/text": 3.0, "flops/total": 1, "tokens/text": 1}\n')
+    branch = "branch={run: /runs/t, step: 1500}"
+    config = load_config(
+        CHECKOUT / "configs/mini/chameleon.yaml", [branch, "optimizer.schedule=wsd", "optimizer.decay=9"]
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert "is a branch of /runs/t, from step 1,500 on" in page([Run(tmp_path)])
 
 
 def test_the_loss_of_counting_stands_beside_a_runs_own(trained):

@@ -102,6 +102,16 @@ def test_overrides_and_ranks_count():
     assert weights == deeper["parameters"]["total"] * 4 / 8
 
 
+def test_a_ramp_of_the_batch_is_shown_beside_the_whole_batch():
+    ramp = "training.batch_ramp=[{batch: 32, until: 100}, {batch: 64, until: 2000}]"
+    d = describe(load_config(CONFIGS / "chameleon/37m-mom.yaml", [ramp, "training.batch=128"]))
+    assert d["batch_ramp"] == [
+        {"until": 100, "tokens_per_batch": 32 * 4096},
+        {"until": 2000, "tokens_per_batch": 64 * 4096},
+    ]
+    assert "tokens a batch: 131,072 until step 100; 262,144 until step 2,000; then 524,288" in by_part("37m", d)
+
+
 def test_one_config_is_shown_part_by_part_and_several_a_row_each():
     one = tool("configs/transfusion/760m-mom.yaml").stdout
     assert "| adapters" in one

@@ -107,6 +107,7 @@ def facts(run: Run, price: float | None) -> dict[str, Any]:
         "tokens_per_hour": 3600 * total / spent if spent else None,
         "device_hours": hours,
         "world": world,
+        "branch": run.config.get("branch"),
         "cost": None if price is None else price * hours,
         "cost_per_billion": price * hours * 1e9 / total if price is not None and total else None,
         "environment": flat(environment) if environment else {},

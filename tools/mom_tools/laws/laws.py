@@ -44,7 +44,7 @@ from mom_tools.laws.grid import (
     todo,
 )
 from mom_tools.options import command_parser
-from mom_tools.paper.miniature import HELD_OUT, MODALITIES, SHARES, prepare, recipe, sizes
+from mom_tools.paper.miniature import HELD_OUT, MODALITIES, SHARES, check_no_ramp, prepare, recipe, sizes
 from mom_tools.paper.plan import SETTINGS
 from mom_tools.processes import Processes
 from mom_train.config.files import overridden
@@ -63,6 +63,8 @@ class Grid:
         self.config = arguments.configs / f"{state.setting}.yaml"
         base = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
         given = overridden({}, arguments.overrides)
+        check_no_ramp(base)
+        check_no_ramp({"training": {}, **given})
         self.batch: int = given.get("training", {}).get("batch", base["training"]["batch"])
         self.lanes: int = given.get("data", {}).get("lanes", base["data"]["lanes"])
         self.processes = Processes(arguments.jobs, arguments.threads, arguments.gpus)

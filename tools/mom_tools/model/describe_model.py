@@ -31,12 +31,13 @@ from mom_train.cost.memory import memory
 
 
 def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
-    """All figures of one config. By default, `ranks` is the number that needs no accumulation, as in the paper.
+    """All figures of one config. By default, `ranks` is the number that needs no accumulation, as in the paper, and
+    with a ramp of the batch none at its smallest.
 
     Raises ValueError where the batch cannot be divided evenly among the ranks.
     """
     if ranks is None:
-        ranks = max(1, config.training.batch // config.training.micro_batch)
+        ranks = max(1, min(config.training.batches.values()) // config.training.micro_batch)
     if ranks < 1:
         raise UserError(f"--ranks {ranks}: at least one rank")
     accumulation = config.accumulation(ranks)
@@ -74,6 +75,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> dict[str, Any]:
         "optimizer_flops_per_step": optimizer_flops(config),
         "width_transfer": None if model.base_dim is None else transfer(config),
         "tokens_per_batch": config.training.batch * length,
+        "batch_ramp": [{"until": e.until, "tokens_per_batch": e.batch * length} for e in config.training.batch_ramp],
         "ranks": ranks,
         "accumulation": accumulation,
         "memory_bytes_per_rank": predicted[predicted["chosen"]]["total"],
@@ -228,6 +230,9 @@ def by_part(name: str, d: Mapping[str, Any]) -> str:
     chosen = mem["chosen"].replace("_", " ")
     note = f"{d['ranks']} ranks x {d['accumulation']} micro-batches a step; the config is {chosen}"
     said += ["", markdown_table(header, memory_rows), "", note]
+    if ramp := d["batch_ramp"]:
+        steps = "; ".join(f"{entry['tokens_per_batch']:,} until step {entry['until']:,}" for entry in ramp)
+        said += [f"tokens a batch: {steps}; then {d['tokens_per_batch']:,}, which the figures above are for"]
     return "\n".join(said)
 
 

@@ -144,6 +144,7 @@ class Miniature:
             self.state.precision = "fp32" if self.state.finished else arguments.precision
         self.full = yaml.safe_load((arguments.configs / "_full.yaml").read_text()) if arguments.full else {}
         common = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
+        check_no_ramp(common)
         self.batch: int = {**common["training"], **self.full.get("training", {})}["batch"]
         self.lanes: int = {**common["data"], **self.full.get("data", {})}["lanes"]
         self.processes = Processes(arguments.jobs, arguments.threads, arguments.gpus)
@@ -263,6 +264,14 @@ class Miniature:
             shutil.rmtree(self.directory(job) / "checkpoints", ignore_errors=True)
             (self.directory(job) / "LATEST").unlink(missing_ok=True)
         self.state.finished[job.id] = loss
+
+
+def check_no_ramp(common: dict[str, Any]) -> None:
+    """Raises UserError for a ramp of the batch: the steps are chosen here, and every step counts as a whole batch."""
+    if common["training"].get("batch_ramp"):
+        raise UserError(
+            "_common.yaml: training.batch_ramp cannot be used here, because the steps are chosen to fit; leave it out"
+        )
 
 
 def recipe(setting: str) -> str:
