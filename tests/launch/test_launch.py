@@ -263,7 +263,8 @@ def test_every_text_in_a_config_is_known_to_be_a_place_or_none():
                     collect(kind)
 
     collect(RunConfig)
-    assert texts - none - {"vocabulary", "validation"} == set(PATH_KEYS)  # those two are mappings by name
+    by_name = {"vocabulary", "validation", "minimal_pairs"}  # mappings by name
+    assert texts - none - by_name == set(PATH_KEYS)
 
 
 def test_status_of_a_killed_run_names_its_log_and_the_command_to_go_on(tmp_path, monkeypatch):

@@ -13,14 +13,18 @@ from mom_tokenizers.errors import UserError
 def load_published(folder: Path, library: str, name: str, **options: Any) -> Any:
     """A model of class `name` of "transformers" or "diffusers" with the weights of `folder`, in evaluation mode.
 
-    Raises UserError where the folder does not hold such a model, where tensors are missing from the weights, and where
-    the weights hold more tensors for a part of the model than its config.json describes. Weights of other parts, such
-    as a head for a task, are ignored.
+    Raises UserError where the library is too old for this class, where the folder does not hold such a model, where
+    tensors are missing from the weights, and where the weights hold more tensors for a part of the model than its
+    config.json describes. Weights of other parts, such as a head for a task, are ignored.
     """
-    try:
-        model, info = getattr(import_module(library), name).from_pretrained(
-            str(folder), local_files_only=True, output_loading_info=True, **options
+    installed = import_module(library)
+    if (kind := getattr(installed, name, None)) is None:
+        raise UserError(
+            f"{folder}: the installed {library} {installed.__version__} has no class {name}; install a newer one with "
+            f"`pip install -U {library}`"
         )
+    try:
+        model, info = kind.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # the libraries raise many kinds of exceptions
         weights = "safetensors (or tensors in a .bin)" if options.get("weights_only") else "safetensors"
         raise UserError(f"{folder}: not a {library} {name} folder with {weights}: {error}") from error

@@ -9,7 +9,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,10 @@ from mom_tokenizers.errors import UserError
 from mom_tokenizers.image.autoencoder import preprocess
 from mom_tokenizers.image.kl import KLImageTokenizer, patch_of_tokens, unpatchify, within_float16
 from mom_tokenizers.image.latent_models import CLASSES, of_model
+
+if not hasattr(diffusers, "AutoencoderRAE"):
+    pytest.skip(f"diffusers {diffusers.__version__} lacks classes that are tested here", allow_module_level=True)
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 
 DOWN, UP = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
 LEVELS = {"block_out_channels": (8, 16, 16), "down_block_types": DOWN, "up_block_types": UP, "norm_num_groups": 4}
