@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mom_tokenizers.errors import UserError
+from mom_tools.campaign import startable
 from mom_tools.laws.grid import (
     FEWEST_STEPS,
     Size,
@@ -17,7 +18,6 @@ from mom_tools.laws.grid import (
     seconds,
     seed_jobs,
     smallest_budget,
-    startable,
     steps_taken,
     todo,
 )
@@ -48,7 +48,7 @@ def simulate(grid, seeds, left, stop_after=10**6):
     """The jobs in the order in which they start, one at a time, each as long as the plan predicts."""
     started = []
     while len(started) < stop_after:
-        jobs = startable(grid, seeds, BATCH, set(), set(), left)[:1]
+        jobs = startable(todo(grid, seeds), set(), set(), lambda job: seconds(grid, job, BATCH), left)[:1]
         if not jobs:
             break
         started += jobs

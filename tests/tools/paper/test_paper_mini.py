@@ -18,6 +18,7 @@ from mom_data.batches.loader import Share, batches
 from mom_data.order.plan import Plan, Source
 from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import TokenSegment
+from mom_tools.campaign import startable
 from mom_tools.data.mixture import sources
 from mom_tools.paper.miniature import SHARES, chosen_experiments, prepare
 from mom_tools.paper.plan import (
@@ -32,7 +33,6 @@ from mom_tools.paper.plan import (
     done_seeds,
     seconds,
     sequences,
-    startable,
     steps_for,
     todo,
     variants,
@@ -66,7 +66,7 @@ def simulate(state, seeds, left, slots=2, stop_after=None):
     """The jobs in the order in which they start, where each takes as long as the plan predicts."""
     started = []
     while stop_after is None or len(started) < stop_after:
-        jobs = startable(state, seeds, BATCH, set(), set(), left)[:slots]
+        jobs = startable(todo(state, seeds), set(), set(), lambda job: seconds(state, job, BATCH), left)[:slots]
         if not jobs:
             break
         for job in jobs:

@@ -256,19 +256,6 @@ def todo(state: State, seeds: int) -> Iterator[Job]:
             return  # cut short, the rounds are still even
 
 
-def startable(state: State, seeds: int, batch: int, busy: set[str], begun: set[str], left: float) -> list[Job]:
-    """The jobs of `todo` that may start with `left` seconds, in order, up to the first one that would not end in time.
-    `busy` jobs run now. Jobs that had `begun` before a restart are finished in any case."""
-    found: list[Job] = []
-    for job in todo(state, seeds):
-        if job.id in busy:
-            continue
-        if job.kind != "time" and job.id not in begun and seconds(state, job, batch) > left:
-            break
-        found.append(job)
-    return found
-
-
 def heads_of(dim: int) -> int:
     """The number of attention heads of a Transformer of this width: as many as leave each at least 24 wide."""
     return max(h for h in range(1, 17) if dim % (2 * h) == 0 and dim // h >= min(24, dim))

@@ -15,21 +15,18 @@ laws.svg have the laws with bootstrap intervals. A command that was killed goes 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
-import shutil
-import signal
-import statistics
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.campaign import HELD_OUT, Campaign, as_overrides, step_seconds
 from mom_tools.compare.curves import Run
 from mom_tools.data.mixture import sources
 from mom_tools.laws.grid import (
@@ -38,28 +35,26 @@ from mom_tools.laws.grid import (
     Size,
     State,
     changes,
-    plan_of,
+    seconds,
+    seed_jobs,
     smallest_budget,
-    startable,
     todo,
 )
 from mom_tools.options import command_parser
-from mom_tools.paper.miniature import HELD_OUT, MODALITIES, SHARES, check_no_ramp, prepare, recipe, sizes
+from mom_tools.paper.miniature import MODALITIES, SHARES, check_no_ramp, prepare, recipe, sizes
 from mom_tools.paper.plan import SETTINGS
 from mom_tools.processes import Processes
 from mom_train.config.files import overridden
 
-log = logging.getLogger("laws")
+log = logging.getLogger("grid")
 DEFAULT_SIZES = ("32x1", "64x1", "96x2", "144x2")
-_SHOW_EVERY = 60  # seconds between lines about progress
 
 
-class Grid:
-    """All runs of a grid: those that are finished and those that run now. The state is written to OUTPUT/state.json
-    after every event."""
+class Grid(Campaign[Job]):
+    """All runs of a grid: those that are finished and those that run now."""
 
     def __init__(self, output: Path, arguments: argparse.Namespace, state: State):
-        self.output, self.arguments, self.state = output, arguments, state
+        self.arguments, self.state = arguments, state
         self.config = arguments.configs / f"{state.setting}.yaml"
         base = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
         given = overridden({}, arguments.overrides)
@@ -67,77 +62,31 @@ class Grid:
         check_no_ramp({"training": {}, **given})
         self.batch: int = given.get("training", {}).get("batch", base["training"]["batch"])
         self.lanes: int = given.get("data", {}).get("lanes", base["data"]["lanes"])
-        self.processes = Processes(arguments.jobs, arguments.threads, arguments.gpus)
-        self.running: dict[str, Job] = {}
-        self.tries: dict[str, int] = {}
-        self._seen = self._shown = time.monotonic()
+        super().__init__(output, state, arguments.minutes, Processes(arguments.jobs, arguments.threads, arguments.gpus))
 
-    def run(self) -> bool:
-        """Train what is missing. Returns whether everything that was wanted is trained now."""
-        stopped: list[int] = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda n, _: stopped.append(n))
-        while not stopped:
-            self._tick()
-            self._collect()
-            self._decide_budgets()
-            for job in self._startable()[: self.processes.free]:
-                self._start(job)
-            if not self.running:
-                break
-            time.sleep(0.3)
-        self.processes.stop()
-        self._collect()
-        self._tick()
-        if stopped:
-            log.warning("%s: runs are saved, start again to go on", signal.Signals(stopped[0]).name)
-            raise SystemExit(EXIT_PREEMPTED)
-        return not list(todo(self.state, self.arguments.seeds))
+    def todo(self) -> Iterator[Job]:
+        return todo(self.state, self.arguments.seeds)
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self.state.spent += now - self._seen
-        self._seen = now
-        self.state.save(self.output / "state.json")
-        if now - self._shown > _SHOW_EVERY:
-            self._shown = now
-            share = self.state.spent / (60 * self.arguments.minutes)
-            log.info("%d runs finished, %.0f %% of the time used", len(self.state.finished), 100 * share)
+    def seconds(self, job: Job) -> float:
+        return seconds(self.state, job, self.batch)
 
-    def _decide_budgets(self) -> None:
+    def decide(self) -> None:
         state, wanted = self.state, self.arguments
-        if state.base or self.running or any(True for _ in todo(state, wanted.seeds)):
+        if state.base:
             return
         if missing := [f"{m}/{s}" for m, s in state.pairs if f"{m}/{s}" not in state.per_step]:
             raise UserError(f"the first runs failed: {', '.join(missing)}; see {self.output / 'logs'}")
-        left = 60 * wanted.minutes - state.spent
-        state.base = smallest_budget(state, left, wanted.jobs, wanted.seeds, self.batch)
+        state.base = smallest_budget(state, self.left, wanted.jobs, wanted.seeds, self.batch)
         steps = {f"{m}/{s}": round(state.base / state.flops[f"{m}/{s}"]) for m, s in state.pairs}
         log.info("%d budgets from %.3g FLOPs; steps of the smallest: %s", state.budgets, state.base, steps)
-        state.save(self.output / "state.json")
 
-    def _startable(self) -> list[Job]:
-        left = 60 * self.arguments.minutes - self.state.spent
-        begun = {j.id for j in todo(self.state, self.arguments.seeds) if (self.directory(j) / "status.json").exists()}
-        return startable(self.state, self.arguments.seeds, self.batch, self.processes.names, begun, left)
-
-    def directory(self, job: Job) -> Path:
-        return self.output / "runs" / job.id
-
-    def _log(self, job: Job) -> Path:
-        return self.output / "logs" / f"{job.id.replace('/', '--')}.log"
-
-    def _start(self, job: Job) -> None:
-        if job.kind == "branch":
-            trunk = self.output / "runs" / job.folder / "trunk"
-            module = "mom_tools.model.branch"
-            arguments = [str(trunk), f"run_dir={self.directory(job)}", f"validation.every={job.steps}"]
-            arguments += ["--at", str(job.steps - job.decay), "--decay", str(job.decay), "--shape", "sqrt"]
-        else:
-            module, arguments = "mom_train.__main__", [str(self.config), *self._overrides(job)]
-        self.processes.start(job.id, module, arguments, self._log(job))
-        log.info("start %s (rate %g, %d steps)", job.id, job.rate, job.steps)
-        self.running[job.id] = job
+    def command(self, job: Job) -> tuple[str, list[str]]:
+        if job.kind != "branch":
+            return "mom_train.__main__", [str(self.config), *self._overrides(job)]
+        trunk = self.output / "runs" / job.folder / "trunk"
+        arguments = [str(trunk), f"run_dir={self.directory(job)}", f"validation.every={job.steps}"]
+        arguments += ["--at", str(job.steps - job.decay), "--decay", str(job.decay), "--shape", "sqrt"]
+        return "mom_tools.model.branch", arguments
 
     def _overrides(self, job: Job) -> list[str]:
         setting, output = self.state.setting, self.output
@@ -151,46 +100,24 @@ class Grid:
             **changes(self.state, job),
             "run_dir": str(self.directory(job)),
         }
-        return [*self.arguments.overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
+        return [*self.arguments.overrides, *as_overrides(values)]
 
-    def _collect(self) -> None:
-        """Take in the results of the jobs that have ended since the last call."""
-        for ended in self.processes.ended():
-            job = self.running.pop(ended.name)
-            last = Run(self.directory(job)).lines[-1] if ended.code == 0 else {}
-            loss = last.get(f"val/{HELD_OUT}/loss/total", math.nan)
-            if ended.code == 0 and math.isfinite(loss):
-                self._finish(job, ended.seconds, last)
-                log.info("done  %s: %.4f, %.0f s", job.id, loss, ended.seconds)
-            elif ended.code not in (EXIT_PREEMPTED, -signal.SIGTERM):  # that is no fault of the run
-                self.tries[job.id] = self.tries.get(job.id, 0) + 1
-                said = self._log(job).read_text(errors="replace").strip().rpartition("\n")[2]
-                why = said if ended.code else "its held-out loss at the end is not finite"
-                log.warning("%s ended with %d: %s", job.id, ended.code, why)
-                if self.tries[job.id] == 2:
-                    self.state.failed[job.id] = why
-            self.state.save(self.output / "state.json")
-
-    def _finish(self, job: Job, took: float, last: dict[str, float]) -> None:
-        state, known = self.state, f"{job.model}/{job.size}"
-        run = Run(self.directory(job))
+    def finish(self, job: Job, took: float, run: Run, loss: float) -> None:
+        state, known, last = self.state, f"{job.model}/{job.size}", run.lines[-1]
         if job.kind == "time":
-            per_token = statistics.median(1 / x["perf/tokens_per_s"] for x in run.lines[4:] if "perf/tokens_per_s" in x)
-            tokens = sum(v for k, v in last.items() if k.startswith("tokens/")) / job.steps
-            state.per_step[known] = per_token * tokens
+            state.per_step[known] = step_seconds(run, job.steps)
             evaluated = state.sequences / (3 * self.batch)
             state.startup[known] = max(1.0, took - (job.steps + evaluated) * state.per_step[known])
             state.flops[known] = last["flops/total"] / job.steps
-        if job.kind != "trunk":  # branches of trunks are begun from the trunk's own
-            shutil.rmtree(self.directory(job) / "checkpoints", ignore_errors=True)
-            (self.directory(job) / "LATEST").unlink(missing_ok=True)
+        if job.kind != "trunk":  # branches are begun from the trunk's own
+            self.forget_checkpoints(job)
         state.finished[job.id] = {
             k: v for k, v in last.items() if k.startswith(("val/", "tokens/", "flops/")) and isinstance(v, int | float)
         }
         if job.kind == "branch":
-            names = {f"{job.folder}/budget-{k}" for k, _ in enumerate(plan_of(1, state.budgets))}
-            if names <= set(state.finished):
-                shutil.rmtree(self.output / "runs" / job.folder / "trunk" / "checkpoints", ignore_errors=True)
+            trunk, *branches = seed_jobs(state, job.model, job.size, job.seed, job.rate)
+            if all(branch.id in state.finished for branch in branches):
+                self.forget_checkpoints(trunk)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -242,7 +169,6 @@ def state_of(output: Path, arguments: argparse.Namespace, setting: str) -> State
     ):
         if was != now:
             raise UserError(f"{output} was begun with {name} {was}, and this is {now}; take another --output")
-    state.failed.clear()  # what failed before may have been mended
     return state
 
 

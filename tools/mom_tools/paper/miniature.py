@@ -19,11 +19,7 @@ import json
 import logging
 import math
 import os
-import shutil
-import signal
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +27,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mom_data.shards.content import keep_inputs
-from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly
+from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tools.campaign import HELD_OUT, Campaign, as_overrides, step_seconds
 from mom_tools.compare.curves import Run
 from mom_tools.data.mixture import sources
 from mom_tools.options import command_parser
@@ -44,8 +41,8 @@ from mom_tools.paper.plan import (
     Job,
     State,
     changes,
+    seconds,
     sequences,
-    startable,
     steps_for,
     todo,
 )
@@ -58,8 +55,7 @@ MODALITIES = {
     "transfusion": ("text", "image"),
     "chameleon": ("text", "image"),
 }
-HELD_OUT = "held_out"
-log = logging.getLogger("paper_mini")
+log = logging.getLogger("miniature")
 
 
 # ---- data ----------------------------------------------------------------------------------------------------
@@ -127,17 +123,14 @@ def chosen_experiments(wanted: list[str], settings: list[str]) -> list[str]:
 # ---- runs ----------------------------------------------------------------------------------------------------
 
 
-class Miniature:
-    """All runs of a miniature: those that are finished and those that run now. The state is written to
-    OUTPUT/state.json after every event."""
+class Miniature(Campaign[Job]):
+    """All runs of a miniature: those that are finished and those that run now."""
 
     def __init__(self, output: Path, arguments: argparse.Namespace, settings: list[str]):
-        self.output, self.arguments = output, arguments
-        self.path = output / "state.json"
-        self.state = State.load(self.path)
+        self.arguments = arguments
+        self.state = State.load(output / "state.json")
         self.state.settings = settings
         self.state.experiments = chosen_experiments(arguments.experiments, settings)
-        self.state.failed.clear()  # what failed before may have been mended
         if arguments.rates and not self.state.steps:
             self.state.rates = {architecture: arguments.rates for architecture in self.state.rates}
         if not self.state.precision:  # a miniature begun before this was noted has none
@@ -147,42 +140,18 @@ class Miniature:
         check_no_ramp(common)
         self.batch: int = {**common["training"], **self.full.get("training", {})}["batch"]
         self.lanes: int = {**common["data"], **self.full.get("data", {})}["lanes"]
-        self.processes = Processes(arguments.jobs, arguments.threads, arguments.gpus)
-        self.running: dict[str, Job] = {}
-        self.tries: dict[str, int] = {}
-        self._seen = time.monotonic()
+        processes = Processes(arguments.jobs, arguments.threads, arguments.gpus)
+        super().__init__(output, self.state, arguments.minutes, processes)
 
-    def run(self) -> bool:
-        """Train what is missing. Returns whether everything that was wanted is trained now."""
-        stopped: list[int] = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda n, _: stopped.append(n))
-        begun = time.monotonic()
-        while not stopped:
-            self._tick()
-            self._collect()
-            self._decide_steps()
-            for job in self._startable()[: self.processes.free]:
-                self._start(job)
-            if not self.running:
-                break
-            time.sleep(0.5 if time.monotonic() - begun < 60 else 2)
-        self.processes.stop()
-        self._tick()
-        if stopped:
-            log.warning("%s: runs are saved, start again to go on", signal.Signals(stopped[0]).name)
-            raise SystemExit(EXIT_PREEMPTED)
-        return not list(todo(self.state, self.arguments.seeds))
+    def todo(self) -> Iterator[Job]:
+        return todo(self.state, self.arguments.seeds)
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self.state.spent += now - self._seen
-        self._seen = now
-        self.state.save(self.path)
+    def seconds(self, job: Job) -> float:
+        return seconds(self.state, job, self.batch)
 
-    def _decide_steps(self) -> None:
+    def decide(self) -> None:
         state, wanted = self.state, self.arguments
-        if state.steps or self.running or any(True for _ in todo(state, wanted.seeds)):
+        if state.steps:
             return
         missing = [f"{s}/{a}" for s in state.settings for a in SETTINGS[s] if f"{s}/{a}" not in state.per_step]
         if missing:
@@ -190,24 +159,9 @@ class Miniature:
         budget = 60 * wanted.minutes
         state.steps = steps_for(state, budget, wanted.jobs, wanted.seeds, self.batch, wanted.max_steps)
         log.info("%d steps a run; s/step %s", state.steps, {k: round(v, 3) for k, v in state.per_step.items()})
-        state.save(self.path)
 
-    def _startable(self) -> list[Job]:
-        left = 60 * self.arguments.minutes - self.state.spent
-        begun = {j.id for j in todo(self.state, self.arguments.seeds) if (self.directory(j) / "status.json").exists()}
-        return startable(self.state, self.arguments.seeds, self.batch, self.processes.names, begun, left)
-
-    def directory(self, job: Job) -> Path:
-        return self.output / "runs" / job.id
-
-    def _log(self, job: Job) -> Path:
-        return self.output / "logs" / f"{job.id.replace('/', '--')}.log"
-
-    def _start(self, job: Job) -> None:
-        config = self.arguments.configs / f"{job.setting}.yaml"
-        self.processes.start(job.id, "mom_train.__main__", [str(config), *self._overrides(job)], self._log(job))
-        log.info("start %s (rate %g, %d steps)", job.id, job.rate, job.steps)
-        self.running[job.id] = job
+    def command(self, job: Job) -> tuple[str, list[str]]:
+        return "mom_train.__main__", [str(self.arguments.configs / f"{job.setting}.yaml"), *self._overrides(job)]
 
     def _overrides(self, job: Job) -> list[str]:
         tokens = self.output / "tokens" / job.setting
@@ -230,39 +184,15 @@ class Miniature:
             "validation.every": every if job.kind == "run" else job.steps,
             "validation.sequences": sequences(job.steps, self.batch),
         }
-        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        return as_overrides(values)
 
-    def _collect(self) -> None:
-        """Take in the results of the jobs that have ended since the last call."""
-        for ended in self.processes.ended():
-            job, code, took = self.running.pop(ended.name), ended.code, ended.seconds
-            loss = self._held_out(job) if code == 0 else None
-            if loss is not None:
-                self._finish(job, took, loss)
-                log.info("done  %s: %.4f, %.0f s", job.id, loss, took)
-            elif code != EXIT_PREEMPTED:
-                self.tries[job.id] = self.tries.get(job.id, 0) + 1
-                last = self._log(job).read_text(errors="replace").strip().rpartition("\n")[2]
-                why = last if code else "its held-out loss at the end is not finite"
-                log.warning("%s ended with %d: %s", job.id, code, why)
-                if self.tries[job.id] == 2:
-                    self.state.failed[job.id] = why
-            self.state.save(self.path)
-
-    def _held_out(self, job: Job) -> float | None:
-        return Run(self.directory(job)).lines[-1].get(f"val/{HELD_OUT}/loss/total")
-
-    def _finish(self, job: Job, took: float, loss: float) -> None:
-        run = Run(self.directory(job))
+    def finish(self, job: Job, took: float, run: Run, loss: float) -> None:
         if job.kind == "time":
-            per_token = statistics.median(1 / x["perf/tokens_per_s"] for x in run.lines[4:] if "perf/tokens_per_s" in x)
-            tokens = sum(v for k, v in run.lines[-1].items() if k.startswith("tokens/")) / job.steps
             known = f"{job.setting}/{job.variant}"
-            self.state.per_step[known] = per_token * tokens
-            self.state.startup[known] = max(0.0, took - job.steps * per_token * tokens)
+            self.state.per_step[known] = step_seconds(run, job.steps)
+            self.state.startup[known] = max(0.0, took - job.steps * self.state.per_step[known])
         if job.kind != "run":
-            shutil.rmtree(self.directory(job) / "checkpoints", ignore_errors=True)
-            (self.directory(job) / "LATEST").unlink(missing_ok=True)
+            self.forget_checkpoints(job)
         self.state.finished[job.id] = loss
 
 

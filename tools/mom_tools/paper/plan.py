@@ -234,19 +234,6 @@ def todo(state: State, seeds: int) -> Iterator[Job]:
             return  # cut short, the rounds are still even
 
 
-def startable(state: State, seeds: int, batch: int, busy: set[str], begun: set[str], left: float) -> list[Job]:
-    """The jobs of `todo` that may start with `left` seconds of the budget, in order, up to the first one that would not
-    end in time. `busy` jobs run now. Jobs that had `begun` before a restart are finished in any case."""
-    found: list[Job] = []
-    for job in todo(state, seeds):
-        if job.id in busy:
-            continue
-        if job.kind != "time" and job.id not in begun and seconds(state, job, batch) > left:
-            break
-        found.append(job)
-    return found
-
-
 def done_seeds(state: State, setting: str, variant: str, seeds: int) -> list[int]:
     return [k for k in range(seeds) if f"{setting}/{variant}/seed-{k}" in state.finished]
 
