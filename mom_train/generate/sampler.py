@@ -21,7 +21,7 @@ from mom_tokenizers.speech.delay import DelayedCodebooks
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.files import checked
 from mom_train.config.model import DiffusionConfig
-from mom_train.config.run import SamplingConfig
+from mom_train.config.sampling import SamplingConfig
 from mom_train.model.diffusion import NoisedPatches, cosine_alpha_bar, levels, without_condition
 from mom_train.model.language_model import LanguageModel, LayerStates
 from mom_train.ops.layout import RowLayout

@@ -21,7 +21,8 @@ from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import DiffusionConfig
-from mom_train.config.run import PromptConfig, RunConfig
+from mom_train.config.run import RunConfig
+from mom_train.config.sampling import PromptConfig
 from mom_train.distributed.ranks import Ranks
 from mom_train.generate.sampler import Sampling, check_prompt, sample_document
 from mom_train.model.language_model import LanguageModel

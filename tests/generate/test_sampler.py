@@ -10,7 +10,7 @@ from mom_tokenizers.errors import UserError
 from mom_tokenizers.speech.delay import undelayed
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import PROJECTIONS, DiffusionConfig, ModelConfig
-from mom_train.config.run import PromptConfig
+from mom_train.config.sampling import PromptConfig
 from mom_train.generate.sampler import Sampler, Sampling, denoise, sample_document, timesteps
 from mom_train.generate.samples import check_latents, prompt_segments
 from mom_train.model.diffusion import NoisedPatches

@@ -23,7 +23,7 @@ from mom_tools.demo.corpus import WORDS, named_emoji
 from mom_tools.demo.render import GROUNDS, PENS, emoji_png, png
 from mom_tools.output import markdown_table
 from mom_train.checkpoint.load import load_run
-from mom_train.config.run import PromptConfig
+from mom_train.config.sampling import PromptConfig
 from mom_train.generate.sampler import sample_document
 from mom_train.generate.samples import prompt_segments, settings
 

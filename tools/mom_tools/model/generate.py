@@ -20,7 +20,7 @@ from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.options import add_device, add_tokenizers, add_weights, command_parser
 from mom_train.config.files import checked
 from mom_train.config.preflight import check_run, check_there, check_writable
-from mom_train.config.run import PromptConfig, SamplingConfig
+from mom_train.config.sampling import PromptConfig, SamplingConfig
 
 
 def main() -> None:

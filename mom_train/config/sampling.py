@@ -1,0 +1,40 @@
+"""The section of a config that says what the model writes while it trains."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from mom_train.config.section import Name, Section
+
+
+class PromptConfig(Section):
+    """What a sampled document begins with."""
+
+    text: str = ""
+    """Text that follows the token that opens the document."""
+    start: Name | None = None
+    """Name of a modality whose span is opened after the text, so that the model fills it."""
+
+
+class SamplingConfig(Section):
+    """Documents that the model writes while it trains, to look at and listen to in RUN/samples/step-N and TensorBoard.
+    For this, rank 0 holds the whole model a second time while the other ranks wait. It needs `tokenizers`."""
+
+    every: PositiveInt | None = None
+    """Number of steps between samples. They are also written after the last step. null writes none at all."""
+    prompts: tuple[PromptConfig, ...] = (PromptConfig(),)
+    """The beginnings of the documents. One document is written from each, with the same random draws every time."""
+    max_tokens: PositiveInt = 128
+    """Largest number of positions in a document, including its prompt. A picture or recording that has begun is
+    finished."""
+    temperature: float = Field(default=0.9, ge=0)
+    """Temperature that the logits are divided by. 0 always takes the most likely id."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus sampling: ids are drawn from the most likely ones that together have this probability."""
+    denoising_steps: PositiveInt = 25
+    """Number of denoising steps for a continuous picture."""
+    guidance: float = Field(default=1.0, ge=0)
+    """Strength of the classifier-free guidance of continuous pictures, which needs
+    objective.diffusion.condition_dropout. 1 means no guidance."""
+    seconds: float = Field(default=120.0, gt=0)
+    """Number of seconds after which no further document is begun."""
