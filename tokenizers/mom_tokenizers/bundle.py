@@ -5,6 +5,10 @@
     speech: {kind: units, path: speech}
     music:  {kind: ids, size: 2048, made_by: "EnCodec, 32 kHz, first codebook"}    # ready-made ids in the documents
 
+With `shapes: {tokens: 256, max_aspect_ratio: 4}` in the entry of a picture's tokenizer, pictures are not all cropped
+square: each gets the nearest shape of about as many tokens (mom_tokenizers/media/shapes.py). `tokens` is the number that
+the tokenizer makes of a square picture.
+
 Paths are relative to the file. A text's path may be "hf://owner/name" on the Hugging Face hub. A model is loaded when
 it is first used, so that a program which needs one modality, or the fingerprints alone, loads nothing else.
 """
@@ -23,6 +27,7 @@ import yaml
 from mom_tokenizers import ready
 from mom_tokenizers.base import Tokenizer, fingerprint_files, resolved_device
 from mom_tokenizers.errors import UserError, user_path
+from mom_tokenizers.media.shapes import Shapes
 
 # kind -> module and class. They are imported when first used, because importing torch and diffusers takes seconds.
 KINDS = {
@@ -62,6 +67,8 @@ class Tokenizers:
     entries: tuple[tuple[str, str, Path], ...]  # (modality, kind, path); for ready-made ids the path of the declaration
     device: str = "cpu"
     _loaded: dict[str, Tokenizer] = field(default_factory=dict, repr=False, compare=False)
+    shapes: Mapping[str, Shapes] = field(default_factory=dict)
+    """The shapes of pictures by modality. One that is not here makes square pictures."""
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> Tokenizers:
@@ -79,14 +86,18 @@ class Tokenizers:
             raise UserError(f"{path}: expected 'text: {{kind: bpe, path: ...}}', and one such line a further modality")
         entries = []
         loaded: dict[str, Tokenizer] = {}
+        shapes: dict[str, Shapes] = {}
         for modality in sorted(declared, key=lambda name: name != "text"):  # others keep their order
             entry = declared[modality]
             if isinstance(entry, dict) and entry.get("kind") == READY:
                 loaded[str(modality)] = _ready(path, str(modality), entry)
                 entries.append((str(modality), READY, path))
                 continue
-            if not isinstance(entry, dict) or set(entry) != {"kind", "path"}:
-                raise UserError(f"{path}: '{modality}' must have exactly the keys kind and path, got {entry!r}")
+            if not isinstance(entry, dict) or set(entry) - {"shapes"} != {"kind", "path"}:
+                raise UserError(
+                    f"{path}: '{modality}' must have exactly the keys kind and path (a picture's tokenizer may also "
+                    f"have shapes), got {entry!r}"
+                )
             if entry["kind"] not in KINDS:
                 known = ", ".join([*KINDS, READY])
                 raise UserError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {known}")
@@ -94,7 +105,9 @@ class Tokenizers:
             if not where.exists():
                 raise UserError(f"{path}: '{modality}' is to be at {where}, which does not exist")
             entries.append((str(modality), entry["kind"], where))
-        return cls(tuple(entries), device, loaded)
+            if entry.get("shapes") is not None:
+                shapes[str(modality)] = _shapes(path, str(modality), entry, where)
+        return cls(tuple(entries), device, loaded, shapes)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -110,15 +123,19 @@ class Tokenizers:
         if modality not in self._loaded:
             kind, path = self._entry(modality)
             on = () if kind == "bpe" else (resolved_device(self.device),)
-            self._loaded[modality] = _class(kind).load(path, *on)
+            tokenizer = _class(kind).load(path, *on)
+            if modality in self.shapes:
+                tokenizer.use_shapes(self.shapes[modality])
+            self._loaded[modality] = tokenizer
         return self._loaded[modality]
 
-    def describe(self) -> dict[str, dict[str, str | int | float]]:
+    def describe(self) -> dict[str, dict[str, Any]]:
         """{modality: {"kind", "fingerprint", "size"}}, read from the files without building a model.
 
         For latents there are also "patch_width", "latent_scale" and "latent_shift"; a model reads
         (latents - latent_shift) * latent_scale. For speech there is "units_per_second", for several
-        codebooks in the delay pattern their number "codebooks", and for ready-made ids "made_by".
+        codebooks in the delay pattern their number "codebooks", for ready-made ids "made_by", and for pictures that are
+        not all square "shapes".
         """
         return {modality: self._described(modality, kind, path) for modality, kind, path in self.entries}
 
@@ -131,7 +148,7 @@ class Tokenizers:
             return str(self._loaded[modality].fingerprint())
         return fingerprint_files(kind, _class(kind).files(path))
 
-    def _described(self, modality: str, kind: str, path: Path) -> dict[str, str | int | float]:
+    def _described(self, modality: str, kind: str, path: Path) -> dict[str, Any]:
         if kind == READY:
             tokenizer = self._loaded[modality]
             assert isinstance(tokenizer, ready.ReadyIds)
@@ -142,11 +159,13 @@ class Tokenizers:
             "size": _class(kind).stored_size(path),
             **(_class(kind).stored_latents(path) if kind == "kl" else {}),
             **(_class(kind).stored_rate(path) if kind == "units" else {}),
+            **({"shapes": self.shapes[modality].as_json()} if modality in self.shapes else {}),
         }
 
     def encode(self, modality: str, data: str | bytes) -> np.ndarray:
         """The uint32 ids of a text, or of the file bytes of a picture or recording. A picture's tokenizer that makes
-        latents gives float16 patches. Raises UserError for unreadable data."""
+        latents gives float16 patches. With shapes, a picture's tokens have two axes, rows and columns, instead of one.
+        Raises UserError for unreadable data."""
         return self.tokenizer(modality).encode(self._decoded(modality, data))
 
     def encode_many(self, modality: str, data: Sequence[str | bytes]) -> list[np.ndarray | Exception]:
@@ -208,6 +227,23 @@ def _ready(path: Path, modality: str, entry: Mapping[str, Any]) -> ready.ReadyId
         return ready.ReadyIds(entry["size"], entry["made_by"])
     except ValueError as error:
         raise UserError(f"{path}: '{modality}': {error}") from None
+
+
+def _shapes(path: Path, modality: str, entry: Mapping[str, Any], where: Path) -> Shapes:
+    """The shapes that an entry asks for. Raises UserError for a tokenizer that makes only squares, or no pictures."""
+    kind = entry["kind"]
+    if kind not in PICTURES:
+        raise UserError(f"{path}: '{modality}' has shapes, which only pictures have ({', '.join(PICTURES)}), not {kind}")
+    try:
+        shapes = Shapes.of(entry["shapes"])
+    except UserError as error:
+        raise UserError(f"{path}: '{modality}': {error}") from None
+    if (why := _class(kind).why_only_square(where)) is not None:
+        raise UserError(
+            f"{path}: '{modality}' has shapes, but a tokenizer of this kind ({kind}) makes square pictures only: {why}. "
+            "Leave shapes out, or use another tokenizer"
+        )
+    return shapes
 
 
 def _joins_a_batch(kind: str, value: Any) -> bool:

@@ -6,6 +6,9 @@ A modality may instead be *mapped*: a table gives each of its codes an id inside
 tokens have ids there too. Chameleon's vocabulary of 65,536 is like this, with 8,192 image ids among the words.
 
 Token shards store *modality-local* ids, so this layout can change without rewriting data.
+
+With `shapes`, pictures need not be square. A picture of 4 rows and 16 columns is opened by the special token boi_4x16
+instead of boi, and a square one by boi, so that the model knows the shape before the first token of the picture.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mom_tokenizers.errors import UserError, read_json
+from mom_tokenizers.media.shapes import Grid, Shapes
 
 SPECIALS = ("bos", "eos", "pad", "boi", "eoi", "bosp", "eosp", "null")
 _BRACKETS = {"image": ("boi", "eoi"), "speech": ("bosp", "eosp")}
@@ -42,18 +46,21 @@ class VocabLayout:
 
     `mapped` gives, for a modality without a span of its own, the id of each of its local ids. `placed` gives the ids
     of special tokens that the text's span holds already. The size of text counts the ids of both. Special tokens belong
-    to text. Raises UserError for a layout that is not possible.
+    to text. `shapes` gives every grid of a picture that is not square an opening token of its own. Raises UserError for
+    a layout that is not possible.
     """
 
     sizes: tuple[tuple[str, int], ...]
     mapped: tuple[tuple[str, tuple[int, ...]], ...]
     placed: tuple[tuple[str, int], ...]
+    shapes: Shapes | None
 
     def __init__(
         self,
         sizes: Mapping[str, int],
         mapped: Mapping[str, Sequence[int]] | None = None,
         placed: Mapping[str, int] | None = None,
+        shapes: Shapes | None = None,
     ):
         names = list(sizes)
         if not names or names[0] != "text":
@@ -65,6 +72,9 @@ class VocabLayout:
         object.__setattr__(self, "sizes", tuple(sizes.items()))
         object.__setattr__(self, "mapped", tuple((name, tuple(table)) for name, table in mapped.items()))
         object.__setattr__(self, "placed", tuple(placed.items()))
+        object.__setattr__(self, "shapes", shapes)
+        if shapes is not None and "image" not in names:
+            raise UserError(f"vocabulary: shapes are those of pictures, but there is no 'image' among {names}")
         owner: dict[int, str] = {}
         for name, table in self.mapped:
             if name not in names[1:]:
@@ -87,9 +97,15 @@ class VocabLayout:
         owner[id_] = what
 
     @classmethod
-    def of(cls, vocabulary: Mapping[str, int] | str | Path) -> VocabLayout:
-        """The layout that a run's config names: sizes by modality, or the path of a file that `save` wrote."""
-        return cls(vocabulary) if isinstance(vocabulary, Mapping) else cls.load(vocabulary)
+    def of(cls, vocabulary: Mapping[str, int] | str | Path, shapes: Shapes | None = None) -> VocabLayout:
+        """The layout that a run's config names: sizes by modality, or the path of a file that `save` wrote, and the
+        shapes of pictures. Raises UserError where the file has other shapes."""
+        layout = cls(vocabulary) if isinstance(vocabulary, Mapping) else cls.load(vocabulary)
+        if shapes is None or layout.shapes == shapes:
+            return layout
+        if layout.shapes is not None:
+            raise UserError(f"{vocabulary} is a layout for shapes {layout.shapes.as_json()}, not {shapes.as_json()}")
+        return cls(dict(layout.sizes), dict(layout.mapped), dict(layout.placed), shapes)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -100,7 +116,15 @@ class VocabLayout:
         names = list(SPECIALS)
         for modality in self.modalities[1:]:
             names += [n for n in self._bracket_names(modality) if n not in names]
-        return names
+        # They come last, so that the ids of all others are those of the same layout without shapes.
+        return [*names, *self._opening_names.values()]
+
+    @cached_property
+    def _opening_names(self) -> dict[Grid, str]:
+        if self.shapes is None:
+            return {}
+        opening, _ = self._bracket_names("image")
+        return {(r, c): f"{opening}_{r}x{c}" for r, c in self.shapes.grids if (r, c) != self.shapes.square}
 
     @cached_property
     def specials(self) -> dict[str, int]:
@@ -172,14 +196,36 @@ class VocabLayout:
         opening, closing = self._bracket_names(modality)
         return self.specials[opening], self.specials[closing]
 
+    @cached_property
+    def openings(self) -> dict[Grid, int]:
+        """The id of the token that opens a picture of each grid. It is empty where all pictures are square."""
+        if self.shapes is None:
+            return {}
+        shaped = {grid: self.specials[name] for grid, name in self._opening_names.items()}
+        return {self.shapes.square: self.brackets("image")[0], **shaped}
+
+    def opening(self, modality: str, grid: Grid | None = None) -> int:
+        """The id of the token that opens a span; `grid` is that of a picture, None for a square one. Raises UserError
+        for a grid that the vocabulary lacks."""
+        if grid is None:
+            return self.brackets(modality)[0]
+        if modality != "image" or grid not in self.openings:
+            raise UserError(
+                f"{modality} of {grid[0]} rows and {grid[1]} columns: the vocabulary has no token that opens it. It "
+                f"has pictures of {self.shapes or 'square shape alone'}; set picture_shapes as in tokenizers.yaml"
+            )
+        return self.openings[grid]
+
     @staticmethod
     def _bracket_names(modality: str) -> tuple[str, str]:
         return _BRACKETS.get(modality, (f"bo_{modality}", f"eo_{modality}"))
 
     def to_json(self) -> str:
-        values = {"sizes": dict(self.sizes), "specials": self.specials, "size": self.size}
+        values: dict[str, Any] = {"sizes": dict(self.sizes), "specials": self.specials, "size": self.size}
         if self.mapped or self.placed:
             values |= {"mapped": dict(self.mapped), "placed": dict(self.placed)}
+        if self.shapes is not None:
+            values["shapes"] = self.shapes.as_json()
         # One key on each line, so that a table of 8,192 ids takes one line.
         return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}"
 
@@ -197,7 +243,8 @@ class VocabLayout:
         if "sizes" not in values:
             raise UserError(f"{path}: expected a vocabulary layout with 'sizes', such as {{\"text\": 32000}}")
         try:
-            return cls(values["sizes"], values.get("mapped"), values.get("placed"))
+            shapes = Shapes.of(values["shapes"]) if values.get("shapes") is not None else None
+            return cls(values["sizes"], values.get("mapped"), values.get("placed"), shapes)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: {error}") from error
 

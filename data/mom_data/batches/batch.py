@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mom_data.order.packing import Piece
 from mom_data.order.plan import Source, hashed
+from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import TokenSegment
+from mom_tokenizers.media.shapes import Grid
 from mom_tokenizers.vocab import VocabLayout
 
 IGNORE = -100
@@ -103,7 +105,8 @@ def assemble_document(
     """(ids int64 (A,), modality uint8 (A,), [(position, patches, leads its text)]) of BOS, the segments, and EOS.
 
     `modalities` names the modality numbers of the segments, which are the dataset's; the result has the vocabulary's
-    numbers. Text segments follow one another directly. Every other span stands between its opening and closing token.
+    numbers. Text segments follow one another directly. Every other span stands between its opening and closing token;
+    the opening of a picture that is not square says its shape.
     """
     specials, null = vocab.specials, vocab.specials["null"]
     ids: list[np.ndarray] = [np.array([specials["bos"]])]
@@ -120,7 +123,7 @@ def assemble_document(
             routes.append(np.zeros(n, np.uint8))
             at += n
             continue
-        opening, closing = vocab.brackets(name)
+        opening, closing = vocab.opening(name, segment.grid), vocab.brackets(name)[1]
         if segment.latent:
             patches.append((at + 1, segment.values, bool(text) and i < text[0]))
             span = np.full(n, null)
@@ -141,6 +144,8 @@ class _Kind(NamedTuple):
     number: int
     opening: int
     closing: int
+    shaped: Mapping[Grid, int]
+    """The opening token of a picture of each grid."""
 
 
 class _Run(NamedTuple):
@@ -154,33 +159,46 @@ class _Run(NamedTuple):
     leads: bool  # whether it stands before all text of a document that has text
 
 
-def _kinds(modalities: Sequence[str], vocab: VocabLayout) -> dict[int, _Kind]:
+def _kinds(dataset: TokenDataset, vocab: VocabLayout) -> dict[int, _Kind]:
     """The modalities by their number in the dataset. One that the vocabulary lacks is left out; the dataset then holds
-    no documents with it."""
+    no documents with it. Raises UserError where the vocabulary lacks a shape that pictures of the dataset may have."""
     known = vocab.modalities
     return {
-        k: _Kind(name, known.index(name), *(vocab.brackets(name) if known.index(name) else (0, 0)))
-        for k, name in enumerate(modalities)
+        k: _Kind(
+            name,
+            known.index(name),
+            *(vocab.brackets(name) if known.index(name) else (0, 0)),
+            {grid: vocab.opening(name, grid) for grid in (dataset.shapes.grids if dataset.shapes else ())}
+            if name == "image"
+            else {},
+        )
+        for k, name in enumerate(dataset.modalities)
         if name in known
     }
 
 
 def _runs(
-    segments: tuple[list[int], list[int], list[bool]], kinds: Mapping[int, _Kind], start: int, end: int
+    segments: tuple[list[int], list[int], list[bool]],
+    kinds: Mapping[int, _Kind],
+    start: int,
+    end: int,
+    grids: Sequence[Grid | None] | None = None,
 ) -> tuple[list[_Run], list[tuple[int, int]], tuple[int, int], int]:
     """(runs of stored values, (position, id) of each bracket, (stored tokens, latents), positions).
 
     The runs and brackets are those at positions [start, end) of the document, without BOS and EOS. The counts of
-    stored tokens, latents and positions are those of the whole document.
+    stored tokens, latents and positions are those of the whole document. `grids` are those of the segments, None where
+    all pictures are square.
     """
     runs: list[_Run] = []
     brackets: list[tuple[int, int]] = []
     at, n_tokens, n_latents, text = 1, 0, 0, False
-    for n, modality, latent in zip(*segments, strict=True):
+    for i, (n, modality, latent) in enumerate(zip(*segments, strict=True)):
         kind = kinds[modality]
         if kind.number:
             if start <= at < end:
-                brackets.append((at, kind.opening))
+                grid = None if grids is None else grids[i]
+                brackets.append((at, kind.opening if grid is None else kind.shaped[grid]))
             at += 1
         else:
             text = True
@@ -221,7 +239,7 @@ def build_batch(
     """
     B, M = len(rows), len(vocab.modalities)
     bos, eos, pad, null = (vocab.specials[name] for name in ("bos", "eos", "pad", "null"))
-    kinds = [_kinds(source.dataset.modalities, vocab) for source in sources]
+    kinds = [_kinds(source.dataset, vocab) for source in sources]
     # The rows lie one after another, so that every position is written once and all labels are made by one shift.
     tokens = np.empty(B * length, np.int64)
     modality = np.zeros(B * length, np.uint8)
@@ -243,8 +261,9 @@ def build_batch(
             start, end = piece.start, piece.end
             documents_read += start == 0
             dataset, kind_of = sources[piece.source].dataset, kinds[piece.source]
-            segments = dataset.index(piece.shard).segments(piece.document)
-            runs, brackets, stored, positions = _runs(segments, kind_of, start, end)
+            index = dataset.index(piece.shard)
+            segments, grids = index.segments(piece.document), index.grids(piece.document)
+            runs, brackets, stored, positions = _runs(segments, kind_of, start, end, grids)
             t, p = (0, stored[0]), (0, stored[1])
             if end - start < positions:
                 t, p = _extent(run for run in runs if not run.latent), _extent(run for run in runs if run.latent)

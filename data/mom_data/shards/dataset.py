@@ -19,9 +19,10 @@ import numpy as np
 import safetensors.numpy
 
 from mom_data.shards.format import LATENT_BIT, TokenSegment, crc32
-from mom_data.shards.manifest import MANIFEST, index_problems, read_manifest
+from mom_data.shards.manifest import MANIFEST, index_problems, read_manifest, shapes_of
 from mom_data.shards.storage import CACHE_BYTES, RemoteFolder, Stored, folder_at
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.shapes import Grid, Shapes
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class ShardIndex:
     segment_length: np.ndarray
     segment_modality: np.ndarray
     latent_offset: np.ndarray | None
+    segment_grid: np.ndarray | None = None
     checked: bytearray = field(init=False, repr=False)
     """For each document 1 once this process has found its checksum right, and 0 before."""
 
@@ -65,6 +67,14 @@ class ShardIndex:
         s, e = starts[document], starts[document + 1]
         kinds = modalities[s:e].tolist()
         return lengths[s:e].tolist(), [k & ~LATENT_BIT for k in kinds], [k >= LATENT_BIT for k in kinds]
+
+    def grids(self, document: int) -> list[Grid | None] | None:
+        """The (rows, columns) of each of a document's segments, None for those that are no picture, or a square one.
+        None instead of the list where the shard has only such segments."""
+        if self.segment_grid is None:
+            return None
+        s, e = self._table[0][document], self._table[0][document + 1]
+        return [(rows, columns) if rows else None for rows, columns in self.segment_grid[s:e].tolist()]
 
 
 class TokenDataset:
@@ -151,6 +161,12 @@ class TokenDataset:
         self._foreign: set[int] = set()  # shards for which a warning about an id beyond its tokenizer's was logged
         self._sizes = [int(self.tokenizers[m]["size"]) for m in self.modalities]
         self._smallest = min(self._sizes)
+        self._shapes = shapes_of(self.modalities, self.tokenizers)
+
+    @property
+    def shapes(self) -> Shapes | None:
+        """The shapes that the dataset's pictures may have, None where all are square."""
+        return next(iter(self._shapes.values()), None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_indices", "_unavailable", "_foreign")}
@@ -180,7 +196,7 @@ class TokenDataset:
                 "Bring it back (tools/verify_shards.py --rebuild-index makes it from its tar) and start again."
             ) from None
         arrays = safetensors.numpy.load(data)
-        if problems := index_problems(arrays, *self._counts(shard), self.modalities):
+        if problems := index_problems(arrays, *self._counts(shard), self.modalities, self._shapes):
             raise UserError(
                 f"{self.where(file.name)} contradicts manifest.json: {'; '.join(problems)}. See what "
                 "tools/verify_shards.py finds, and tokenize again where it cannot be mended."
@@ -192,6 +208,7 @@ class TokenDataset:
             arrays["segment_length"],
             arrays["segment_modality"],
             arrays.get("latent_offset"),
+            arrays.get("segment_grid"),
         )
         self._indices[shard] = index, len(data)
         while len(self._indices) > 1 and sum(size for _, size in self._indices.values()) > _INDEX_BYTES:
@@ -217,9 +234,10 @@ class TokenDataset:
         if values is None:
             return None
         segments, at = [], [0, 0]
-        for n, modality, is_latent in zip(lengths, modalities, latent, strict=True):
+        grids = self.index(shard).grids(document) or [None] * len(lengths)
+        for n, modality, is_latent, grid in zip(lengths, modalities, latent, grids, strict=True):
             begin = at[is_latent]
-            segments.append(TokenSegment(modality, values[is_latent][begin : begin + n]))
+            segments.append(TokenSegment(modality, values[is_latent][begin : begin + n], grid))
             at[is_latent] += n
         return segments
 
@@ -339,12 +357,21 @@ def check_agreement(
     datasets: Sequence[TokenDataset],
     vocabulary: Mapping[str, int],
     tokenizers: Mapping[str, Mapping[str, Any]] | None = None,
+    shapes: Shapes | None = None,
 ) -> None:
     """Raise UserError, naming both sides, where datasets do not belong together or do not fit the run.
 
     All datasets must be made by the same tokenizers. These must be the run's own where it names them, and their ids
-    must fit into the run's vocabulary.
+    must fit into the run's vocabulary. `shapes` are those of the run's vocabulary, which must have every grid that a
+    dataset may have. A dataset of square pictures fits any.
     """
+    for dataset in datasets:
+        if dataset.shapes is not None and not {*dataset.shapes.grids} <= {*(shapes.grids if shapes else ())}:
+            own, given = dataset.shapes.as_json(), shapes.as_json() if shapes else "not set, so all are square"
+            raise UserError(
+                f"{dataset.location} holds pictures of several shapes ({own}), and the run's picture_shapes is "
+                f"{given}: set picture_shapes in the config to {own}"
+            )
     known: dict[str, tuple[str, str]] = {m: (_named(t), "the run's tokenizers") for m, t in (tokenizers or {}).items()}
     for dataset in datasets:
         for modality, made_by in dataset.tokenizers.items():

@@ -8,7 +8,8 @@ manifest per dataset.
 
 A block holds `tokens` (modality-local ids); `latents` (fp16 patch rows), where there are any; `segments` (S, 4) int32,
 whose columns are modality, count, offset into tokens or latents, and flags; and `docs` (D+1,) int32, the number of the
-first segment of each document. BOS, EOS and the tokens around pictures and speech are added when a batch is assembled.
+first segment of each document. Where a picture is not square, there is also `grids` (S, 2) int32, the rows and columns of
+each segment, 0 and 0 for all others. BOS, EOS and the tokens around pictures and speech are added when a batch is assembled.
 The trainer reads documents at the absolute offsets in the index and never parses a tar.
 """
 
@@ -26,25 +27,47 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from mom_tokenizers.media.shapes import Grid
+
 try:  # computes the same checksum as zlib, several times faster
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
 
 SCHEMA = "mom-tokens-1"
+SCHEMA_OF_SHAPES = "mom-tokens-2"
+"""The schema of a manifest whose pictures need not be square. A program that does not know them refuses the dataset."""
 BLOCK_BYTES = 1 << 20
 BLOCK_DOCUMENTS = 512
 LATENT = 1  # the flag of a segment whose values are latent patches
 LATENT_BIT = 0x80  # the same flag in the one-byte modality of the index
 TAR_HEADER = 512
+SIDE = (1 << 16) - 1  # the most rows or columns of a picture
 
 
 @dataclass(frozen=True)
 class TokenSegment:
-    """A run of one modality. `values` are unsigned local ids (n,), or latent patches (n, C*p*p) float16."""
+    """A run of one modality. `values` are unsigned local ids (n,), or latent patches (n, C*p*p) float16. `grid` is the
+    (rows, columns) of a picture that is not square, whose values stand row after row."""
 
     modality: int
     values: np.ndarray
+    grid: Grid | None = None
+
+    @classmethod
+    def of(cls, modality: int, values: np.ndarray) -> TokenSegment:
+        """The segment of what a tokenizer gave: (n,) or (n, W), or for a picture of any shape (rows, columns) or (rows,
+        columns, W)."""
+        tokens = values.ndim - (values.dtype == np.float16)  # axes of tokens
+        if tokens == 1:
+            return cls(modality, values)
+        rows, columns = values.shape[:2]
+        return cls(modality, values.reshape(-1, *values.shape[2:]), None if rows == columns else (rows, columns))
+
+    @property
+    def shaped(self) -> np.ndarray:
+        """The values as their tokenizer decodes them: with rows and columns where the picture is not square."""
+        return self.values if self.grid is None else self.values.reshape(*self.grid, *self.values.shape[1:])
 
     @property
     def latent(self) -> bool:
@@ -95,8 +118,14 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
 
     def add(self, key: str, segments: Sequence[TokenSegment]) -> None:
-        """Add a document. Raises ValueError, and adds nothing, where an id is not below its modality's size."""
+        """Add a document. Raises ValueError, and adds nothing, where an id is not below its modality's size, or where a
+        picture has another number of tokens than its grid."""
         for segment in segments:
+            if segment.grid is not None:
+                rows, columns = segment.grid
+                if segment.modality == 0 or min(rows, columns) < 1 or rows * columns != len(segment.values):
+                    name = self.modalities[segment.modality]
+                    raise ValueError(f"{rows} rows of {columns} columns for {len(segment.values)} {name} tokens")
             if not segment.latent and len(segment.values):
                 low, high = int(segment.values.min()), int(segment.values.max())
                 name, size = self.modalities[segment.modality], self._sizes[segment.modality]
@@ -120,12 +149,13 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        tokens, latents, table, starts = [], [], [], [0]
+        tokens, latents, table, starts, grids = [], [], [], [0], []
         n_tokens = n_latents = 0
         for _, segments in self._pending:
             for s in segments:
                 offset = n_latents if s.latent else n_tokens
                 table.append((s.modality, len(s.values), offset, LATENT if s.latent else 0))
+                grids.append(s.grid or (0, 0))
                 if s.latent:
                     assert self.latent_width in (0, s.values.shape[1]), "one latent width per dataset"
                     self.latent_width = s.values.shape[1]
@@ -142,6 +172,8 @@ class ShardWriter:
         }
         if latents:
             arrays["latents"] = np.concatenate(latents)
+        if any(rows for rows, _ in grids):
+            arrays["grids"] = np.array(grids, np.int32)
         # A single entry, because safetensors writes several in no fixed order, and the bytes must be reproducible.
         metadata = {SCHEMA: json.dumps({"keys": [key for key, _ in self._pending]})}
         block = safetensors.numpy.save(arrays, metadata=metadata)
@@ -216,6 +248,11 @@ def index_block(block: bytes, at: int) -> dict[str, np.ndarray]:
     width = latents.shape[1] * latents.itemsize
     token_at, latent_at = until["t"][docs], until["p"][docs]
     token_bytes, latent_bytes = tokens.tobytes(), latents.tobytes()
+    grids = arrays.get("grids", np.zeros((len(table), 2), np.int32)).astype(np.int64)
+    if grids.shape != (len(table), 2) or grids.min(initial=0) < 0 or grids.max(initial=0) > SIDE:
+        raise ValueError("its table of rows and columns does not fit its segments")
+    if said := grid_problem(grids, count, modality):
+        raise ValueError(said)
     size = tokens.itemsize
     crc = [
         crc32(latent_bytes[p * width : q * width], crc32(token_bytes[t * size : u * size]))
@@ -228,7 +265,21 @@ def index_block(block: bytes, at: int) -> dict[str, np.ndarray]:
         "segments": np.diff(docs).astype(np.uint32),
         "segment_length": count.astype(np.uint32),
         "segment_modality": (modality | np.where(latent, LATENT_BIT, 0)).astype(np.uint8),
+        "segment_grid": grids.astype(np.uint16),
     }
+
+
+def grid_problem(grids: np.ndarray, count: np.ndarray, modality: np.ndarray) -> str | None:
+    """What is wrong with the rows and columns (S, 2) of segments with these counts of tokens and modalities (S,), each
+    without the flag of latents; None where nothing is."""
+    rows, columns = grids.astype(np.int64).T
+    there = (rows != 0) | (columns != 0)
+    bad = there & ((rows * columns != count) | (modality == 0))
+    if not bad.any():
+        return None
+    s = int(bad.argmax())
+    what = "text" if modality[s] == 0 else "a picture"
+    return f"segment {s} is {what} of {count[s]} tokens, and its grid is {rows[s]} rows of {columns[s]} columns"
 
 
 def join_index(blocks: Sequence[Mapping[str, np.ndarray]]) -> bytes:
@@ -247,6 +298,8 @@ def join_index(blocks: Sequence[Mapping[str, np.ndarray]]) -> bytes:
     }
     if (arrays["segment_modality"] >= LATENT_BIT).any():
         arrays["latent_offset"] = joined("latent_offset", np.uint64)
+    if any(block["segment_grid"].any() for block in blocks):
+        arrays["segment_grid"] = np.concatenate([block["segment_grid"] for block in blocks])
     return safetensors.numpy.save(arrays)
 
 
@@ -257,6 +310,11 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
+
+
+def schema_of(tokenizers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The schema of a dataset that these tokenizers made."""
+    return SCHEMA_OF_SHAPES if any("shapes" in described for described in tokenizers.values()) else SCHEMA
 
 
 def write_manifest(
@@ -270,11 +328,12 @@ def write_manifest(
     """Write the manifest, which finishes a dataset: without this file a folder is not a dataset.
 
     `tokenizers` maps each modality to {"kind", "fingerprint", "size"}, text first; their order numbers the modalities.
-    A tokenizer of latents adds {"patch_width", "latent_scale", "latent_shift"}. `account` is the account of the raw
+    A tokenizer of latents adds {"patch_width", "latent_scale", "latent_shift"}, and one of pictures that need not be
+    square {"shapes"}. `account` is the account of the raw
     input, as `Account.as_json` gives it.
     """
     manifest = {
-        "schema": SCHEMA,
+        "schema": schema_of(tokenizers),
         "modalities": list(tokenizers),
         "tokenizers": tokenizers,
         "token_bytes": np.dtype(token_dtype).itemsize,

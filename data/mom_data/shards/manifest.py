@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
-from mom_data.shards.format import LATENT_BIT, SCHEMA
+from mom_data.shards.format import LATENT_BIT, SCHEMA, SCHEMA_OF_SHAPES, grid_problem
+from mom_tokenizers.media.shapes import Shapes
 
 MANIFEST, CHECKSUM = "manifest.json", "manifest.sha256"
 _NAME = re.compile(r"[^/\\\0]+\.tar")
@@ -49,6 +50,12 @@ class TokenizerRecord(_Record):
     kind: str
     fingerprint: str
     size: PositiveInt
+    shapes: dict[str, int | float] | None = None
+
+    @field_validator("shapes")
+    @classmethod
+    def _possible(cls, value: dict[str, int | float] | None) -> dict[str, int | float] | None:
+        return value if value is None else Shapes.of(value).as_json()
 
 
 class Manifest(_Record):
@@ -103,8 +110,8 @@ def read_manifest(folder: Readable) -> tuple[bytes, Manifest | None, list[Proble
     except (ValueError, RecursionError) as error:
         return content, None, [*problems, Problem(MANIFEST, f"it is damaged, not JSON: {error}", _AGAIN)]
     schema = raw.get("schema") if isinstance(raw, dict) else None
-    if isinstance(raw, dict) and schema != SCHEMA:
-        what = f"schema {schema!r}; this version reads {SCHEMA!r}"
+    if isinstance(raw, dict) and schema not in (SCHEMA, SCHEMA_OF_SHAPES):
+        what = f"schema {schema!r}; this version reads {SCHEMA!r} and {SCHEMA_OF_SHAPES!r}"
         return content, None, [*problems, Problem(MANIFEST, what, "run tools/tokenize_shards.py again")]
     try:
         manifest = Manifest.model_validate(raw)
@@ -146,6 +153,10 @@ def _contradictions(manifest: Manifest) -> list[str]:
     names = [shard.name for shard in shards]
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
         problems.append(f"shards are named more than once: {', '.join(twice)}")
+    shaped = any(t.shapes is not None for t in manifest.tokenizers.values())
+    if shaped != (manifest.schema_name == SCHEMA_OF_SHAPES):
+        with_or_without = "with" if shaped else "without"
+        problems.append(f"its schema is {manifest.schema_name!r}, but its tokenizers are {with_or_without} shapes")
     if modalities[:1] != ["text"]:
         problems.append(f"the first modality must be 'text', not {modalities[:1]}")
     largest = max((t.size for t in manifest.tokenizers.values()), default=0)
@@ -162,13 +173,24 @@ def _contradictions(manifest: Manifest) -> list[str]:
     ]
 
 
+def shapes_of(modalities: Sequence[str], tokenizers: Mapping[str, Mapping[str, Any]]) -> dict[int, Shapes]:
+    """The shapes of pictures by the number of their modality, from the tokenizers of a manifest. A modality that is not
+    there has square pictures alone, or none."""
+    declared = ((k, tokenizers[name].get("shapes")) for k, name in enumerate(modalities) if name in tokenizers)
+    return {k: Shapes.of(shapes) for k, shapes in declared if shapes is not None}
+
+
 def index_problems(
-    index: Mapping[str, np.ndarray], documents: int, tokens: Mapping[str, int], modalities: Sequence[str]
+    index: Mapping[str, np.ndarray],
+    documents: int,
+    tokens: Mapping[str, int],
+    modalities: Sequence[str],
+    shapes: Mapping[int, Shapes],
 ) -> list[str]:
     """How a shard's index contradicts itself, or the counts that the manifest gives for its shard.
 
     `index` holds the arrays of the index file. The order of `modalities` numbers the modalities. `documents` and
-    `tokens` (by the name of the modality) are the counts of the manifest.
+    `tokens` (by the name of the modality) are the counts of the manifest, and `shapes` is as `shapes_of` gives it.
     """
     try:
         start, length, modality = (index[name] for name in ("segment_start", "segment_length", "segment_modality"))
@@ -184,11 +206,30 @@ def index_problems(
         return [f"it has no {error}"]
     if not whole:
         return ["its table of segments does not fit its documents"]
+    if wrong := _grid_problems(index, shapes):
+        return wrong
     counts = index_counts(index, len(modalities))
     found = [("documents", number, documents)]
     found += [(f"{m} tokens", n, tokens.get(m, 0)) for m, n in zip(modalities, counts, strict=False)]
     found += [(f"tokens of modality number {m}", n, 0) for m, n in enumerate(counts) if m >= len(modalities)]
     return [f"{n:,} {name} found, the manifest says {said:,}" for name, n, said in found if n != said]
+
+
+def _grid_problems(index: Mapping[str, np.ndarray], shapes: Mapping[int, Shapes]) -> list[str]:
+    grids = index.get("segment_grid")
+    if grids is None:
+        return []
+    modality = index["segment_modality"] & ~np.uint8(LATENT_BIT)
+    if grids.shape != (len(modality), 2):
+        return ["its table of rows and columns does not fit its segments"]
+    if said := grid_problem(grids, index["segment_length"], modality):
+        return [said]
+    for k in np.unique(modality[grids[:, 0] != 0]).tolist():
+        known = shapes[k].grids if k in shapes else ()
+        for rows, columns in np.unique(grids[(modality == k) & (grids[:, 0] != 0)], axis=0).tolist():
+            if (rows, columns) not in known:
+                return [f"a picture has {rows} rows of {columns} columns, which the manifest's shapes do not have"]
+    return []
 
 
 def index_counts(index: Mapping[str, np.ndarray], modalities: int) -> list[int]:

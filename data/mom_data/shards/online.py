@@ -39,7 +39,7 @@ from mom_data.documents.inputs import check_modalities, files_of_side
 from mom_data.documents.json_lines import MAX_CHARACTERS
 from mom_data.shards.content import content_of
 from mom_data.shards.dataset import TokenDataset
-from mom_data.shards.format import SCHEMA
+from mom_data.shards.format import SCHEMA, schema_of
 from mom_data.shards.storage import LocalFolder, Stored
 from mom_data.shards.tokenize import (
     READER,
@@ -118,7 +118,7 @@ class OnlineDataset(TokenDataset):
         self._latent_width = max(int(t.get("patch_width", 0)) for t in described.values())
         self.shards = [{"name": name, "documents": job.part.wanted} for name, job in jobs.items()]
         self.manifest = {
-            "schema": SCHEMA,
+            "schema": schema_of(described),
             "modalities": self.modalities,
             "tokenizers": self.tokenizers,
             "token_bytes": self.token_dtype.itemsize,
@@ -237,6 +237,7 @@ def _fingerprint(names: Sequence[str], sources: Sequence[Path], contents: Sequen
     made_by = {m: t["fingerprint"] for m, t in settings.described.items()}
     identity = [SCHEMA, READER, made_by, settings.part_bytes, settings.split, settings.holdout, sorted(settings.drop)]
     identity += [settings.least] if settings.least is not None else []
+    identity += [{m: t["shapes"]} for m, t in settings.described.items() if "shapes" in t]
     limits = settings.limits
     identity += [[limits.pixels, limits.seconds, limits.characters]]
     # The name of a file is part of the keys of documents that have no key of their own.

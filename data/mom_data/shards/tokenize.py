@@ -258,7 +258,7 @@ def _encoded(document: Document, ids: Sequence[np.ndarray | Exception], modaliti
             said = f"{values}" if isinstance(values, ValueError) else f"{UNFORESEEN} {type(values).__name__}: {values}"
             return Encoded((), f"{UNREADABLE}: segment {s} ({segment.modality}): {said}", segment.member)
         elif len(values):
-            segments.append(TokenSegment(modalities.index(segment.modality), values))
+            segments.append(TokenSegment.of(modalities.index(segment.modality), values))
     if not segments:
         reason = f"{UNREADABLE}: none of its {len(lost)} pictures, and it has no text" if lost else EMPTY
         return Encoded((), reason, lost[0] if lost else None)

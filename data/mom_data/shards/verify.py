@@ -21,7 +21,15 @@ import numpy as np
 import safetensors.numpy
 
 from mom_data.shards.format import LATENT_BIT, SCHEMA, TAR_HEADER, crc32, index_block, join_index, sha256_of
-from mom_data.shards.manifest import MANIFEST, Manifest, Problem, ShardRecord, index_counts, index_problems
+from mom_data.shards.manifest import (
+    MANIFEST,
+    Manifest,
+    Problem,
+    ShardRecord,
+    index_counts,
+    index_problems,
+    shapes_of,
+)
 from mom_data.shards.manifest import read_manifest as manifest_of
 from mom_data.shards.storage import LocalFolder
 from mom_tokenizers.errors import UserError
@@ -221,7 +229,8 @@ def verify_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Shard
     report.documents = len(index["crc32"])
     report.tokens = dict(zip(manifest.modalities, counts, strict=False))
     remedy = _COPY.format("the shard and manifest.json")
-    wrong = index_problems(index, record.documents, record.tokens, manifest.modalities)
+    shapes = shapes_of(manifest.modalities, {m: t.model_dump() for m, t in manifest.tokenizers.items()})
+    wrong = index_problems(index, record.documents, record.tokens, manifest.modalities, shapes)
     report.problems += [Problem(path.name, what, remedy) for what in wrong]
     return report
 
@@ -292,6 +301,7 @@ def _verify_blocks(
             "segments": np.diff(index["segment_start"][mine.start : mine.stop + 1]),
             "segment_length": index["segment_length"][segments],
             "segment_modality": index["segment_modality"][segments],
+            "segment_grid": index.get("segment_grid", np.zeros((segments.stop, 2), np.uint16))[segments],
         }
         if "latent_offset" in index:
             stored["latent_offset"] = index["latent_offset"][mine]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +20,7 @@ from mom_tokenizers.base import fingerprint_files, read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.media.pictures import decode_image as decode_image  # exported for users of this module
 from mom_tokenizers.media.pictures import on_white
+from mom_tokenizers.media.shapes import Grid, Shapes
 from mom_tokenizers.published import load_published
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ class ImageTokenizer:
     """The key of the model's config that has one entry per level. Each level has half the side of the one before."""
     sidecar_example: ClassVar[str]
     """An example of image_tokenizer.json, for error messages."""
+    why_square: ClassVar[str | None] = None
+    """Why this kind makes square pictures only, or None where its model takes any shape."""
+    shapes: Shapes | None = None
+    """The shapes of pictures, which `use_shapes` sets. None makes every picture square."""
 
     # `model` is Any because mypy cannot follow the classes of diffusers and Transformers.
     def __init__(self, model: Any, resolution: int, source: Path | None = None):
@@ -124,6 +129,64 @@ class ImageTokenizer:
             raise UserError(f"{path}: no .safetensors weights there (pickled checkpoints are not loaded)")
         return {file.name: file for file in (path / "config.json", path / SIDECAR, *weights)}
 
+    @property
+    def _factor(self) -> int:
+        """The side in pixels of what one token shows."""
+        return self.downsample
+
+    @property
+    def grid(self) -> Grid:
+        """(rows, columns) of the tokens of a square picture."""
+        side = self.resolution // self._factor
+        return side, side
+
+    @classmethod
+    def why_only_square(cls, path: str | Path) -> str | None:
+        """Why the tokenizer stored at `path` makes square pictures only, or None where it takes any shape."""
+        return cls.why_square
+
+    def use_shapes(self, shapes: Shapes) -> None:
+        """From now on give each picture the nearest of these shapes, and not the square one. Raises UserError where the
+        model makes another number of tokens of a square picture."""
+        if shapes.square != self.grid:
+            made = self.grid[0] ** 2
+            raise UserError(
+                f"image: shapes: tokens is {shapes.tokens}, but this tokenizer makes {made} of a square picture of "
+                f"{self.resolution} pixels; set tokens to {made}"
+            )
+        self.shapes = shapes
+
+    def grid_of(self, image: Image.Image) -> Grid:
+        """The (rows, columns) of tokens that a picture becomes."""
+        return self.grid if self.shapes is None else self.shapes.nearest(image.width, image.height)
+
+    def _by_grid(
+        self, images: Sequence[Image.Image], encode: Callable[[Sequence[Image.Image], Grid], np.ndarray]
+    ) -> list[np.ndarray]:
+        """What `encode` makes of each picture, in the order of `images`. It gets pictures of one grid at a time, in
+        batches. With shapes, the axis of tokens becomes two: rows and columns."""
+        found: dict[Grid, list[int]] = {}
+        for i, image in enumerate(images):
+            found.setdefault(self.grid_of(image), []).append(i)
+        encoded: dict[int, np.ndarray] = {}
+        for grid, members in found.items():
+            for start in range(0, len(members), self._batch):
+                batch = members[start : start + self._batch]
+                for i, values in zip(batch, encode([images[i] for i in batch], grid), strict=True):
+                    encoded[i] = values if self.shapes is None else values.reshape(*grid, *values.shape[1:])
+        return [encoded[i] for i in range(len(images))]
+
+    def _grid_given(self, shape: tuple[int, ...]) -> Grid:
+        """The grid of values of one picture, whose axes of tokens are `shape`. Raises UserError for a grid that the
+        tokenizer does not make."""
+        if len(shape) != 2:
+            return self.grid
+        grid = shape[0], shape[1]
+        if grid != self.grid and (self.shapes is None or grid not in self.shapes.grids):
+            known = "square pictures alone" if self.shapes is None else f"pictures of {self.shapes}"
+            raise UserError(f"image: {grid[0]} rows of {grid[1]} columns given, and this tokenizer makes {known}")
+        return grid
+
     def _settings(self) -> dict[str, int]:
         """The contents of image_tokenizer.json."""
         return {"resolution": self.resolution}
@@ -146,15 +209,17 @@ class ImageTokenizer:
             self.save(directory)
             return fingerprint_files(self.kind, self.files(directory))
 
-    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def _pixels(self, images: Sequence[Image.Image], grid: Grid) -> torch.Tensor:
         import torch
 
-        pixels = torch.from_numpy(np.stack([preprocess(image, self.resolution) for image in images]))
+        height, width = grid[0] * self._factor, grid[1] * self._factor
+        pixels = torch.from_numpy(np.stack([fitted(image, height, width) for image in images]))
         return pixels.to(self._model.device, self._model.dtype)
 
 
 class VQImageTokenizer(ImageTokenizer):
-    """Encodes a PIL picture as (resolution / downsample)^2 codes in raster order, and decodes codes to a picture."""
+    """Encodes a PIL picture as (resolution / downsample)^2 codes in raster order, and decodes codes to a picture. With
+    `shapes`, a picture is rows x columns codes of the nearest shape."""
 
     kind = "vq"
     model_class = "VQModel"
@@ -187,42 +252,42 @@ class VQImageTokenizer(ImageTokenizer):
         return int(read_json(cls.files(path)["config.json"]).get(*cls.size_key))
 
     def encode(self, value: Image.Image) -> np.ndarray:
-        """The codes of a picture in raster order, uint32 (codes_per_image,)."""
+        """The codes of a picture in raster order, uint32 (codes_per_image,), or (rows, columns) with shapes."""
         return self.encode_batch([value])[0]
 
     def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
         """The result of `encode` for each picture. They are encoded in batches, so a code may differ where two are
         equally near up to rounding."""
-        batches = (values[i : i + self._batch] for i in range(0, len(values), self._batch))
-        return [codes for batch in batches for codes in self._encode(batch)]
+        return self._by_grid(values, self._encode)
 
-    def _encode(self, images: Sequence[Image.Image]) -> np.ndarray:
+    def _encode(self, images: Sequence[Image.Image], grid: Grid) -> np.ndarray:
         import torch
 
         with torch.inference_mode():
-            return self.quantize(self._pixels(images)).cpu().numpy().astype(np.uint32)
+            return self.quantize(self._pixels(images, grid)).cpu().numpy().astype(np.uint32)
 
     def quantize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The codes, int64 (B, codes_per_image), of pixels (B, 3, resolution, resolution) in [-1, 1]."""
+        """The codes, int64 (B, codes of a picture), of pixels (B, 3, height, width) in [-1, 1]."""
         # In diffusers, encode() does not call the quantiser.
         codes = self._model.quantize(self._model.encode(pixels).latents)[2][2]
         return codes.view(pixels.shape[0], -1)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> Image.Image:
-        """The RGB picture of one picture's codes. Raises UserError for a wrong number of codes or one out of range."""
+        """The RGB picture of one picture's codes: (codes_per_image,) for a square one, or (rows, columns) for any other.
+        Raises UserError for a wrong number of codes, one out of range, or a shape that the tokenizer does not make."""
         import torch
 
         codes = np.asarray(ids, np.int64)
-        if codes.shape != (self.codes_per_image,):
+        grid = self._grid_given(codes.shape)
+        if codes.size != grid[0] * grid[1]:
             raise UserError(f"image: {codes.size} codes given, a picture has {self.codes_per_image}")
         if codes.min() < 0 or codes.max() >= self.size:
             raise UserError(f"image: code {codes.min()} or {codes.max()} lies outside the codebook of {self.size}")
-        side = self.resolution // self.downsample
         with torch.inference_mode():
-            return picture(self.reconstruct(torch.from_numpy(codes).view(1, side, side).to(self._model.device))[0])
+            return picture(self.reconstruct(torch.from_numpy(codes).view(1, *grid).to(self._model.device))[0])
 
     def reconstruct(self, codes: torch.Tensor) -> torch.Tensor:
-        """The pixels (B, 3, resolution, resolution), in about [-1, 1], of codes int64 (B, side, side)."""
+        """The pixels (B, 3, height, width), in about [-1, 1], of codes int64 (B, rows, columns)."""
         config: Any = self._model.config
         shape = (*codes.shape, config.vq_embed_dim or config.latent_channels)
         quantized = self._model.quantize.get_codebook_entry(codes.flatten(), shape)

@@ -21,6 +21,7 @@ from mom_tokenizers.base import read_json
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.image.autoencoder import SIDECAR, ImageTokenizer, picture
 from mom_tokenizers.image.latent_models import LatentModel, of_folder, of_model
+from mom_tokenizers.media.shapes import Grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,14 +62,14 @@ class KLImageTokenizer(ImageTokenizer):
         return self.latents.factor
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches of a picture."""
-        return self._side // self.patch, self._side // self.patch
-
-    @property
     def patches_per_image(self) -> int:
+        """The number of patches of a square picture."""
         rows, cols = self.grid
         return rows * cols
+
+    @property
+    def _factor(self) -> int:
+        return self.downsample * self.patch
 
     @property
     def patch_width(self) -> int:
@@ -120,6 +121,14 @@ class KLImageTokenizer(ImageTokenizer):
         return described, resolution, patch, log_variance
 
     @classmethod
+    def why_only_square(cls, path: str | Path) -> str | None:
+        """As ImageTokenizer.why_only_square: an AutoencoderRAE takes one size of pictures."""
+        described, *_ = cls._stored(Path(path))
+        if described.side is None:
+            return None
+        return f"an {described.name} turns whatever it is given into {described.side} x {described.side} pixels"
+
+    @classmethod
     def stored_size(cls, path: str | Path) -> int:
         """The size of a stored tokenizer, which is always 1. Raises UserError where a file is missing."""
         cls.files(path)
@@ -153,7 +162,8 @@ class KLImageTokenizer(ImageTokenizer):
         return {"resolution": self.resolution, "patch": self.patch, **more}
 
     def encode(self, value: Image.Image) -> np.ndarray:
-        """The patches of a picture, float16 (patches_per_image, patch_width), or twice as wide with log-variances.
+        """The patches of a picture, float16 (patches_per_image, patch_width), or twice as wide with log-variances. With
+        shapes they are (rows, columns, ...) of the nearest shape.
 
         Values beyond the largest of float16 are clipped to it, up to a share of `CLIPPED`. Raises UserError where more
         exceed it, and for values that are not finite.
@@ -162,15 +172,14 @@ class KLImageTokenizer(ImageTokenizer):
 
     def encode_batch(self, values: Sequence[Image.Image]) -> list[np.ndarray]:
         """The result of `encode` for each picture. They are encoded in batches, so the last bit may differ."""
-        batches = (values[i : i + self._batch] for i in range(0, len(values), self._batch))
-        return [patches for batch in batches for patches in self._encode(batch)]
+        return self._by_grid(values, self._encode)
 
-    def _encode(self, images: Sequence[Image.Image]) -> np.ndarray:
+    def _encode(self, images: Sequence[Image.Image], grid: Grid) -> np.ndarray:
         import torch
 
         with torch.inference_mode():
-            mean, log_variance = self.latents.encode(self._model, self._pixels(images))
-        expected = (len(images), self.latents.channels, self._side, self._side)
+            mean, log_variance = self.latents.encode(self._model, self._pixels(images, grid))
+        expected = (len(images), self.latents.channels, grid[0] * self.patch, grid[1] * self.patch)
         if tuple(mean.shape) != expected:
             raise UserError(
                 f"image: the {self.latents.name} gives latents of shape {tuple(mean.shape)}, where its config.json "
@@ -183,22 +192,25 @@ class KLImageTokenizer(ImageTokenizer):
         return np.concatenate([patchify(part, self.patch) for part in parts], axis=2).astype(np.float16)
 
     def decode(self, values: np.ndarray) -> Image.Image:
-        """The RGB picture of one picture's patches, float (patches_per_image, patch_width), as `encode` gives them.
-        Log-variances after the means are ignored. Raises UserError for another shape, and for values that are not
-        finite."""
+        """The RGB picture of one picture's patches as `encode` gives them, float (patches_per_image, patch_width), or
+        (rows, columns, patch_width) where it is not square. Log-variances after the means are ignored. Raises UserError
+        for another shape, and for values that are not finite."""
         import torch
 
         patches = np.asarray(values, np.float32)
+        grid = self._grid_given(patches.shape[:-1])
+        if patches.ndim == 3:
+            patches = patches.reshape(-1, patches.shape[2])
         if self.log_variance and patches.ndim == 2 and patches.shape[1] == 2 * self.patch_width:
             patches = patches[:, : self.patch_width]
-        if patches.shape != (self.patches_per_image, self.patch_width):
+        if patches.shape != (grid[0] * grid[1], self.patch_width):
             raise UserError(
                 f"image: patches of shape {patches.shape} given, a picture has "
                 f"({self.patches_per_image}, {self.patch_width})"
             )
         if not np.isfinite(patches).all():
             raise UserError("image: the patches hold values that are not finite")
-        latents = torch.from_numpy(self.latents.original(unpatchify(patches[None], self.patch, *self.grid)))
+        latents = torch.from_numpy(self.latents.original(unpatchify(patches[None], self.patch, *grid)))
         with torch.inference_mode():
             return picture(self.latents.decode(self._model, latents.to(self._model.device, self._model.dtype))[0])
 

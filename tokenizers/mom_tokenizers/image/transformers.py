@@ -56,6 +56,7 @@ class JanusImageTokenizer(VQImageTokenizer):
     levels_key = "channel_multiplier"
     size_key = ("num_embeddings", 16384)
     sidecar_example = '{"resolution": 512}'
+    why_square = "Janus was trained on squares of one size, and its decoder knows the number of patches of no other"
 
     def quantize(self, pixels: torch.Tensor) -> torch.Tensor:
         """As VQImageTokenizer.quantize."""
