@@ -217,7 +217,7 @@ def check(config: RunConfig, datasets: Datasets) -> RunConfig:
     made_by = None
     if config.tokenizers is not None:
         made_by = {m: {"fingerprint": f} for m, f in Tokenizers.load(config.tokenizers).fingerprints().items()}
-    check_agreement(list(datasets), dict(config.layout.sizes), made_by)
+    check_agreement(list(datasets), dict(config.layout.sizes), made_by, config.layout.shapes)
     diffusion = with_latents_of(config.objective.diffusion, list(datasets))
     return config.model_copy(update={"objective": config.objective.model_copy(update={"diffusion": diffusion})})
 

@@ -31,7 +31,8 @@ def check_same_model(config: RunConfig, saved: TrainState, checkpoint: Checkpoin
     for section, form in (("model", ModelConfig), ("objective", ObjectiveConfig)):
         # a key that was added since the checkpoint was saved takes its default
         was[section] = form.model_validate(was.get(section, {})).model_dump(mode="json")
-    fixed = ("model", "vocabulary", "objective")
+    was.setdefault("picture_shapes", None)
+    fixed = ("model", "vocabulary", "picture_shapes", "objective")
     if lines := [line for section in fixed for line in differences(was[section], now[section], section)]:
         raise UserError(
             f"the config differs from what {checkpoint} was trained with (was -> is):\n  "

@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.shapes import Shapes
 from mom_train.config.section import Section
 
 Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_forward", "norm"]
@@ -205,6 +206,20 @@ class ModelConfig(Section):
     def rank(self) -> int:
         """Rank of the time-step projection: `dt_rank`, or by default ceil(dim / 16)."""
         return self.dt_rank or -(-self.dim // 16)
+
+
+class PictureShapesConfig(Section):
+    """The shapes that pictures may have besides the square. It has the values that `shapes` has in tokenizers.yaml."""
+
+    tokens: PositiveInt
+    """Number of codes or latent patches of a square picture. No other picture has more."""
+    max_aspect_ratio: float = 4.0
+    """How many times as long the longer side of a picture may be."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """The table of shapes. Raises UserError for a table that is not possible."""
+        return Shapes(self.tokens, self.max_aspect_ratio)
 
 
 class DiffusionConfig(Section):

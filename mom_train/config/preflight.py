@@ -35,7 +35,7 @@ def check_places(config: RunConfig, ranks: int | None = None) -> None:
         if source.path is not None and is_local(source.path)
     }
     opened = [dataset for dataset in datasets.values() if dataset is not None]
-    attempt(problems, lambda: check_agreement(opened, dict(config.layout.sizes)))
+    attempt(problems, lambda: check_agreement(opened, dict(config.layout.sizes), shapes=config.layout.shapes))
     for pattern in dict.fromkeys(chain(*(source.raw for source in sources))):
         if not (Path(pattern).exists() or glob.has_magic(pattern)) and is_local(pattern):
             problems.append(f"{pattern}: no raw documents there (data.*.raw, from {os.getcwd()})")

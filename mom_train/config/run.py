@@ -21,10 +21,10 @@ from mom_train.config.branch import BranchConfig
 from mom_train.config.data import DataConfig
 from mom_train.config.evaluation import EvaluationConfig
 from mom_train.config.migrations import SCHEMA
-from mom_train.config.model import QUARTERS, ModelConfig, ObjectiveConfig
+from mom_train.config.model import QUARTERS, ModelConfig, ObjectiveConfig, PictureShapesConfig
 from mom_train.config.observe import ObserveConfig
 from mom_train.config.optimizer import OptimizerConfig
-from mom_train.config.sampling import SamplingConfig
+from mom_train.config.sampling import PromptConfig, SamplingConfig
 from mom_train.config.section import Name, Section
 
 Recompute = bool | Literal["selective"]
@@ -235,6 +235,9 @@ class RunConfig(Section):
     vocabulary: dict[str, PositiveInt] | Path
     """Number of ids of each modality, text first; this order numbers the modalities. If the codes lie inside an
     existing text vocabulary, it is the path of the layout.json that tools/map_vocabulary.py wrote."""
+    picture_shapes: PictureShapesConfig | None = None
+    """The shapes that pictures may have besides the square; each of them adds a special token that opens a picture of
+    this shape. null allows square pictures only."""
     tokenizers: Path | None = None
     """Path of the tokenizers.yaml that lists the tokenizers of this run. Their fingerprints must equal those recorded
     in the token shards."""
@@ -409,6 +412,7 @@ class RunConfig(Section):
             if prompt.start is not None and prompt.start not in self.layout.modalities[1:]:
                 further = ", ".join(self.layout.modalities[1:]) or "none here"
                 raise UserError(f"sampling.prompts: start={prompt.start}: the modalities besides text are {further}")
+            self.grid_of(prompt)
         self.check_guidance(sampling.guidance)
         if sampling.every is None:
             return
@@ -446,10 +450,26 @@ class RunConfig(Section):
                 "set objective.diffusion.condition_dropout, such as 0.1, or leave guidance at 1"
             )
 
+    def grid_of(self, prompt: PromptConfig) -> tuple[int, int] | None:
+        """(rows, columns) of the picture that a prompt opens, None for a square one. Raises UserError for a shape that
+        the run's pictures do not have."""
+        if prompt.shape is None:
+            return None
+        if prompt.start != "image":
+            raise UserError(f"shape {prompt.shape}: only a picture has one; it needs start: image")
+        shapes = self.layout.shapes
+        if shapes is None:
+            raise UserError(
+                f"shape {prompt.shape}: all pictures of this run are square, because its config has no picture_shapes"
+            )
+        grid = shapes.asked_for(prompt.shape)
+        return None if grid == shapes.square else grid
+
     @cached_property
     def layout(self) -> VocabLayout:
         """Where the ids of each modality lie. Raises ValueError if the vocabulary cannot be laid out."""
-        return VocabLayout.of(self.vocabulary)
+        shapes = None if self.picture_shapes is None else self.picture_shapes.shapes
+        return VocabLayout.of(self.vocabulary, shapes)
 
     def accumulation(self, world_size: int, step: int | None = None) -> int:
         """Number of micro-batches per rank in the step `step`, or after the ramp of the batch (None).

@@ -14,6 +14,9 @@ class PromptConfig(Section):
     """Text that follows the token that opens the document."""
     start: Name | None = None
     """Name of a modality whose span is opened after the text, so that the model fills it."""
+    shape: Name | None = None
+    """Shape of the picture that `start: image` opens: width:height, such as 2:1, which gives the nearest of
+    `picture_shapes`, or one of these as ROWSxCOLUMNS. null makes it square."""
 
 
 class SamplingConfig(Section):

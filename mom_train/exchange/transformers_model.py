@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from mom_tokenizers.media.shapes import Shapes
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.migrations import SCHEMA, migrated_config
 from mom_train.config.model import ModelConfig
@@ -35,14 +36,17 @@ class MixtureOfMambaConfig(PretrainedConfig):
         model: dict[str, Any] | None = None,
         vocabulary: list[list[Any]] | None = None,
         schema: int = 1,
+        picture_shapes: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         """`model` as ModelConfig has it, in the form of `schema`. `vocabulary`: [[modality, number of ids], ...], text
-        first; a list, because its order counts and Transformers sorts mappings."""
+        first; a list, because its order counts and Transformers sorts mappings. `picture_shapes` as in a run's config,
+        None where all pictures are square."""
         saved = {"schema": schema, "model": model or {"dim": 32, "layers": 1, "decoupled": []}}
         self.model = migrated_config(saved, "config.json")["model"]
         self.schema = SCHEMA
         self.vocabulary = vocabulary or [["text", 256]]
+        self.picture_shapes = picture_shapes
         layout = self.layout()
         kwargs.setdefault("vocab_size", layout.size)
         for name in ("bos", "eos", "pad"):
@@ -54,7 +58,8 @@ class MixtureOfMambaConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def layout(self) -> VocabLayout:
-        return VocabLayout({name: int(size) for name, size in self.vocabulary})
+        shapes = None if self.picture_shapes is None else Shapes.of(self.picture_shapes)
+        return VocabLayout({name: int(size) for name, size in self.vocabulary}, shapes=shapes)
 
 
 class MixtureOfMambaForCausalLM(PreTrainedModel, GenerationMixin):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mom_tokenizers.errors import UserError, read_json
+from mom_tokenizers.media.shapes import Shapes
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.checkpoint.files import Files
 from mom_train.checkpoint.store import Checkpoint, Checkpoints
@@ -213,11 +214,12 @@ def _open_checkpoint(checkpoint: Checkpoint) -> Weights:
 def _of_run(config: Mapping[str, Any], source: object, vocabulary: VocabLayout | None) -> Weights:
     """What a run's config, in today's form, says about its model. The tensors are added afterwards."""
     diffusion = (config.get("objective") or {}).get("diffusion")
+    shapes = config.get("picture_shapes")
     try:
         return Weights(
             {},
             ModelConfig.model_validate(config.get("model")),
-            vocabulary or VocabLayout.of(config.get("vocabulary") or {}),
+            vocabulary or VocabLayout.of(config.get("vocabulary") or {}, None if shapes is None else Shapes.of(shapes)),
             None if diffusion is None else DiffusionConfig.model_validate(diffusion),
         )
     except ValidationError as error:

@@ -2,6 +2,8 @@
 
     text --BOI--> exactly one picture --EOI--> text --BOSP--> speech units --EOSP--> text ... --EOS
 
+Where pictures have several shapes, the token that opens one says its rows and columns, and so how many tokens follow.
+
 Inside a span only the ids that may stand there can be sampled, so every picture is whole.
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.shapes import Grid
 from mom_tokenizers.speech.delay import DelayedCodebooks
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.files import checked
@@ -25,6 +28,9 @@ from mom_train.config.sampling import SamplingConfig
 from mom_train.model.diffusion import NoisedPatches, cosine_alpha_bar, levels, without_condition
 from mom_train.model.language_model import LanguageModel, LayerStates
 from mom_train.ops.layout import RowLayout
+
+Values = list[int] | np.ndarray | Tensor
+"""The values of a sampled span; see `Sampler.span`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Sampling:
     max_tokens: int = 512
     """The document ends after this many positions at the latest."""
     patches_per_picture: int = 64
-    """The number of codes, or of latent patches, of a picture."""
+    """The number of codes, or of latent patches, of a square picture."""
     max_units: int = 250
     """The longest span of speech, in units (25 a second for log-mel units)."""
     denoising_steps: int = 50
@@ -117,11 +123,12 @@ class Sampler:
         p[p.cumsum(0) - p >= self.sampling.top_p] = 0
         return int(ids[torch.multinomial(p, 1, generator=self.generator)])
 
-    def spans(self) -> Iterator[tuple[str, list[int] | Tensor]]:
-        """Yields the spans that follow what was read, until EOS or `max_tokens`: (modality, local ids), or ("image",
-        latents (P, W))."""
+    def spans(self) -> Iterator[tuple[str, Values]]:
+        """Yields the spans that follow what was read, until EOS or `max_tokens`: (modality, values), as `span` gives
+        them."""
         vocab, specials = self.vocab, self.vocab.specials
-        openings = {vocab.brackets(m)[0]: m for m in vocab.modalities[1:]}
+        openings: dict[int, tuple[str, Grid | None]] = {id_: ("image", grid) for grid, id_ in vocab.openings.items()}
+        openings |= {vocab.brackets(m)[0]: (m, None) for m in vocab.modalities[1:]}
         free = torch.zeros(vocab.size, dtype=torch.bool)
         free[: self._size("text")] = True
         free[torch.from_numpy(vocab.modality_of_id != 0)] = False  # codes may lie among the text's ids
@@ -139,21 +146,29 @@ class Sampler:
             if text:
                 yield "text", text
                 text = []
-            modality = openings[token]
-            if modality == "image" and self.model.patch_head is not None:
-                yield "image", self.picture()
-            else:
-                yield modality, self.codes(modality)
+            modality, grid = openings[token]
+            yield modality, self.span(modality, grid)
             self.read([vocab.brackets(modality)[1]])
         if text:
             yield "text", text
+
+    def span(self, modality: str, grid: Grid | None = None) -> Values:
+        """Writes one span after its opening token: local ids, or the latents (P, W) of a picture. With `grid`, the
+        (rows, columns) of a picture that is not square, they are (rows, columns) uint32, or (rows, columns, W)."""
+        count = None if grid is None else grid[0] * grid[1]
+        if modality == "image" and self.model.patch_head is not None:
+            latents = self.picture(count)
+            return latents if grid is None else latents.view(*grid, -1)
+        ids = self.codes(modality, count)
+        return ids if grid is None else np.array(ids, np.uint32).reshape(grid)
 
     def _size(self, modality: str) -> int:
         span = dict(self.vocab.sizes)[modality]
         return min(span, (self.sampling.sizes or {}).get(modality, span))
 
-    def codes(self, modality: str) -> list[int]:
-        """Samples the local ids of one span: a whole picture, or units until the closing bracket."""
+    def codes(self, modality: str, count: int | None = None) -> list[int]:
+        """Samples the local ids of one span: a whole picture, of `count` codes where that is given, or units until the
+        closing bracket."""
         if (self.sampling.codebooks or {}).get(modality, 1) > 1:
             return self._delayed_codes(modality)
         number = self.vocab.modalities.index(modality)
@@ -162,7 +177,7 @@ class Sampler:
         fixed = modality == "image"
         closing = self.vocab.brackets(modality)[1]
         ids: list[int] = []
-        for i in range(self.sampling.patches_per_picture if fixed else self.sampling.max_units):
+        for i in range((count or self.sampling.patches_per_picture) if fixed else self.sampling.max_units):
             allowed[closing] = not fixed and i > 0
             token = self.choose(allowed)
             if token == closing:
@@ -191,12 +206,12 @@ class Sampler:
         return ids
 
     @torch.no_grad()
-    def picture(self) -> Tensor:
+    def picture(self, count: int | None = None) -> Tensor:
         """Denoises the latents (P, W) of one picture from the state after its opening bracket, then reads them,
-        clean."""
+        clean. P is `count` where that is given."""
         config = self.model.diffusion
         assert config is not None
-        P = self.sampling.patches_per_picture
+        P = count or self.sampling.patches_per_picture
         layout = self._layout(P, self.vocab.modalities.index("image"), picture=True)
         tokens = torch.full((P,), self.vocab.specials["null"], device=self.device)
         zeros = torch.zeros(P, dtype=torch.int64, device=self.device)
@@ -279,9 +294,10 @@ def check_prompt(prompt: Sequence[TokenSegment], sampling: Sampling, diffusion: 
 
 def sample_document(
     model: LanguageModel, vocab: VocabLayout, prompt: Sequence[TokenSegment], sampling: Sampling, seed: int
-) -> Iterator[tuple[str, list[int] | Tensor]]:
+) -> Iterator[tuple[str, Values]]:
     """Yields what the model writes after BOS and a prompt of segments (modality numbers of the vocabulary, local
-    ids). A last segment without ids opens a span of its modality, which the model fills. Raises UserError as
+    ids). A last segment without ids opens a span of its modality, which the model fills; the segment's `grid` is the
+    shape of a picture. The values are as `Sampler.span` gives them. Raises UserError as
     `check_prompt`."""
     check_prompt(prompt, sampling, model.diffusion)
     sampler = Sampler(model, vocab, sampling, seed)
@@ -292,13 +308,10 @@ def sample_document(
         if segment.modality == 0:
             sampler.read(ids)
             continue
-        opening, closing = vocab.brackets(name)
-        sampler.read([opening])
+        sampler.read([vocab.opening(name, segment.grid)])
         if ids:
             sampler.read(ids, segment.modality)
-        elif name == "image" and model.patch_head is not None:
-            yield name, sampler.picture()
         else:
-            yield name, sampler.codes(name)
-        sampler.read([closing])
+            yield name, sampler.span(name, segment.grid)
+        sampler.read([vocab.brackets(name)[1]])
     yield from sampler.spans()

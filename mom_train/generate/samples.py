@@ -19,12 +19,13 @@ from torch.distributed.tensor import DTensor
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.shapes import Grid
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import DiffusionConfig
 from mom_train.config.run import RunConfig
 from mom_train.config.sampling import PromptConfig
 from mom_train.distributed.ranks import Ranks
-from mom_train.generate.sampler import Sampling, check_prompt, sample_document
+from mom_train.generate.sampler import Sampling, Values, check_prompt, sample_document
 from mom_train.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,11 @@ def check_latents(tokenizers: Tokenizers, diffusion: DiffusionConfig | None) -> 
         )
 
 
-def prompt_segments(prompt: PromptConfig, tokenizers: Tokenizers, vocab: VocabLayout) -> list[TokenSegment]:
-    """The prompt as segments of ids. Raises UserError for a span that the model cannot write."""
+def prompt_segments(
+    prompt: PromptConfig, tokenizers: Tokenizers, vocab: VocabLayout, grid: Grid | None = None
+) -> list[TokenSegment]:
+    """The prompt as segments of ids. `grid` is the (rows, columns) of the picture that it opens, None for a square one.
+    Raises UserError for a span that the model cannot write."""
     if prompt.start is not None and prompt.start not in vocab.modalities[1:]:
         further = ", ".join(vocab.modalities[1:]) or "none"
         raise UserError(f"this run has no spans of '{prompt.start}' to open; the modalities beside text are: {further}")
@@ -78,12 +82,14 @@ def prompt_segments(prompt: PromptConfig, tokenizers: Tokenizers, vocab: VocabLa
     if prompt.text:
         segments.append(TokenSegment(0, tokenizers.encode("text", prompt.text)))
     if prompt.start is not None:
-        segments.append(TokenSegment(vocab.modalities.index(prompt.start), np.zeros(0, np.uint32)))
+        segments.append(TokenSegment(vocab.modalities.index(prompt.start), np.zeros(0, np.uint32), grid))
     return segments
 
 
-def write_span(folder: Path, name: str, modality: str, values: list[int] | Tensor, tokenizers: Tokenizers) -> Span:
-    """Saves a span as NAME.png or NAME.wav, and its ids as NAME.json or its latents as NAME.npy. Text is not saved."""
+def write_span(folder: Path, name: str, modality: str, values: Values, tokenizers: Tokenizers) -> Span:
+    """Saves a span as NAME.png or NAME.wav, and its ids as NAME.json or its latents as NAME.npy. Text is not saved.
+    `values` are as `Sampler.span` gives them; the JSON of a picture that is not square also has its rows and
+    columns."""
     if modality == "text":
         text = str(tokenizers.tokenizer("text").decode(values))  # type: ignore[arg-type]
         return Span(name, modality, text, text)
@@ -94,8 +100,11 @@ def write_span(folder: Path, name: str, modality: str, values: list[int] | Tenso
         if image is None or image.kind != "kl":
             return Span(name, modality, instead)
     else:
-        (folder / f"{name}.json").write_text(json.dumps({"modality": modality, "ids": values}) + "\n")
-        instead = f"[{len(values)} {modality} ids]({name}.json)"
+        written: dict[str, Any] = {"modality": modality, "ids": np.asarray(values, np.int64).ravel().tolist()}
+        if isinstance(values, np.ndarray) and values.ndim == 2:
+            written |= dict(zip(("rows", "columns"), values.shape, strict=True))
+        (folder / f"{name}.json").write_text(json.dumps(written) + "\n")
+        instead = f"[{len(written['ids'])} {modality} ids]({name}.json)"
     try:
         decoded = tokenizers.tokenizer(modality).decode(values.numpy() if isinstance(values, Tensor) else values)
     except UserError as error:  # such as a picture of too few codes, which a model may well write
@@ -179,7 +188,7 @@ class TrainingSampler:
             if interrupted() or time.monotonic() - begun > self._config.sampling.seconds:
                 log.warning("samples of step %d: %d of %d", step, n, len(self._config.sampling.prompts))
                 break
-            segments = prompt_segments(prompt, self._tokenizers, self._vocab)
+            segments = prompt_segments(prompt, self._tokenizers, self._vocab, self._config.grid_of(prompt))
             made = sample_document(model, self._vocab, segments, self._sampling, self._config.seed + n)
             spans = [Span(f"{n}", "text", f"> {prompt.text}", prompt.text)] if prompt.text else []
             for i, (modality, values) in enumerate(made):

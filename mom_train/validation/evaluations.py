@@ -96,7 +96,7 @@ class Evaluations:
                     )
                 else:
                     self._pairs[name][modality] = [
-                        (TokenSegment(0, pair.text), TokenSegment(number, pair.values)) for pair in pairs
+                        (TokenSegment(0, pair.text), pair.segment(number)) for pair in pairs
                     ]
                 rates = {dataset.tokenizers.get(modality, {}).get("units_per_second") for dataset in datasets}
                 if len(rates) == 1 and (rate := rates.pop()) is not None:

@@ -15,6 +15,7 @@ from mom_data.order.plan import hashed
 from mom_data.shards.dataset import ShardIndex, TokenDataset
 from mom_data.shards.format import LATENT_BIT, TokenSegment
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.shapes import Grid
 from mom_tokenizers.vocab import VocabLayout
 
 BLOCK = 5
@@ -33,6 +34,12 @@ class Pair:
     """Local ids (n,)."""
     values: np.ndarray
     """Local ids (n,), or latents (P, W)."""
+    grid: Grid | None = None
+    """The (rows, columns) of a picture that is not square."""
+
+    def segment(self, number: int) -> TokenSegment:
+        """The picture or recording as a segment, where `number` is that of its modality."""
+        return TokenSegment(number, self.values, self.grid)
 
 
 def find_pairs(
@@ -52,11 +59,11 @@ def find_pairs(
         segments = dataset.read(shard, document)
         if segments is None:  # a damaged one
             continue
-        of = {dataset.modalities[segment.modality]: segment.values for segment in segments}
-        if not keep(of["text"]):
+        of = {dataset.modalities[segment.modality]: segment for segment in segments}
+        if not keep(of["text"].values):
             continue
         name = f"{dataset.shards[shard]['name'].removesuffix('.tar')}-{document}"
-        found.append(Pair(name, shard, document, of["text"], of[modality]))
+        found.append(Pair(name, shard, document, of["text"].values, of[modality].values, of[modality].grid))
         if len(found) == count:
             break
     return found
@@ -122,7 +129,7 @@ def find_minimal_pairs(
         if segments is None:
             raise UserError(f"{where} is damaged: see what `mom verify` finds, and tokenize again")
         number = vocab.modalities.index(dataset.modalities[modalities[0]])
-        right, wrong = (TokenSegment(number, segment.values) for segment in segments)
+        right, wrong = (TokenSegment(number, segment.values, segment.grid) for segment in segments)
         found.append((right, wrong))
     return found
 

@@ -6,8 +6,8 @@
     music:  {kind: ids, size: 2048, made_by: "EnCodec, 32 kHz, first codebook"}    # ready-made ids in the documents
 
 With `shapes: {tokens: 256, max_aspect_ratio: 4}` in the entry of a picture's tokenizer, pictures are not all cropped
-square: each gets the nearest shape of about as many tokens (mom_tokenizers/media/shapes.py). `tokens` is the number that
-the tokenizer makes of a square picture.
+square: each gets the nearest shape of about as many tokens (mom_tokenizers/media/shapes.py). `tokens` is the number
+that the tokenizer makes of a square picture.
 
 Paths are relative to the file. A text's path may be "hf://owner/name" on the Hugging Face hub. A model is loaded when
 it is first used, so that a program which needs one modality, or the fingerprints alone, loads nothing else.
@@ -233,14 +233,16 @@ def _shapes(path: Path, modality: str, entry: Mapping[str, Any], where: Path) ->
     """The shapes that an entry asks for. Raises UserError for a tokenizer that makes only squares, or no pictures."""
     kind = entry["kind"]
     if kind not in PICTURES:
-        raise UserError(f"{path}: '{modality}' has shapes, which only pictures have ({', '.join(PICTURES)}), not {kind}")
+        raise UserError(
+            f"{path}: '{modality}' has shapes, which only pictures have ({', '.join(PICTURES)}), not {kind}"
+        )
     try:
         shapes = Shapes.of(entry["shapes"])
     except UserError as error:
         raise UserError(f"{path}: '{modality}': {error}") from None
     if (why := _class(kind).why_only_square(where)) is not None:
         raise UserError(
-            f"{path}: '{modality}' has shapes, but a tokenizer of this kind ({kind}) makes square pictures only: {why}. "
+            f"{path}: '{modality}' has shapes, but this tokenizer (kind {kind}) makes square pictures only: {why}. "
             "Leave shapes out, or use another tokenizer"
         )
     return shapes

@@ -8,9 +8,9 @@ manifest per dataset.
 
 A block holds `tokens` (modality-local ids); `latents` (fp16 patch rows), where there are any; `segments` (S, 4) int32,
 whose columns are modality, count, offset into tokens or latents, and flags; and `docs` (D+1,) int32, the number of the
-first segment of each document. Where a picture is not square, there is also `grids` (S, 2) int32, the rows and columns of
-each segment, 0 and 0 for all others. BOS, EOS and the tokens around pictures and speech are added when a batch is assembled.
-The trainer reads documents at the absolute offsets in the index and never parses a tar.
+first segment of each document. Where a picture is not square, there is also `grids` (S, 2) int32, the rows and columns
+of each segment, 0 and 0 for all others. BOS, EOS and the tokens around pictures and speech are added when a batch is
+assembled. The trainer reads documents at the absolute offsets in the index and never parses a tar.
 """
 
 from __future__ import annotations

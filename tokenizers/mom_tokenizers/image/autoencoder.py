@@ -273,7 +273,7 @@ class VQImageTokenizer(ImageTokenizer):
         return codes.view(pixels.shape[0], -1)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> Image.Image:
-        """The RGB picture of one picture's codes: (codes_per_image,) for a square one, or (rows, columns) for any other.
+        """The RGB picture of one picture's codes: (codes_per_image,) for a square one, (rows, columns) for any other.
         Raises UserError for a wrong number of codes, one out of range, or a shape that the tokenizer does not make."""
         import torch
 

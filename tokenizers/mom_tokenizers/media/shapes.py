@@ -43,7 +43,9 @@ class Shapes:
             )
         ratio = self.max_aspect_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 < ratio <= WIDEST:
-            raise UserError(f"shapes: max_aspect_ratio must be above 1 and at most {WIDEST:g}, such as 4, not {ratio!r}")
+            raise UserError(
+                f"shapes: max_aspect_ratio must be above 1 and at most {WIDEST:g}, such as 4, not {ratio!r}"
+            )
         object.__setattr__(self, "max_aspect_ratio", float(ratio))
 
     @classmethod
@@ -77,30 +79,26 @@ class Shapes:
     def asked_for(self, shape: str) -> Grid:
         """The grid that a person names: "4x16" is 4 rows of 16 columns and must be one of the grids; "2:1" is a width
         and a height, and gives the nearest grid. Raises UserError for anything else."""
+        check_written(shape)
         if match := _GRID.fullmatch(shape):
             grid = int(match[1]), int(match[2])
             if grid not in self.grids:
-                raise UserError(f"shape {shape}: {_named(grid)} is none of the grids: {self}")
+                raise UserError(f"shape {shape}: {grid[0]} rows of {grid[1]} columns is none of the shapes: {self}")
             return grid
-        if (match := _RATIO.fullmatch(shape)) and (width := float(match[1])) and (height := float(match[2])):
-            longest = max(width / height, height / width)
-            if longest > self.max_aspect_ratio:
-                raise UserError(f"shape {shape}: no side may be more than {self.max_aspect_ratio:g} times the other")
-            return self.nearest(width, height)
-        raise UserError(f"shape {shape!r}: write width:height, such as 2:1, or ROWSxCOLUMNS, such as {self.sample}")
-
-    @property
-    def sample(self) -> str:
-        """One grid as `asked_for` reads it, for messages."""
-        rows, columns = self.grids[0]
-        return f"{rows}x{columns}"
+        width, height = (float(side) for side in shape.split(":"))
+        if max(width / height, height / width) > self.max_aspect_ratio:
+            raise UserError(f"shape {shape}: no side may be more than {self.max_aspect_ratio:g} times the other")
+        return self.nearest(width, height)
 
     def __str__(self) -> str:
         return ", ".join(f"{rows}x{columns}" for rows, columns in self.grids)
 
 
-def _named(grid: Grid) -> str:
-    return f"{grid[0]} rows of {grid[1]} columns"
+def check_written(shape: str) -> None:
+    """Raises UserError for a shape that is written neither as width:height nor as ROWSxCOLUMNS."""
+    ratio = _RATIO.fullmatch(shape)
+    if not _GRID.fullmatch(shape) and (ratio is None or not float(ratio[1]) or not float(ratio[2])):
+        raise UserError(f"shape {shape!r}: write width:height, such as 2:1, or ROWSxCOLUMNS, such as 4x16")
 
 
 def cropped_share(width: float, height: float, grid: Grid) -> float:

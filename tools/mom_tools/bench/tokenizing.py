@@ -136,7 +136,7 @@ def whole_path(tokenizers: Tokenizers, documents: Sequence[Document]) -> Iterato
     rows = []
     for d, document in enumerate(documents):
         found = [(s.modality, encoded.get((d, i))) for i, s in enumerate(document.segments)]
-        segments = [TokenSegment(tokenizers.modalities.index(m), v) for m, v in found if isinstance(v, np.ndarray)]
+        segments = [TokenSegment.of(tokenizers.modalities.index(m), v) for m, v in found if isinstance(v, np.ndarray)]
         if len(segments) == len(found) and all(len(s.values) for s in segments):
             rows.append((document.key, segments))
     tokens = sum(len(s.values) for _, segments in rows for s in segments)

@@ -170,6 +170,8 @@ def shown(segment: TokenSegment, modality: str, tokenizers: Tokenizers | None) -
     n = len(segment.values)
     unit = "patches" if segment.latent else "tokens" if modality == "text" else "codes"
     part: dict[str, Any] = {"modality": modality, "number": segment.modality, "note": f"{n:,} {unit}"}
+    if segment.grid is not None:
+        part["note"] += ", {} rows of {}".format(*segment.grid)
     if modality == "speech" and not segment.latent:
         part["units"] = [(int(u), int(u) * 137 % 360) for u in segment.values[:_UNITS]]  # hues far apart
         part["note"] = f"{n:,} units" + (f", the first {_UNITS} drawn" if n > _UNITS else "")
@@ -177,7 +179,7 @@ def shown(segment: TokenSegment, modality: str, tokenizers: Tokenizers | None) -
         if tokenizers is None or modality not in tokenizers.modalities:
             raise UserError("no tokenizer given")
         speech = modality == "speech"
-        decoded = tokenizers.tokenizer(modality).decode(segment.values[:_HEARD] if speech else segment.values)
+        decoded = tokenizers.tokenizer(modality).decode(segment.values[:_HEARD] if speech else segment.shaped)
         if modality == "text":
             part["text"] = decoded[:_TEXT]
             if len(decoded) > _TEXT:

@@ -56,6 +56,7 @@ def export(run: Path | str, out: Path, step: int | None, form: str, ema: bool) -
             model=config.model.model_dump(mode="json"),
             vocabulary=[[name, size] for name, size in config.layout.sizes],
             schema=SCHEMA,
+            picture_shapes=None if (shapes := config.layout.shapes) is None else shapes.as_json(),
             architectures=["MixtureOfMambaForCausalLM"],
             auto_map={
                 "AutoConfig": f"{REMOTE_MODULE}.MixtureOfMambaConfig",

@@ -3,9 +3,11 @@
     mom generate runs/demo/run --prompt "The digit seven"
     mom generate RUN --prompt "a red nine" --start image --out samples/
 
+    mom generate RUN --prompt "a red nine" --shape 2:1 1:1 4x16     # pictures of three shapes
+
 Writes OUT/sample-N.md with the text, pictures as PNG where the run's tokenizers can decode them (latents as .npy
 besides), speech units as JSON, and as WAV where a vocoder is configured. `--start` opens a picture or a recording
-right after the prompt.
+right after the prompt; `--shape` a picture, of each of the shapes that are given, where the run has picture_shapes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import math
 from pathlib import Path
 
 from mom_tokenizers.errors import UserError, exit_clearly
+from mom_tokenizers.media.shapes import check_written
 from mom_tools.options import add_device, add_tokenizers, add_weights, command_parser
 from mom_train.config.files import checked
 from mom_train.config.preflight import check_run, check_there, check_writable
@@ -28,8 +31,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--prompt", default="", help="text to start from")
     parser.add_argument("--start", metavar="MODALITY", help="open a span, such as image or speech, after the prompt")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="SHAPE",
+        help="open a picture of this shape, width:height such as 2:1, or ROWSxCOLUMNS of tokens; of several, each",
+    )
     add_weights(parser)
-    parser.add_argument("--samples", type=int, default=1, help="number of documents (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="number of documents, of each shape (%(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the samples (default: RUN/samples)")
     add_tokenizers(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
@@ -64,6 +73,10 @@ def generate(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0")
+    for shape in arguments.shape or ():
+        check_written(shape)
+    if arguments.shape and arguments.start not in (None, "image"):
+        raise UserError(f"--shape: only a picture has one, and --start opens {arguments.start}")
     if min(arguments.seed, arguments.step or 0) < 0:
         raise UserError("--seed, --step: not below 0")
     check_run(arguments.run)
@@ -86,13 +99,16 @@ def generate(arguments: argparse.Namespace) -> None:
     tokenizers, vocab = Tokenizers.load(path), config.layout
     check_latents(tokenizers, model.diffusion)
     sampling = settings(tokenizers, arguments.patches, denoised_limit=arguments.denoised_limit, **chosen)
-    prompt = prompt_segments(PromptConfig(text=arguments.prompt, start=arguments.start), tokenizers, vocab)
-    check_prompt(prompt, sampling, model.diffusion)
+    start = "image" if arguments.shape else arguments.start
+    asked = [PromptConfig(text=arguments.prompt, start=start, shape=shape) for shape in arguments.shape or (None,)]
+    prompts = [prompt_segments(one, tokenizers, vocab, config.grid_of(one)) for one in asked]
+    check_prompt(prompts[0], sampling, model.diffusion)
     folder: Path = arguments.out or arguments.run / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    for n in range(arguments.samples):
+    for n in range(len(prompts) * arguments.samples):
         lines = [f"> {arguments.prompt}", ""] if arguments.prompt else []
-        spans = sample_document(model, vocab, prompt, sampling, arguments.seed + n)
+        which, seed = divmod(n, arguments.samples)  # every shape is drawn with the same seeds
+        spans = sample_document(model, vocab, prompts[which], sampling, arguments.seed + seed)
         for i, (modality, values) in enumerate(spans):
             lines += [write_span(folder, f"sample-{n}-{i}", modality, values, tokenizers).markdown, ""]
         (folder / f"sample-{n}.md").write_text("\n".join(lines))

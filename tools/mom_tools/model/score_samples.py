@@ -84,7 +84,7 @@ def look(
     from PIL import Image
     from tqdm import tqdm
 
-    from mom_tokenizers.image.autoencoder import picture, preprocess
+    from mom_tokenizers.image.autoencoder import fitted, picture
     from mom_tokenizers.media.pictures import decode_image
 
     tokenizer: Any = tokenizers.tokenizer("image")
@@ -94,10 +94,11 @@ def look(
             return image.convert("RGB")
 
     def decoded(i: int) -> Image.Image:
-        return tokenizer.decode(pairs[i].values)
+        return tokenizer.decode(pairs[i].segment(0).shaped)
 
     def original(i: int) -> Image.Image:
-        return picture(torch.from_numpy(preprocess(decode_image(raw[i]), tokenizer.resolution)))
+        image, (width, height) = decode_image(raw[i]), decoded(i).size
+        return picture(torch.from_numpy(fitted(image, height, width)))
 
     sets: dict[str, Set] = {
         "samples": (drawn, range(len(pairs))),
@@ -290,7 +291,7 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
         raise UserError(f"{arguments.run} names no tokenizers; give --tokenizers TOKENIZERS.yaml")
     tokenizers, dataset = Tokenizers.load(path, arguments.device), TokenDataset(arguments.shards)
     described = tokenizers.describe()
-    check_agreement([dataset], dict(vocab.sizes), described)
+    check_agreement([dataset], dict(vocab.sizes), described, vocab.shapes)
     options = ("temperature", "top_p", "denoising_steps", "guidance")
     chosen = {name: value for name in options if (value := getattr(arguments, name)) is not None}
     config.check_guidance(chosen.get("guidance", 1.0))
@@ -312,16 +313,17 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
     for modality in ["image"] * looks + ["speech"] * listens:
         if modality not in vocab.modalities:
             raise UserError(f"this run has no modality '{modality}', only {', '.join(vocab.modalities)}")
-        opened = TokenSegment(vocab.modalities.index(modality), np.zeros(0, np.uint32))
+        number = vocab.modalities.index(modality)
 
-        def draw(pair: Pair, modality: str = modality, opened: TokenSegment = opened) -> Any:
+        def draw(pair: Pair, modality: str = modality, number: int = number) -> Any:
             seed = hashlib.blake2b(f"{arguments.seed} {modality} {pair.name}".encode(), digest_size=6).digest()
-            document = [TokenSegment(0, pair.text), opened]
+            # A picture is drawn in the shape of the real one.
+            document = [TokenSegment(0, pair.text), TokenSegment(number, np.zeros(0, np.uint32), pair.grid)]
             # its first span alone: what would follow is not asked for
             return next(sample_document(model, vocab, document, sampling, int.from_bytes(seed, "little")))[1]
 
         pairs = chosen_pairs(dataset, modality, arguments.samples, units, tokenizers.tokenizer("text"))
-        tokenizers.tokenizer(modality).decode(pairs[0].values)  # ValueError now where it has no picture, or no sound
+        tokenizers.tokenizer(modality).decode(pairs[0].segment(0).shaped)  # ValueError now where it has no picture, or no sound
         raw = originals(dataset, pairs, tokenizers, arguments.raw) if arguments.raw and part is None else []
         sample(root / modality, identity, pairs[part[0] :: part[1]] if part else pairs, modality, draw, tokenizers)
         if part is not None:
