@@ -95,9 +95,7 @@ class Evaluations:
                         f"most {longest} positions, fewer than a pool of {config.pool}: {modality} is left out"
                     )
                 else:
-                    self._pairs[name][modality] = [
-                        (TokenSegment(0, pair.text), pair.segment(number)) for pair in pairs
-                    ]
+                    self._pairs[name][modality] = [(TokenSegment(0, pair.text), pair.segment(number)) for pair in pairs]
                 rates = {dataset.tokenizers.get(modality, {}).get("units_per_second") for dataset in datasets}
                 if len(rates) == 1 and (rate := rates.pop()) is not None:
                     self._units_per_second[modality] = float(rate)

@@ -140,6 +140,11 @@ class ImageTokenizer:
         side = self.resolution // self._factor
         return side, side
 
+    def pixels_of(self, grid: Grid | None) -> tuple[int, int]:
+        """(height, width) in pixels of a picture of this grid, None for a square one."""
+        rows, columns = grid or self.grid
+        return rows * self._factor, columns * self._factor
+
     @classmethod
     def why_only_square(cls, path: str | Path) -> str | None:
         """Why the tokenizer stored at `path` makes square pictures only, or None where it takes any shape."""
@@ -212,8 +217,8 @@ class ImageTokenizer:
     def _pixels(self, images: Sequence[Image.Image], grid: Grid) -> torch.Tensor:
         import torch
 
-        height, width = grid[0] * self._factor, grid[1] * self._factor
-        pixels = torch.from_numpy(np.stack([fitted(image, height, width) for image in images]))
+        size = self.pixels_of(grid)
+        pixels = torch.from_numpy(np.stack([fitted(image, *size) for image in images]))
         return pixels.to(self._model.device, self._model.dtype)
 
 

@@ -1,10 +1,11 @@
 """The shapes that pictures may have: grids of rows x columns tokens that all have about the same number of tokens.
 
-    for rows r = 1 .. N:   columns c = floor(N / r),   kept where max(r / c, c / r) <= max_aspect_ratio
+    for n = 1 .. N:   n x floor(N / n) and floor(N / n) x n,   where one side is at most max_aspect_ratio times the other
 
-N is the number of tokens of a square picture. A grid has more than N - r tokens and at most N. A picture goes to the
-grid whose aspect ratio is nearest by |log(width / height) - log(c / r)|; it is resized until it covers the grid, and
-what stands out is cut off.
+N is the number of tokens of a square picture. A grid r x c has more than N - max(r, c) tokens and at most N. With each
+grid there is the same one turned, so that a picture and the same picture turned are treated alike. A picture goes to
+the grid whose aspect ratio is nearest by |log(width / height) - log(c / r)|; it is resized until it covers the grid,
+and what stands out is cut off.
 """
 
 from __future__ import annotations
@@ -67,9 +68,10 @@ class Shapes:
 
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
-        """All grids, the widest first."""
-        every = ((rows, self.tokens // rows) for rows in range(1, self.tokens + 1))
-        return tuple((r, c) for r, c in every if max(r, c) <= self.max_aspect_ratio * min(r, c))
+        """All grids, in the order of their rows."""
+        sides = [(n, self.tokens // n) for n in range(1, self.tokens + 1)]
+        every = {*sides, *((columns, rows) for rows, columns in sides)}
+        return tuple(sorted((r, c) for r, c in every if max(r, c) <= self.max_aspect_ratio * min(r, c)))
 
     def nearest(self, width: float, height: float) -> Grid:
         """The grid for a picture of this width and height. Of two that are equally near, the one with more tokens."""

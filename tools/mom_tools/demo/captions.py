@@ -97,7 +97,7 @@ def measure(run: Path, each: int = 3) -> tuple[list[Hits], Image.Image] | None:
     def draw(caption: str, seed: int) -> Image.Image:
         prompt = prompt_segments(PromptConfig(text=caption, start="image"), tokenizers, vocab)
         values = next(v for m, v in sample_document(model, vocab, prompt, sampling, seed) if m == "image")
-        decoded: Any = image.decode(values if isinstance(values, list) else values.numpy())
+        decoded: Any = image.decode(np.asarray(values))
         return decoded
 
     def kept(data: bytes) -> Image.Image:

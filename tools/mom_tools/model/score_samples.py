@@ -97,8 +97,7 @@ def look(
         return tokenizer.decode(pairs[i].segment(0).shaped)
 
     def original(i: int) -> Image.Image:
-        image, (width, height) = decode_image(raw[i]), decoded(i).size
-        return picture(torch.from_numpy(fitted(image, height, width)))
+        return picture(torch.from_numpy(fitted(decode_image(raw[i]), *tokenizer.pixels_of(pairs[i].grid))))
 
     sets: dict[str, Set] = {
         "samples": (drawn, range(len(pairs))),
@@ -323,7 +322,8 @@ def score(arguments: argparse.Namespace, part: tuple[int, int] | None) -> dict[s
             return next(sample_document(model, vocab, document, sampling, int.from_bytes(seed, "little")))[1]
 
         pairs = chosen_pairs(dataset, modality, arguments.samples, units, tokenizers.tokenizer("text"))
-        tokenizers.tokenizer(modality).decode(pairs[0].segment(0).shaped)  # ValueError now where it has no picture, or no sound
+        # ValueError now where it has no picture, or no sound
+        tokenizers.tokenizer(modality).decode(pairs[0].segment(0).shaped)
         raw = originals(dataset, pairs, tokenizers, arguments.raw) if arguments.raw and part is None else []
         sample(root / modality, identity, pairs[part[0] :: part[1]] if part else pairs, modality, draw, tokenizers)
         if part is not None:
