@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from mom_tokenizers.errors import UserError
-from mom_tokenizers.media.shapes import Shapes
+from mom_tokenizers.media.shapes import WIDEST, Shapes
 from mom_train.config.section import Section
 
 Part = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "attention", "feed_forward", "norm"]
@@ -213,8 +213,13 @@ class PictureShapesConfig(Section):
 
     tokens: PositiveInt
     """Number of codes or latent patches of a square picture. No other picture has more."""
-    max_aspect_ratio: float = 4.0
+    max_aspect_ratio: float = Field(4.0, gt=1, le=WIDEST)
     """How many times as long the longer side of a picture may be."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> PictureShapesConfig:
+        _ = self.shapes  # raises an error if there is no such table
+        return self
 
     @property
     def shapes(self) -> Shapes:

@@ -22,6 +22,7 @@ from mom_tokenizers.errors import UserError
 Grid = tuple[int, int]
 """(rows, columns) of a picture, in tokens."""
 WIDEST = 16.0
+"""The largest max_aspect_ratio."""
 _KEYS = ("tokens", "max_aspect_ratio")
 _GRID = re.compile(r"(\d+)x(\d+)")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
