@@ -1,15 +1,17 @@
-"""Compare three ways to tell a model the shape of a picture whose tokens are codes.
+"""Compare ways to tell a model the shape of a picture whose tokens are codes.
 
     python tools/dev/picture_shapes.py --input 'raw/*.tar' --out shapes.json     # about 20 minutes on one core
 
     nothing    <boi>, the codes row after row, <eoi>
     opening    <boi_5x12>, the codes, <eoi>                       what `picture_shapes` does
-    row ends   <boi>, after each row one more token that ends it, <eoi>          as Emu3 does
+    row ends   <boi>, the codes with a token after each row that ends it, <eoi>
+    both       <boi_5x12>, the codes with a token after each row, <eoi>
 
 From each picture a rectangle of random shape is cut, so that all shapes are about equally frequent. Codes are the
 nearest of a codebook of 4 x 4 pixels by k-means. The same small Mixture-of-Mamba is trained on the same pictures in the
-same order, once for each way and seed. Then it is asked for held-out losses, and for pictures without any rule about
-what may follow: is the result a rectangle of the table, and does it have the shape that was asked for?
+same order, once for each way and seed; runs that --out has already are not made again. Then it is asked for held-out
+losses, and for pictures without any rule about what may follow: is the result a rectangle of the table, and does it
+have the shape that was asked for?
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel, Losses
 from mom_train.ops.layout import RowLayout
 
-WAYS = ("nothing", "opening", "row ends")
+WAYS = ("nothing", "opening", "row ends", "both")
 SHAPES = Shapes(64, 4.0)
 SIDE, CODES = 4, 256  # pixels of a code, and size of the codebook
 LENGTH = 84  # the longest sequence: 16 rows of 4 codes with their row ends, <bos>, <boi> and <eoi>
@@ -82,14 +84,15 @@ class Way:
         self.offset = self.vocab.offsets["image"]
         self.row_end = self.offset + CODES
         self.specials = self.vocab.specials
+        self.opens, self.ends_rows = name in ("opening", "both"), name in ("row ends", "both")
 
     def opening(self, grid: Grid) -> int:
-        return self.vocab.openings[grid] if self.name == "opening" else self.specials["boi"]
+        return self.vocab.openings[grid] if self.opens else self.specials["boi"]
 
     def tokens(self, codes: np.ndarray) -> np.ndarray:
         """The sequence of one picture, int64 (n,), from its codes (rows, columns)."""
         inside = codes.astype(np.int64) + self.offset
-        if self.name == "row ends":
+        if self.ends_rows:
             inside = np.concatenate([inside, np.full((len(inside), 1), self.row_end)], 1)
         ends = [self.specials["bos"], self.opening((codes.shape[0], codes.shape[1]))], [self.specials["eoi"]]
         return np.concatenate([ends[0], inside.ravel(), ends[1]])
@@ -156,7 +159,7 @@ def drawn(model: LanguageModel, way: Way, grids: list[Grid | None], seed: int) -
 
         p = read(way.specials["bos"])
         token = way.opening(asked) if asked is not None else int(torch.multinomial(p, 1, generator=generator))
-        grid = opened.get(token) if way.name == "opening" else None
+        grid = opened.get(token) if way.opens else None
         inside: list[int] = []
         p = read(token)
         while len(inside) < LENGTH:
@@ -173,10 +176,11 @@ def judged(way: Way, results: list[tuple[Grid | None, list[int]]]) -> list[Grid 
     """The grid of each generated picture where it is one of the table, otherwise None."""
     found: list[Grid | None] = []
     for opened, inside in results:
-        grid = way.shape(inside) if way.name == "row ends" else opened
+        grid = way.shape(inside) if way.ends_rows else opened
         codes = sum(way.offset <= token < way.row_end for token in inside)
-        ends = 0 if grid is None or way.name != "row ends" else grid[0]
+        ends = grid[0] if grid is not None and way.ends_rows else 0
         fits = grid in SHAPES.grids and codes + ends == len(inside) and codes == grid[0] * grid[1]
+        fits = fits and (not way.opens or grid == opened)
         found.append(grid if fits else None)
     return found
 
@@ -219,16 +223,18 @@ def main() -> None:
         coded = [means.predict(p.reshape(-1, p.shape[2])).reshape(p.shape[:2]) for _, p in cut]
         order = np.random.default_rng(1).permutation(len(coded))
         held, train = [coded[i] for i in order[:400]], [coded[i] for i in order[400:]]
-        runs = []
+        runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
         for seed in range(arguments.seeds):
             for way in map(Way, WAYS):
+                if any((run["way"], run["seed"]) == (way.name, seed) for run in runs):
+                    continue
                 begun = time.process_time()
                 model = trained(way, train, arguments.steps, arguments.batch, seed)
                 figures: dict[str, Any] = {"way": way.name, "seed": seed, **losses(model, way, held)}
                 free = judged(way, drawn(model, way, [None] * arguments.drawn, seed))
                 if way.name != "nothing":  # whose pictures say no shape
                     figures["valid_share"] = float(np.mean([grid is not None for grid in free]))
-                if way.name == "opening":
+                if way.opens:
                     asked = [SHAPES.grids[i % len(SHAPES.grids)] for i in range(arguments.drawn)]
                     got = judged(way, drawn(model, way, list(asked), seed))
                     figures["as_asked_share"] = float(np.mean([a == b for a, b in zip(asked, got, strict=True)]))
