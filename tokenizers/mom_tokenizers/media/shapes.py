@@ -1,6 +1,6 @@
 """The shapes that pictures may have: grids of rows x columns tokens that all have about the same number of tokens.
 
-    for n = 1 .. N:   n x floor(N / n) and floor(N / n) x n,   where one side is at most max_aspect_ratio times the other
+    for n = 1 .. N:   n x floor(N / n) and floor(N / n) x n,   if one side is at most max_aspect_ratio times the other
 
 N is the number of tokens of a square picture. A grid r x c has more than N - max(r, c) tokens and at most N. With each
 grid there is the same one turned, so that a picture and the same picture turned are treated alike. A picture goes to
