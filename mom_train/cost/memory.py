@@ -122,6 +122,9 @@ def memory(config: RunConfig, ranks: int, device: Device = "cuda") -> dict[str, 
       8d + 2ed together (in bf16 4d more). A dense attention mask (CPU) is there once.
     * workspace: `block_backward_bytes`, or what the loss of the head needs, or the norms of the update.
 
+    With training.cuda_graph nothing is gathered. `units` are then the bf16 copies of the weights of products, which
+    stay between steps. On a GPU the graphs keep the memory of their passes, so that the update comes on top of it.
+
     Not included are fragmentation of the allocator, buffers of NCCL, copies by routers, and the batch itself.
     Raises UserError if the ranks cannot share the work as the config says.
     """
@@ -157,6 +160,8 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
     T = config.training.micro_batch * L // config.parallel.context_ranks
     accumulates, offload = config.accumulation(ranks) > 1, config.parallel.cpu_offload
     gathered = weight * (2 if S > 1 else 1)  # bytes per weight of a whole unit, with the buffer it was gathered in
+    graph = config.training.cuda_graph  # without FSDP2, on one rank
+    copied = 2 * (inside - root + ends) if element == 2 else 0  # in bf16 for graphs: all projections and the head
 
     whole_block = block_activation_bytes(model, element, device)
     if config.parallel.context_ranks > 1:  # the states of the first scan, and the time steps that it sums
@@ -186,7 +191,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
         if offload:
             states = dict.fromkeys(states, 0)
         states["gradients"] += whole
-        rest = {"units": units, "activations": per_token * T, "workspace": workspace}
+        rest = {"units": copied if graph else units, "activations": per_token * T, "workspace": workspace}
         return states | rest
 
     # activations of the block that the backward pass is at, and its input if they are recomputed from it
@@ -202,6 +207,7 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
         largest = max(3 * d * d * copies("attention"), 2 * d * model.feed_forward * copies("feed_forward"))
     else:
         largest = 2 * d * model.inner * copies("in_proj")
+    update = 0 if offload else max(16 * max(ends, largest) // S, _muon_workspace(config, S))
     moments = {
         "head_forward": at(
             0, gathered * ends + _FP32 * root, every + tail, _head_forward(T, d, vocabulary, element, device)
@@ -213,9 +219,12 @@ def _variant(config: RunConfig, ranks: int, S: int, device: Device, recompute: R
             whole_block + recomputed_input + mask,
             work,
         ),
-        "embedding_backward": at(n - ends, 2 * _FP32 * (ends + root) + _FP32 * block, 8 * d, 0),
-        "update": at(n, 0, 0, 0 if offload else max(16 * max(ends, largest) // S, _muon_workspace(config, S))),
+        "embedding_backward": at(n if graph else n - ends, 2 * _FP32 * (ends + root) + _FP32 * block, 8 * d, 0),
+        "update": at(n, 0, 0, update),
     }
+    if graph and device == "cuda":
+        passes = max(moments.values(), key=lambda parts: sum(parts.values()))
+        moments["update"] = passes | {"workspace": passes["workspace"] + update}
     sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
     peak = max(sums, key=lambda moment: sums[moment])
     states_bytes = (16 if config.training.ema_decay is None else 20) * n // S  # Muon cannot be offloaded

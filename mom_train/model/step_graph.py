@@ -119,13 +119,19 @@ class StepGraph:
         """Records the passes of a first micro-batch, whose gradients are new tensors, and then those of a further one,
         which adds to them. Both use the same memory, because they never run side by side."""
         pool, beside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        each = (True, False) if self._accumulates else (True,)
         self._graphs.clear()
-        for first in (True, False) if self._accumulates else (True,):
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for first in each:
                 for _ in range(_WARM_UP):
                     self._passes(first)
-            torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(beside)
+        # The warm-up comes before both recordings, and leaves nothing: each recording begins with giving back memory
+        # that is not in use, so the activations of the warm-up never lie beside those of the graphs.
+        for parameter in self._parameters:
+            parameter.grad = None
+        for first in each:
             graph = torch.cuda.CUDAGraph()
             # thread_local: threads of the loader and of checkpoints pin memory meanwhile
             with torch.cuda.graph(graph, pool=pool, stream=beside, capture_error_mode="thread_local"):

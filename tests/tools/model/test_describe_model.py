@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from itertools import accumulate, islice
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -217,6 +218,12 @@ def peak_of_training(config):
     return max(accumulate(bytes_ for _, bytes_ in sorted((e.start_ns(), e.nbytes()) for e in events)))
 
 
+def peak_of_training_for_graphs(config):
+    """The same with the passes that `training.cuda_graph` records, which a CPU runs each time."""
+    with patch("mom_train.trainer.check_device"):
+        return peak_of_training(config)
+
+
 MIXTURE = {"dim": 256, "layers": 3, "decoupled": list(PROJECTIONS)}
 WIDE = {"dim": 512, "layers": 2, "decoupled": list(PROJECTIONS)}
 ATTENTION = {"architecture": "transformer", "heads": 4, "dim": 256, "layers": 3, "decoupled": ["feed_forward"]}
@@ -254,6 +261,46 @@ def test_training_needs_as_much_memory_as_predicted(tmp_path, world, vocabulary,
     assert predicted["total"] == pytest.approx(measured, rel=0.1)
     # the moments that are told apart matter: this one is at least nearly the highest
     assert predicted["moments"][peak_at] > 0.93 * predicted["total"]
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"activation_checkpointing": True, "batch": 2}, {"precision": "bf16", "batch": 2}],
+    ids=["fp32", "bf16"],
+)
+def test_passes_for_graphs_need_as_much_memory_as_predicted(tmp_path, training):
+    if native.library(16) is None:
+        pytest.skip("NO C COMPILER: the prediction is for the C scan's chunks")
+    config = tiny_config(
+        tmp_path,
+        vocabulary=SMALL,
+        model={"dim": 128, "layers": 2, "decoupled": list(PROJECTIONS)},
+        data__sequence_length=192,
+        training={"steps": 8, "batch": 1, "micro_batch": 1, "cuda_graph": True} | training,
+    )
+    predicted = memory(config, 1, "cpu")
+    predicted = predicted[predicted["chosen"]]
+    measured = run_ranks(1, peak_of_training_for_graphs, config)[0]
+    print(f"predicted / measured = {predicted['total'] / measured:.3f}, highest in {predicted['peak_at']}")
+    assert predicted["total"] == pytest.approx(measured, rel=0.06)
+    assert (
+        predicted["peak_at"] == "head_forward"
+    )  # so that copies, gradients and activations are all in what was measured
+
+
+def test_on_a_gpu_the_update_comes_on_top_of_the_memory_that_graphs_keep():
+    path, changes = CONFIGS / "chameleon/37m-mom.yaml", ["training.micro_batch=8", "training.batch=8"]
+    plain, graph = (
+        memory(load_config(path, [*changes, f"training.cuda_graph={on}"]), 1)["without_checkpointing"]
+        for on in ("false", "true")
+    )
+    passes = max(bytes_ for moment, bytes_ in graph["moments"].items() if moment != "update")
+    counts = parameters(load_config(path).model, 65_536, 2)
+    largest = 65_536 * 256  # weights of the head, whose squares of the gradient are the largest workspace of the update
+    assert graph["peak_at"] == "update"
+    assert graph["total"] == passes + 16 * largest
+    assert graph["by_use"]["units"] == 2 * (counts["projections"] + largest)  # copies in bf16, also between steps
+    assert plain["moments"]["update"] < passes
 
 
 def test_memory_sums_what_it_says_and_checkpointing_keeps_one_blocks_activations():

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -31,10 +31,12 @@ from mom_train.config.optimizer import OptimizerConfig
 from mom_train.config.run import Recompute
 from mom_train.cost.flops import training_flops_per_token
 from mom_train.cost.gemm import gemm_flops_per_second
+from mom_train.distributed.ranks import process_group
 from mom_train.model.init import initial_value, initialize
 from mom_train.model.language_model import LanguageModel
 from mom_train.ops.layout import RowLayout
 from mom_train.ops.routing import fp8
+from mom_train.optim.gradients import Clipping
 from mom_train.optim.optimizer import build_optimizer
 
 PHASES = ("forward", "backward", "clip", "optimizer")
@@ -80,11 +82,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         key: value for key, value in vars(arguments).items() if isinstance(value, int | str | list)
     }
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": _device_name(arguments)}
-    if contexts:
-        steps = {str(length): _Step("mixture", arguments, 1, length) for length in contexts}
-    else:
-        steps = {name: _Step(name, arguments, arguments.batch, arguments.length) for name in arguments.systems}
-    figures = _measure(steps, arguments.warm_up, arguments.repetitions, arguments.profile)
+    with process_group():  # of one, as training has it: clipping sums over ranks
+        if contexts:
+            steps = {str(length): _Step("mixture", arguments, 1, length) for length in contexts}
+        else:
+            steps = {name: _Step(name, arguments, arguments.batch, arguments.length) for name in arguments.systems}
+        figures = _measure(steps, arguments.warm_up, arguments.repetitions, arguments.profile)
     if not contexts:
         rate = _gemm_flops_per_second(arguments)
         settings["gemm_gflops_per_s"] = rate / 1e9
@@ -118,6 +121,9 @@ class _Step:
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = build_optimizer(self.model, OptimizerConfig.model_validate({"learning_rate": 1e-4}))
+        names = [f"modality {m}" for m in range(modalities)]
+        self._clipping = Clipping(self.model, names, 1.0, copies=1, one_pass=self.device.type == "cuda")
+        self._no_sums = torch.zeros(0, dtype=torch.float64, device=self.device)
         self._shape, self._modalities, self._used = (batch, length), arguments.modalities, modalities
         self._generator = torch.Generator().manual_seed(1)
         self.input_T, self.label_T = torch.randint(0, arguments.vocabulary, (2, self.tokens)).to(self.device)
@@ -141,7 +147,7 @@ class _Step:
         with lap("backward"):
             loss.backward()
         with lap("clip"):
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self._clipping(self._no_sums, self.optimizer, detailed=False)
         with lap("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
