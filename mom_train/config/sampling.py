@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from typing import Any
 
+from pydantic import Field, PositiveInt, field_validator
+
+from mom_tokenizers.errors import UserError
 from mom_train.config.section import Name, Section
 
 
@@ -16,7 +19,17 @@ class PromptConfig(Section):
     """Name of a modality whose span is opened after the text, so that the model fills it."""
     shape: Name | None = None
     """Shape of the picture that `start: image` opens: width:height, such as 2:1, which gives the nearest of
-    `picture_shapes`, or one of these as ROWSxCOLUMNS. null makes it square."""
+    `picture_shapes`, or one of these as ROWSxCOLUMNS. null makes it square. In YAML a width and a height need quotes,
+    '2:1', because YAML takes 2:1 for the number 121, in base 60."""
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise UserError(
+                f"{value} is a number: write the shape in quotes, such as '2:1', which YAML reads in base 60"
+            )
+        return value
 
 
 class SamplingConfig(Section):

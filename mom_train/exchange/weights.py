@@ -115,6 +115,7 @@ def open_weights(path: Path) -> Weights:
         tensors = {name.removeprefix("model."): stored for name, stored in tensors.items()}
         values = migrated_config({key: config[key] for key in ("schema", "model") if key in config}, file)
         values["vocabulary"] = {str(name): size for name, size in config.get("vocabulary", [])}
+        values["picture_shapes"] = config.get("picture_shapes")
         return replace(_of_run(values, file, None), tensors=tensors, problems=problems)
     if config is not None and (kind := published_mamba.other_kind(config)) is not None:
         raise UserError(f"{file} has {kind}")

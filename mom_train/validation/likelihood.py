@@ -126,7 +126,8 @@ class Likelihood:
             slots.append([])
             known: dict[tuple[Any, ...], list[int]] = {}
             for target in question.targets:
-                key = (target.modality, target.values.dtype.str, target.values.shape, target.values.tobytes())
+                values = target.values
+                key = (target.modality, target.grid, values.dtype.str, values.shape, values.tobytes())
                 if key not in known:
                     draws = self.draws if target.latent else 1
                     rows[-1] += [self._row(question.before, target, draw, slot + draw) for draw in range(draws)]

@@ -181,6 +181,7 @@ def test_no_number_of_a_config_may_be_nan_or_infinite_negative_or_a_truth_value(
         ({"sampling.every": 5}, r"sampling.every: samples need tokenizers"),
         ({"sampling.every": 5, "tokenizers": "t", "sampling.prompts": []}, r"sampling.prompts: name at least one"),
         ({"sampling.prompts": [{"start": "text"}]}, r"sampling.prompts: start=text"),
+        ({"sampling.prompts": [{"start": "image", "shape": 121}]}, r"121 is a number: write the shape in quotes"),
         ({**DIFFUSION, "sampling.every": 5, "tokenizers": "t", "sampling.denoising_steps": 1001},
          r"sampling.denoising_steps=1001 is above"),
         ({"checkpoint.best": "val/v/los/total"}, r"checkpoint.best=val/v/los/total .*did you mean val/v/loss/total\?"),

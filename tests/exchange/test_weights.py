@@ -11,10 +11,12 @@ from transformers import FalconMambaConfig, MambaConfig, MambaForCausalLM
 from mom_data.batches.batch import assemble_document
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.media.shapes import Shapes
 from mom_tokenizers.vocab import VocabLayout
 from mom_tools.model.export_model import export
 from mom_train.config.model import PROJECTIONS, DiffusionConfig, ModelConfig
 from mom_train.exchange import published_mamba
+from mom_train.exchange.transformers_model import MixtureOfMambaConfig
 from mom_train.exchange.weights import load_weights, open_weights
 from mom_train.model.init import initialize
 from mom_train.model.language_model import LanguageModel
@@ -351,6 +353,26 @@ def test_ids_and_modalities_are_matched_by_their_meaning(tmp_path):
         return logits[:, kept]
 
     torch.testing.assert_close(run(ours, new), run(theirs, old), atol=1e-5, rtol=1e-5)
+
+
+def test_the_ids_of_a_mixture_that_went_through_transformers_are_those_of_its_shapes(tmp_path):
+    """Both vocabularies have 192 ids with their padding, so the tensors alone show no difference."""
+    sizes, shapes = {"text": 100, "image": 32}, Shapes(16, 4)
+    old, new = VocabLayout(sizes, shapes=shapes), VocabLayout({"text": 101, "image": 32}, shapes=shapes)
+    mixture = ModelConfig(dim=32, layers=1, decoupled=PROJECTIONS)
+    theirs, ours = LanguageModel(mixture, old.size, 2), LanguageModel(mixture, new.size, 2)
+    initialize(theirs, 0)
+    initialize(ours, 1)
+    save_file({f"model.{name}": p.detach() for name, p in theirs.named_parameters()}, tmp_path / "model.safetensors")
+    config = MixtureOfMambaConfig(
+        model=mixture.model_dump(mode="json"), vocabulary=list(map(list, old.sizes)), picture_shapes=shapes.as_json()
+    )
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    load_weights(ours, open_weights(tmp_path), tmp_path, new)
+    codes = np.arange(32)
+    assert torch.equal(ours.embedding.weight[new.ids("image", codes)], theirs.embedding.weight[old.ids("image", codes)])
+    for name, id_ in old.specials.items():
+        assert torch.equal(ours.embedding.weight[new.specials[name]], theirs.embedding.weight[id_]), name
 
 
 def test_a_grown_vocabulary_keeps_its_own_new_rows(published):

@@ -135,6 +135,17 @@ def test_scores_of_latents_are_mean_errors_over_draws_that_all_targets_share(fol
     assert captions[1] == pytest.approx(-nats, rel=1e-4)
 
 
+def test_pictures_of_the_same_codes_and_other_shapes_have_scores_of_their_own(folder, one):
+    """The token that opens a picture says its shape, so a plain picture is not the same one turned."""
+    rng = np.random.default_rng(3)
+    shapes = {"tokens": 16, "max_aspect_ratio": 4}
+    these = passes(folder, one, vocabulary=dict(VOCAB.sizes), picture_shapes=shapes)
+    targets = tuple(TokenSegment(1, np.full(16, 3, np.uint16), grid) for grid in ((2, 8), (8, 2), None, (2, 8)))
+    [scores] = Likelihood(these, 1).score([Question((text(rng, 6),), targets)])
+    assert len(set(scores[:3])) == 3
+    assert scores[3] == scores[0]
+
+
 def test_equal_targets_have_equal_scores_to_the_last_bit(folder, one):
     rng = np.random.default_rng(2)
     twice = text(rng, 8)

@@ -236,6 +236,11 @@ def _shapes(path: Path, modality: str, entry: Mapping[str, Any], where: Path) ->
         raise UserError(
             f"{path}: '{modality}' has shapes, which only pictures have ({', '.join(PICTURES)}), not {kind}"
         )
+    if modality != "image":
+        raise UserError(
+            f"{path}: '{modality}' has shapes, which only the modality 'image' can have, because the token that opens "
+            "a picture says its shape. Name it image, or leave shapes out"
+        )
     try:
         shapes = Shapes.of(entry["shapes"])
     except UserError as error:

@@ -57,6 +57,7 @@ def test_a_shape_is_written_as_width_to_height_or_as_rows_and_columns():
         "5x13": "5 rows of 13 columns is none of",
         "9:1": "more than 4 times",
         "wide": "write",
+        "1" + 400 * "0" + ":1" + 400 * "0": "more than 4 times",
     }.items():
         with pytest.raises(UserError, match=message):
             shapes.asked_for(shape)
@@ -70,6 +71,7 @@ def test_a_shape_is_written_as_width_to_height_or_as_rows_and_columns():
     [
         ({"tokens": 60}, "tokens must be the number of tokens of a square picture"),
         ({"tokens": 64.0}, "tokens must be"),
+        ({"tokens": 10**12}, "more than the 65,536 that a picture may have"),
         ({"tokens": 64, "max_aspect_ratio": 1}, "max_aspect_ratio must be above 1"),
         ({"tokens": 64, "max_aspect_ratio": True}, "max_aspect_ratio"),
         ({"tokens": 64, "ratio": 3}, "expected {tokens"),

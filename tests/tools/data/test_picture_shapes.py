@@ -289,6 +289,14 @@ def test_shapes_that_a_tokenizer_cannot_have_are_one_clear_message(made, tmp_pat
         Tokenizers.load(path)
 
 
+def test_shapes_of_a_modality_that_no_opening_token_could_tell_are_refused(made):
+    path = made / "codes" / "photo.yaml"
+    photo = {"kind": "vq", "path": "image", "shapes": {"tokens": 64}}
+    path.write_text(yaml.safe_dump({"text": {"kind": "bpe", "path": "text"}, "photo": photo}))
+    with pytest.raises(UserError, match="'photo' has shapes, which only the modality 'image' can have"):
+        Tokenizers.load(path)
+
+
 def test_another_budget_than_the_tokenizers_own_names_both(made):
     path = made / "codes" / "other.yaml"
     image = {"kind": "vq", "path": "image", "shapes": {"tokens": 16}}

@@ -94,6 +94,15 @@ def test_pictures_are_scored_beside_their_mean_colour_and_noise(monkeypatch):
     assert "left out, because pictures are smaller" in notes[-1]
 
 
+def test_pictures_of_several_shapes_are_compared_with_samples_of_other_texts_too():
+    wide, tall = Image.fromarray(pictures((16, 32, 3))), Image.fromarray(pictures((32, 16, 3)))
+    both = [wide, tall].__getitem__
+    found, _ = score_samples.nearness(range(2), both, both, both, None)
+    value = {(one.figure, one.of): one.value for one in found}
+    assert value["PSNR, dB", "samples, originals"] == 100
+    assert 0 < value["PSNR, dB", "samples of other texts: floor, originals"] < 20
+
+
 def test_speech_is_scored_beside_originals_and_noise(tmp_path):
     """Every figure comes from the sound that its row names: a recogniser and a rater that hear loudness say so."""
     loud = {"samples": 0.1, "decoded": 0.2, "originals": 0.4}

@@ -23,6 +23,8 @@ Grid = tuple[int, int]
 """(rows, columns) of a picture, in tokens."""
 WIDEST = 16.0
 """The largest max_aspect_ratio."""
+MOST_TOKENS = 1 << 16
+"""The most tokens of a picture, 256 x 256 of them. A table for more would have over a thousand shapes."""
 _KEYS = ("tokens", "max_aspect_ratio")
 _GRID = re.compile(r"(\d+)x(\d+)")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
@@ -43,6 +45,8 @@ class Shapes:
                 f"shapes: tokens must be the number of tokens of a square picture, such as 64 or 256, "
                 f"not {self.tokens!r}"
             )
+        if self.tokens > MOST_TOKENS:
+            raise UserError(f"shapes: tokens is {self.tokens:,}, more than the {MOST_TOKENS:,} that a picture may have")
         ratio = self.max_aspect_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 < ratio <= WIDEST:
             raise UserError(
@@ -70,7 +74,9 @@ class Shapes:
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
         """All grids, in the order of their rows."""
-        sides = [(n, self.tokens // n) for n in range(1, self.tokens + 1)]
+        # A side n of a grid is at most ratio * floor(N / n), and so at most the root of ratio * N.
+        longest = min(self.tokens, math.isqrt(math.ceil(self.max_aspect_ratio * self.tokens)))
+        sides = [(n, self.tokens // n) for n in range(1, longest + 1)]
         every = {*sides, *((columns, rows) for rows, columns in sides)}
         return tuple(sorted((r, c) for r, c in every if max(r, c) <= self.max_aspect_ratio * min(r, c)))
 
@@ -89,7 +95,7 @@ class Shapes:
                 raise UserError(f"shape {shape}: {grid[0]} rows of {grid[1]} columns is none of the shapes: {self}")
             return grid
         width, height = (float(side) for side in shape.split(":"))
-        if max(width / height, height / width) > self.max_aspect_ratio:
+        if not max(width / height, height / width) <= self.max_aspect_ratio:  # numbers too large for float give NaN
             raise UserError(f"shape {shape}: no side may be more than {self.max_aspect_ratio:g} times the other")
         return self.nearest(width, height)
 

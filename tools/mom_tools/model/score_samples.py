@@ -153,7 +153,7 @@ def nearness(
     vision: scores.Vision | None,
 ) -> tuple[list[Score], list[str]]:  # fmt: skip
     """How near pictures are to their originals, number by number, beside what comes without any model."""
-    from PIL import Image
+    from PIL import Image, ImageOps
     from tqdm import tqdm
 
     near = {"PSNR, dB": signals.psnr, "SSIM": signals.ssim}
@@ -162,10 +162,13 @@ def nearness(
     for place, i in enumerate(tqdm(kept, desc="compare with originals", unit="picture", disable=None)):
         real = original(i)
         truth = signals.pixels(real)
+        of_another = drawn(kept[place - 1])
+        if of_another.size != real.size:  # a picture of another shape
+            of_another = ImageOps.fit(of_another, real.size)
         others = {
             "decoded": decoded(i),
             "samples": drawn(i),
-            "samples of other texts: floor": drawn(kept[place - 1]),
+            "samples of other texts: floor": of_another,
             "mean colour": Image.new("RGB", real.size, tuple(truth.mean(axis=(0, 1)).round().astype(int).tolist())),
             "noise": Image.fromarray(signals.noise_like(truth, i)),
         }
