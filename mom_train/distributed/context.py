@@ -74,7 +74,8 @@ class _Gather(torch.autograd.Function):
         return mine, None
 
 
-@torch.compiler.disable
+# as torch.compiler.disable, which would import the compiler at once: every command that reads a run would wait for it
+@torch._disable_dynamo
 def gather(mine: Tensor, group: Any) -> Tensor:
     """Stacks the tensors `mine` of all ranks of `group`: (...) -> (ranks, ...). Each rank gets the gradient of its
     own."""

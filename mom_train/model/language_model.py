@@ -142,7 +142,8 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         self.config, self.diffusion, self.recompute = config, diffusion, recompute
-        self.embedding = nn.Embedding(vocabulary, config.dim)
+        # from_pretrained draws no first weights, which `initialize` would replace
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocabulary, config.dim), freeze=False)
         self.blocks = nn.ModuleList(Block(config, modalities, recompute) for _ in range(config.blocks))
         self.norm = Norm(config.dim, modalities if "norm" in config.decoupled else 1, config.norm_eps)
         self.head = Head(config.dim, vocabulary, z_loss)

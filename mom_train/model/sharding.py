@@ -3,14 +3,17 @@ summed."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from mom_train.model.diffusion import PatchEmbedding, PatchHead
 from mom_train.model.language_model import Head, LanguageModel
 from mom_train.model.routed import Projection, RoutedProjection
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def shard(
@@ -27,6 +30,9 @@ def shard(
     of FSDP2 has one precision, so what else is in the blocks belongs to the root's unit, which is gathered once for a
     forward and a backward pass.
     """
+    # here, because it takes a second that a command which only counts units would wait for
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     compile_blocks(model, compiled)
     policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     parts = [model.embedding, model.patch_embedding, *model.blocks, model.patch_head, model.head]

@@ -43,13 +43,14 @@ def _rank(rank, world_size, port, function, args, results):
 
 def _forking():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo", *libraries(KINDS)])
+    context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo", "torch.utils.tensorboard", *libraries(KINDS)])
     return context
 
 
 def _reuse_forkserver():
     """Let this process fork its own workers from the server that it was forked from, instead of starting another."""
-    multiprocessing.forkserver._forkserver.ensure_running = multiprocessing.resource_tracker.ensure_running
+    server = multiprocessing.forkserver
+    server.ensure_running = server._forkserver.ensure_running = multiprocessing.resource_tracker.ensure_running
 
 
 def _command(arguments, environment, output):

@@ -40,14 +40,14 @@ def test_every_architecture_trains_in_the_setting(setting, tmp_path):
         **values,
         "run_dir": str(tmp_path / "run"),
         "data": {"train": [{"path": str(tmp_path / "digits")}], "sequence_length": 256, "lanes": 2},
-        "optimizer": {"learning_rate": 1e-2, "warmup": 3},
-        "training": {"steps": 30, "batch": 8, "micro_batch": 4},
+        "optimizer": {"learning_rate": 2e-2, "warmup": 3},
+        "training": {"steps": 12, "batch": 4, "micro_batch": 2},
     }
     models = ARCHITECTURES | (ROUTERS if setting == "chameleon_speech" else {})
     if setting == "four_modalities":  # one more entry of the vocabulary, and nothing else
         models = {"mom": ARCHITECTURES["mom"], "mot": ARCHITECTURES["mot"]}
     configs = {name: RunConfig.model_validate({**common, "model": model}) for name, model in models.items()}
-    curves, others = run_ranks(2, train_few_steps, configs, 30)
+    curves, others = run_ranks(2, train_few_steps, configs, 12)
     assert curves == others
     for name, curve in curves.items():
         assert curve[0].keys() == {"loss/total", *(f"loss/{m}" for m in values["vocabulary"])}

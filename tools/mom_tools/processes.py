@@ -42,7 +42,7 @@ class Processes:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo"])
+        self._context.set_forkserver_preload(["mom_train.trainer", "torch._dynamo", "torch.utils.tensorboard"])
         # A signal to the whole process group, as Slurm and `timeout` send it, must not end the server. Its commands
         # are stopped one by one.
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
