@@ -13,8 +13,9 @@ import soundfile
 from PIL import Image
 
 from mom_data.documents.document import Document, read_documents
-from mom_tools.demo.corpus import named_emoji, plan_documents
-from mom_tools.demo.render import GROUNDS, Picture
+from mom_tools.data.mixture import sources
+from mom_tools.demo.corpus import by_kind, named_emoji, plan_documents
+from mom_tools.demo.render import GROUNDS, Picture, Speech
 from tests.helpers import CHECKOUT
 
 pytest.importorskip("espeakng_loader")
@@ -105,13 +106,41 @@ def test_an_emoji_has_its_unicode_name_and_the_ground_that_its_caption_says(corp
     assert "CC-BY 4.0" in (corpus / "CREDITS.txt").read_text()
 
 
+def test_shards_of_one_kind_each_let_the_demo_weight_pictures(corpus, tmp_path):
+    kinds = [
+        {frozenset(s.modality for s in d.segments) for d in read_documents(shard)}
+        for shard in sorted((corpus / "train").glob("*.tar"))
+    ]
+    assert kinds[:2] == [{frozenset({"text"})}, {frozenset({"text", "image"})}]
+    assert all("speech" in modalities for kind in kinds[2:] for modalities in kind)
+
+    # What the weights are for: three sources whose tokens come out as wanted, whatever the sizes of the shards are.
+    tokens = [{"text": 9000}, {"text": 100, "image": 640}, {"text": 50, "image": 64, "speech": 300}]
+    shards = [{"name": f"{i}.tar", "documents": 10, "tokens": t} for i, t in enumerate(tokens)]
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
+    wanted = {"text": 0.4, "image": 0.45, "speech": 0.15}
+    weights = [s["weight"] for s in sources(tmp_path, 1, wanted)]
+    for modality, share in wanted.items():
+        drawn = sum(w * t.get(modality, 0) / sum(t.values()) for w, t in zip(weights, tokens, strict=True))
+        assert drawn == pytest.approx(share, abs=0.01)
+
+
+def test_kinds_keep_every_document_and_most_captions_come_before_their_picture():
+    made = plan_documents(400, list(range(10)), np.arange(10), ["bold"] * 10, [], ["text"] * 400, 0)
+    text, pictures, *spoken = by_kind(made, 2)
+    assert sorted(map(repr, [*text, *pictures, *spoken[0], *spoken[1]])) == sorted(map(repr, made))
+    assert all(any(isinstance(p, Speech) for p in d) for part in spoken for d in part)
+    first = sum(isinstance(d[0], str) for d in pictures)
+    assert 0.65 < first / len(pictures) < 0.85
+
+
 def test_without_the_package_of_emoji_there_are_digits_alone(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert named_emoji() == []
     targets = np.arange(10)
     made = plan_documents(100, list(range(10)), targets, ["bold"] * 10, [], ["text"] * 100, 0)
     assert len(made) == 100
-    assert sum(any(isinstance(p, Picture) for p in d) for d in made) == 53
+    assert sum(any(isinstance(p, Picture) for p in d) for d in made) == 72
 
 
 def test_nothing_held_out_occurs_in_train(corpus):

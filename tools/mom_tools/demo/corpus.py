@@ -34,11 +34,14 @@ from mom_tools.demo.render import CREDIT_EMOJI, GROUNDS, PENS, Emoji, Espeak, Pi
 from mom_tools.options import command_parser
 
 DOCUMENTED_PACKAGES = ("scipy", "sklearn", "numpy")
-TRAIN_SHARDS = 4
 VALIDATION_SHARE = 0.04
-# Shares of the documents: one digit, one emoji, three digits with their sum, a spoken sentence. The rest is plain text.
-# Without emoji there are more digits.
-DIGIT_SHARE, EMOJI_SHARE, SUM_SHARE, SPOKEN_SHARE = 0.24, 0.2, 0.09, 0.1
+# Shares of the documents: one digit or one emoji with a written caption, the same with a spoken one, three digits with
+# their sum, a spoken sentence. The rest is plain text. Without emoji there are more digits.
+DIGIT_SHARE, EMOJI_SHARE, SPOKEN_DIGIT_SHARE, SPOKEN_EMOJI_SHARE = 0.34, 0.26, 0.05, 0.04
+SUM_SHARE, SPOKEN_SHARE = 0.03, 0.06
+CAPTION_FIRST = 0.75
+"""Share of the written captions that stand before their picture, so that the model learns to draw what they say."""
+SPEECH_SHARDS = 2  # of the training split: recordings take the longest to make
 
 ACCENTS = ("en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
 SPEAKERS = ("", "f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m5", "m7", "Annie", "linda", "Michael", "klatt4")
@@ -79,7 +82,7 @@ SENTENCE = re.compile(r"(?<![^\s])[A-Z][a-z]+(?: [A-Za-z',-]+){5,17}\.(?=\s|$)")
 class Settings:
     documents: int
     seed: int
-    version: int = 2  # raise when the same settings would build another corpus
+    version: int = 3  # raise when the same settings would build another corpus
 
 
 # ------------------------------------------------------------------------------------------------- text
@@ -199,21 +202,23 @@ def plan_documents(
     but the arguments."""
     rng = random.Random(seed)
 
-    def described(picture: Picture | Emoji, words: str) -> Planned:
+    def described(picture: Picture | Emoji, words: str, aloud: bool) -> Planned:
+        if not aloud:
+            return (words, picture) if rng.random() < CAPTION_FIRST else (picture, words)
         spoken = _voice(words, rng)
-        orders: list[Planned] = [(words, picture), (picture, words), (spoken, picture), (picture, spoken)]
-        orders += [(words, spoken, picture), (picture, words, spoken)]
-        return rng.choice(orders)
+        orders: list[Planned] = [(spoken, picture), (picture, spoken), (words, spoken, picture)]
+        return rng.choice([*orders, (picture, words, spoken)])
 
-    def one_digit(i: int) -> Planned:
+    def one_digit(i: int, aloud: bool) -> Planned:
         picture = Picture(pictures[i % len(pictures)], rng.choice(list(PENS)))
-        return described(picture, caption(int(targets[picture.digit]), strokes[picture.digit], picture.pen, rng))
+        words = caption(int(targets[picture.digit]), strokes[picture.digit], picture.pen, rng)
+        return described(picture, words, aloud)
 
-    def one_emoji(i: int) -> Planned:
+    def one_emoji(i: int, aloud: bool) -> Planned:
         file, name = emoji[i % len(emoji)]
         ground = rng.choice(list(GROUNDS))
         words = rng.choice(EMOJI_CAPTIONS).format(name=name, Name=name.capitalize(), ground=ground)
-        return described(Emoji(file, name, ground), words)
+        return described(Emoji(file, name, ground), words, aloud)
 
     def three_digits(i: int) -> Planned:
         shown = [Picture(pictures[(3 * i + k) % len(pictures)], rng.choice(list(PENS))) for k in range(3)]
@@ -225,11 +230,13 @@ def plan_documents(
             return (*shown, written, _voice(said, rng))
         return (_voice(said, rng), shown[0], "+", shown[1], "+", shown[2], f"= {sum(digits)}")
 
-    drawn = round(number * EMOJI_SHARE) if emoji else 0
-    singles = round(number * (DIGIT_SHARE + EMOJI_SHARE)) - drawn
-    sums = round(number * SUM_SHARE)
-    documents = [one_digit(i) for i in range(singles)] + [three_digits(i) for i in range(sums)]
-    documents += [one_emoji(i) for i in range(drawn)]
+    documents: list[Planned] = []
+    for digits, drawn, aloud in ((DIGIT_SHARE, EMOJI_SHARE, False), (SPOKEN_DIGIT_SHARE, SPOKEN_EMOJI_SHARE, True)):
+        emoji_now = round(number * drawn) if emoji else 0
+        begun = len(documents)  # where the pictures go on, so that each is used about as often
+        documents += [one_digit(begun + i, aloud) for i in range(round(number * (digits + drawn)) - emoji_now)]
+        documents += [one_emoji(begun + i, aloud) for i in range(emoji_now)]
+    documents += [three_digits(i) for i in range(round(number * SUM_SHARE))]
     to_speak = round(number * SPOKEN_SHARE)
     for chunk in chunks[: number - len(documents)]:
         sentences = SENTENCE.findall(chunk) if to_speak else []
@@ -241,6 +248,19 @@ def plan_documents(
             documents.append((chunk,))
     rng.shuffle(documents)
     return documents
+
+
+def by_kind(documents: list[Planned], spoken_parts: int) -> list[list[Planned]]:
+    """The documents of text alone, those of text and pictures, and those with speech in `spoken_parts` parts.
+
+    Each kind gets shards of its own, because the sources of a run are weighted by shard: in shards that are all the
+    same mixture, a weight would change nothing.
+    """
+    spoken = [d for d in documents if any(isinstance(piece, Speech) for piece in d)]
+    silent = [d for d in documents if not any(isinstance(piece, Speech) for piece in d)]
+    text = [d for d in silent if all(isinstance(piece, str) for piece in d)]
+    pictures = [d for d in silent if not all(isinstance(piece, str) for piece in d)]
+    return [text, pictures, *(spoken[i::spoken_parts] for i in range(spoken_parts))]
 
 
 # ------------------------------------------------------------------------------------------------- build
@@ -283,7 +303,8 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
     context = get_context("forkserver")
     context.set_forkserver_preload(["mom_tools.demo.corpus"])
     with context.Pool(workers, maxtasksperchild=1) as pool:
-        wanted = round(settings.documents * (1 - DIGIT_SHARE - EMOJI_SHARE - SUM_SHARE) * 1.1)
+        pictured = DIGIT_SHARE + EMOJI_SHARE + SPOKEN_DIGIT_SHARE + SPOKEN_EMOJI_SHARE + SUM_SHARE
+        wanted = round(settings.documents * (1 - pictured) * 1.1)
         sources = [list(_manuals())]
         # reading the packages takes seconds, and a small corpus does without
         if len(collect_chunks(sources, random.Random(0))) < wanted:
@@ -300,7 +321,7 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
             pictures[:held_out], digits.target, strokes, emoji[:emoji_held_out], chunks[:spare], settings.seed + 1,
         )  # fmt: skip
         # name -> documents
-        shards = {f"train/train-{i:05d}.tar": train[i::TRAIN_SHARDS] for i in range(TRAIN_SHARDS)}
+        shards = {f"train/train-{i:05d}.tar": part for i, part in enumerate(by_kind(train, SPEECH_SHARDS))}
         shards["val/val-00000.tar"] = validation
         splits: dict[str, dict[str, float]] = {"train": {}, "val": {}}
         jobs = [(f"{i}-", documents, digits.images) for i, documents in enumerate(shards.values())]
@@ -329,7 +350,7 @@ def build_corpus(output: Path, settings: Settings, workers: int) -> dict[str, An
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for train/, val/ and summary.json")
-    parser.add_argument("--documents", type=int, default=4800, help="number of documents (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=7200, help="number of documents (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
     arguments = parser.parse_args()
