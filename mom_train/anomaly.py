@@ -24,6 +24,7 @@ from mom_train.checkpoint.saver import Checkpointer
 from mom_train.checkpoint.store import Checkpoint
 from mom_train.config.run import AnomalyConfig, RunConfig
 from mom_train.distributed.ranks import Ranks, agreed
+from mom_train.model.objective import names_of_sums
 
 log = logging.getLogger(__name__)
 _ENOUGH = 16  # number of good steps that are needed before a spike can be recognised
@@ -85,7 +86,7 @@ class BadSteps:
         self._path = config.run_dir / "rollbacks.jsonl"
 
     def note(self, step: int, bad: Tensor, sums: Tensor, step_batches: Sequence[PackedBatch]) -> None:
-        """Remembers a step until it is known whether it is `bad`. `sums` (M+1,) are the loss sums of this rank."""
+        """Remembers a step until it is known whether it is `bad`. `sums` (S,) are the loss sums of this rank."""
         self._noted = step, bad.to("cpu", non_blocking=True), sums, step_batches
         if sums.is_cuda:
             self._known = torch.cuda.Event()
@@ -118,7 +119,7 @@ class BadSteps:
         return len(self._in_a_row) >= self._config.anomaly.skips
 
     def _describe(self, step: int, everyone: Sequence[Any]) -> dict[str, Any]:
-        names = [*self._config.layout.modalities, "patches"]
+        names = names_of_sums(self._config)
         ranks = []
         for rank, (sums, documents) in enumerate(everyone):
             odd = [name for name, value in zip(names, sums, strict=True) if not math.isfinite(value)]

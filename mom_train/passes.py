@@ -22,7 +22,7 @@ from mom_train.distributed.ranks import Ranks
 from mom_train.model.context_scan import slice_of_rows
 from mom_train.model.diffusion import NoisedPatches
 from mom_train.model.language_model import LanguageModel, Losses
-from mom_train.model.objective import Counts, drop_conditions, noised_patches, row_layout
+from mom_train.model.objective import Counts, drop_conditions, names_of_sums, noised_patches, row_layout
 from mom_train.model.step_graph import StepGraph
 from mom_train.ops.layout import RowLayout
 
@@ -33,8 +33,7 @@ class Scored:
 
     losses: Losses
     sums: Tensor
-    """(M+1,) float64 without gradient: the cross-entropy by modality of the target, then the squared error of
-    patches."""
+    """(S,) float64 without gradient: the loss sums that `names_of_sums` names."""
     labels_T: Tensor
     """(T,) the labels in row order, as `losses.tokens_T`."""
     patches: NoisedPatches | None
@@ -77,11 +76,10 @@ class Passes:
     def forward_backward(self, step_batches: Sequence[PackedBatch], counts: Counts) -> Tensor:
         """Accumulates the gradient of the mean loss over the step, whichever rank or micro-batch holds its targets.
 
-        Returns the sums of this rank, (M+1,) float64: the cross-entropy by modality of the target, then the squared
-        error of patches.
+        Returns the loss sums of this rank, (S,) float64, in the order of `names_of_sums`.
         """
         self.model.train()
-        sums = torch.zeros(len(self.modalities) + 1, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(len(names_of_sums(self.config)), dtype=torch.float64, device=self.ranks.device)
         for i, batch in enumerate(step_batches):
             if self._graph is not None:
                 sums += self._graph(batch, counts, self.config.objective, first=i == 0)
@@ -127,7 +125,10 @@ class Passes:
             torch.where(target_T == m, losses.tokens_T, 0.0).sum(dtype=torch.float64)
             for m in range(len(self.modalities))
         ]
-        return Scored(losses, torch.stack([*sums, losses.patches.detach().double()]), labels_T, patches)
+        sums.append(losses.patches.detach().double())
+        if self.config.objective.z_loss:
+            sums.append(losses.z.double())
+        return Scored(losses, torch.stack(sums), labels_T, patches)
 
     def _sent(self, t: Tensor) -> Tensor:
         """Copies a tensor to the device without waiting, which needs pinned memory."""
@@ -140,25 +141,30 @@ class Passes:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def total(self, sums: Tensor, counts: Counts) -> Tensor:
-        """The loss that is trained on, without its regularisers, from the sums of all ranks (M+1,). A scalar on their
+        """The loss that is trained on, without its regularisers, from the sums of all ranks (S,). A scalar on their
         device."""
-        loss = sums[:-1].sum() / max(1, int(counts.targets_M.sum()))
+        M = len(self.modalities)
+        loss = sums[:M].sum() / max(1, int(counts.targets_M.sum()))
         diffusion = self.config.objective.diffusion
         if diffusion is not None:
-            loss = loss + diffusion.weight * sums[-1] / max(1, counts.patches * diffusion.patch_width)
+            loss = loss + diffusion.weight * sums[M] / max(1, counts.patches * diffusion.patch_width)
         return loss
 
     def means(self, prefix: str, sums: Tensor, counts: Counts) -> dict[str, float]:
         """The mean losses from the sums of all ranks, in total and by modality of the target: cross-entropy in nats,
-        and for continuous pictures the squared error per channel. A modality without targets is left out."""
-        *entropy, squares = sums.tolist()
+        and for continuous pictures the squared error per channel. A modality without targets is left out. Where the
+        sums have it, the z-loss per target, as it is part of the trained loss, is added as `z_loss`."""
         targets = counts.targets_M.tolist()
+        M = len(targets)
+        each = sums.tolist()
+        entropy, squares, z = each[:M], each[M], each[M + 1 :]
         values = {m: s / n for m, s, n in zip(self.modalities, entropy, targets, strict=True) if n}
         diffusion = self.config.objective.diffusion
         if diffusion is not None and counts.patches:
             values["image"] = squares / (counts.patches * diffusion.patch_width)
         total = self.total(sums, counts).item()
-        return {f"{prefix}loss/total": total} | {f"{prefix}loss/{m}": v for m, v in values.items()}
+        found = {f"{prefix}loss/total": total} | {f"{prefix}loss/{m}": v for m, v in values.items()}
+        return found | {f"{prefix}z_loss": s / max(1, sum(targets)) for s in z}
 
     def dry_run(self, optimizer: torch.optim.Optimizer) -> float:
         """Runs one step on full rows of every modality, and leaves weights and moments as they were. Returns the peak

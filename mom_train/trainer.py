@@ -284,7 +284,7 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Clips the gradient, updates the weights unless the step is bad, and clears the gradient.
 
-        Returns the sums of all ranks (M+1,), and norms of the gradient before
+        Returns the sums of all ranks (S,), and norms of the gradient before
         clipping: in total, and where `detailed` by kind of projection and by modality.
 
         Whether it is bad is decided on the device from values that all ranks share; the host learns it a step later.

@@ -139,13 +139,14 @@ def communication(config: RunConfig, ranks: int, every: Sequence[Unit]) -> dict[
     copies, M = ranks // S, len(config.layout.modalities)
     *inner, root = [unit.element * unit.padded for unit in every]
     whole = 4 * sum(unit.padded for unit in every)
+    sums = M + 1 + (config.objective.z_loss > 0)
     flags = 4 * sum(count for _, _, count in muon_matrices(config)) if S > 1 else 0
     payload = {
         "all_gather": accumulation * (2 * sum(inner) + root) if S > 1 else 0,
         "reduce_scatter": whole if S > 1 else 0,
         "all_reduce": whole // S if copies > 1 else 0,
         "all_to_all": 2 * muon_bytes(config) // S if S > 1 else 0,
-        "small": 8 * (2 * M + 10) + 8 * (M + 1) + 4 * sum(unit.tensors for unit in every) + flags if ranks > 1 else 0,
+        "small": 8 * (2 * M + 10) + 8 * sums + 4 * sum(unit.tensors for unit in every) + flags if ranks > 1 else 0,
     }
     factors = ((S - 1) / S, (S - 1) / S, 2 * (copies - 1) / copies, (S - 1) / S, 2 * (ranks - 1) / ranks)
     return {

@@ -20,12 +20,13 @@ from mom_train.ops.routing.fp8 import Fp8, multiplied, quantized
 
 def linear_cross_entropy(
     x_Td: Tensor, weight_Vd: Tensor, labels_T: Tensor, z_loss: float = 0.0, fp8: Fp8 | None = None
-) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of softmax(x W^T) against labels: (sum over rows, loss of each row (T,) fp32 in nats).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross-entropy of softmax(x W^T) against labels: (sum over rows, loss of each row (T,) fp32 in nats, z-loss).
 
-    Rows with a negative label have no loss. The sum, but not the loss of a row, includes z_loss * logsumexp^2 for every
-    row with a label. Only the sum carries a gradient. Products are in the autocast dtype, softmax and sums in fp32. The
-    gradients are computed in the forward pass, chunk by chunk, with three matrix products in all and none repeated.
+    Rows with a negative label have no loss. The sum, but not the loss of a row, includes the z-loss: z_loss *
+    logsumexp^2 of every row with a label, also a sum over rows. Only the first carries a gradient. Products are in the
+    autocast dtype, softmax and sums in fp32. The gradients are computed in the forward pass, chunk by chunk, with three
+    matrix products in all and none repeated.
 
     With `fp8`, the logits are a product in FP8 and all others are in bf16: the gradients of a row of logits range from
     one to the probability of a rare id, which is more than the numbers of a row in e4m3 can hold.
@@ -46,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, fp8: Fp8 | None, keep: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         losses = x.new_zeros(x.shape[0], dtype=wide)
         total_z = losses.new_zeros(())
@@ -69,10 +70,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del of_rows, grad  # before the logits of the next chunk are made
         ctx.save_for_backward(*([grad_x, grad_weight] if keep else []))
         ctx.dtype = weight.dtype
-        ctx.mark_non_differentiable(losses)
-        return losses.sum() + z_loss * total_z, losses
+        total_z *= z_loss
+        ctx.mark_non_differentiable(losses, total_z)
+        return losses.sum() + total_z, losses, total_z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.dtype), None, None, None, None

@@ -51,6 +51,8 @@ class Losses:
     routers."""
     patches_P: Tensor
     """(P,) the squared error of each patch over its channels, fp32 without gradient."""
+    z: Tensor
+    """The z-loss within `tokens`: a scalar without gradient, 0 where objective.z_loss is."""
 
 
 class Block(nn.Module):
@@ -117,7 +119,7 @@ class Head(nn.Module):
         self.fp8: Fp8 | None = None
         self.weight = nn.Parameter(torch.empty(vocabulary, dim))
 
-    def forward(self, x_Td: Tensor, labels_T: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(self, x_Td: Tensor, labels_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | Tensor:
         if labels_T is None:
             return nn.functional.linear(x_Td, self.weight)
         return linear_cross_entropy(x_Td, self.weight, labels_T, self.z_loss, self.fp8)
@@ -185,7 +187,7 @@ class LanguageModel(nn.Module):
             predicted = self.patch_head(x_Td.index_select(0, patches.row))
         if labels_T is None:
             return self.head(x_Td, None), predicted
-        tokens, tokens_T = self.head(x_Td, labels_T)
+        tokens, tokens_T, z = self.head(x_Td, labels_T)
         squares_P = x_Td.new_zeros(0, dtype=torch.float32)
         if patches is not None and predicted is not None:
             squares_P = (predicted - patches.target).square().sum(1)
@@ -193,7 +195,7 @@ class LanguageModel(nn.Module):
         balance = squares.new_zeros(())
         if self._routers:
             balance = torch.stack([router.balance for router in self._routers]).mean()
-        return Losses(tokens, tokens_T, squares, balance, squares_P.detach())
+        return Losses(tokens, tokens_T, squares, balance, squares_P.detach(), z)
 
     def use_fp8(self, mode: Fp8) -> None:
         """Lets the large products be in FP8: those of the projections except x_proj and dt_proj, whose few FLOPs make

@@ -14,6 +14,7 @@ from mom_data.shards.dataset import TokenDataset
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
 from mom_train.config.model import DiffusionConfig, ObjectiveConfig
+from mom_train.config.run import RunConfig
 from mom_train.distributed.context import Context
 from mom_train.model.diffusion import NoisedPatches, draw, noise, told, without_condition
 from mom_train.model.language_model import Losses
@@ -44,6 +45,12 @@ class Counts:
         if config.diffusion is not None:
             loss = loss + config.diffusion.weight * losses.patches / max(1, self.patches * config.diffusion.patch_width)
         return loss
+
+
+def names_of_sums(config: RunConfig) -> list[str]:
+    """Names of the S loss sums of a step, which the ranks add up in one operation: the cross-entropy by modality of
+    the target, the squared error of patches, and where objective.z_loss is above 0 the z-loss."""
+    return [*config.layout.modalities, "patches", *(["z-loss"] if config.objective.z_loss else [])]
 
 
 def with_latents_of(config: DiffusionConfig | None, datasets: Sequence[TokenDataset]) -> DiffusionConfig | None:

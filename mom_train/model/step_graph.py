@@ -46,7 +46,7 @@ def check_device(ranks: Ranks) -> None:
 class StepGraph:
     """Passes over micro-batches of one shape. The model is on one device as a whole, not sharded.
 
-    `score` is the forward pass: the losses of a batch that is on the device, and its loss sums (M+1,) without gradient.
+    `score` is the forward pass: the losses of a batch that is on the device, and its loss sums (S,) without gradient.
     With `bf16`, the operands of matrix products are cast to bf16 once a step, all together, instead of at every use;
     the values are those that autocast would make, and their gradients are summed over micro-batches in fp32.
     """
@@ -75,7 +75,7 @@ class StepGraph:
 
     def __call__(self, batch: PackedBatch, counts: Counts, config: ObjectiveConfig, first: bool) -> Tensor:
         """Adds the gradient of a micro-batch to that of the step, or begins a step's with the `first`. Returns the loss
-        sums (M+1,), which the next call overwrites. `batch` is on the host, pinned where there is a GPU."""
+        sums (S,), which the next call overwrites. `batch` is on the host, pinned where there is a GPU."""
         if first and self._halves is not None:
             self._halves.refresh()
         self._fill(batch, seeds_of(counts, config))
@@ -188,6 +188,6 @@ def seeds_of(counts: Counts, config: ObjectiveConfig) -> Tensor:
     leaves = [torch.zeros((), requires_grad=True) for _ in range(3)]
     tokens, balance, patches = leaves
     nothing = torch.zeros(0)
-    loss = counts.objective(Losses(tokens, nothing, patches, balance, nothing), config)
+    loss = counts.objective(Losses(tokens, nothing, patches, balance, nothing, nothing), config)
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
     return torch.stack([torch.zeros(()) if g is None else g for g in found])

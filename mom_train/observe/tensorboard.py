@@ -186,6 +186,7 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
             "gradient norm": chart("grad_norm/total"),
             "gradient norm by projection": chart(*(f"grad_norm/{p}" for p in (*projections, "embedding", "head"))),
             "gradient norm by modality": chart(*(f"grad_norm/{m}" for m in modalities)),
+            **({"z-loss per target": chart("z_loss")} if config.objective.z_loss else {}),
             "bad steps, damaged documents": chart("anomaly/skipped", "data/damaged"),
         },
         "Is it fast?": {

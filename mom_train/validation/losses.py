@@ -91,7 +91,7 @@ def score(
         batch = first_sequences(batch, rows)
         scored = passes.score(batch, _NOISE)
         nats_T = torch.where(is_text_V[scored.labels_T.clamp_min(0)], scored.losses.tokens_T, 0.0)
-        sums[: M + 1] += scored.sums
+        sums[: M + 1] += scored.sums[: M + 1]  # the z-loss is a figure of training
         sums[M + 1] += nats_T.sum(dtype=torch.float64)  # 0 where there is no label
         if context.rank == 0:  # a row's first rank counts for all that share it
             counts[:M] += passes.targets(batch)

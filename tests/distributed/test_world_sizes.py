@@ -13,6 +13,27 @@ def text_only(rng, latent_width):
     return [TokenSegment(0, rng.integers(0, 100, int(rng.integers(20, 90))).astype(np.uint16))]
 
 
+def z_loss_by_hand(trainer, step):
+    """(sum of squared logarithms of the softmax's normaliser over this rank's targets, their number), in float64."""
+    from mom_train.model.objective import row_layout
+
+    squares, targets = 0.0, 0
+    for batch in step:
+        logits, _ = trainer.model(batch.tokens.reshape(-1)[batch.rows], row_layout(batch, None))
+        labels = batch.labels.reshape(-1)[batch.rows].numpy()
+        normalisers = np.exp(logits.detach().numpy().astype(np.float64)).sum(1)
+        squares += (np.log(normalisers[labels >= 0]) ** 2).sum()
+        targets += (labels >= 0).sum()
+    return squares, targets
+
+
+def assert_z_loss(results):
+    squares, targets = np.sum([r["z"] for r in results], axis=0)
+    for r in results:
+        assert r["losses"]["z_loss"] == pytest.approx(1e-3 * squares / targets, rel=1e-6)
+        assert not any("z_loss" in name for name in r["validation"])
+
+
 def one_step(config):
     """Losses, gradients and gradient norm of the first step, and the parameters before and after it."""
     from itertools import islice
@@ -34,6 +55,7 @@ def one_step(config):
             }
 
         before = whole(trainer.model.named_parameters())
+        z = z_loss_by_hand(trainer, step)
         agreement = trainer.agree(step, Stop())
         sums = trainer.passes.forward_backward(step, agreement.counts)
         gradients = whole((n, p.grad) for n, p in trainer.model.named_parameters())
@@ -41,6 +63,7 @@ def one_step(config):
         return {
             "present": present,
             "losses": trainer.passes.means("", all_sums, agreement.counts),
+            "z": z,
             "tokens": agreement.tokens_M.tolist(),
             "before": before,
             "gradients": gradients,
@@ -68,13 +91,16 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_losses_and_gradients_do_not_depend_on_ranks_or_micro_batches(tmp_path, checkpointing):
-    config = tiny_config(tmp_path, training__activation_checkpointing=checkpointing)
+    changes = {"objective": {"z_loss": 1e-3}, "training__activation_checkpointing": checkpointing}
+    config = tiny_config(tmp_path, **changes)
     [alone] = run_ranks(1, one_step, config)
     two = run_ranks(2, one_step, config)
+    assert_z_loss([alone])
+    assert_z_loss(two)
     assert_same(alone, two[0])
     assert_same(two[0], two[1])
     if not checkpointing:
-        wide = tiny_config(tmp_path, training__micro_batch=4)
+        wide = tiny_config(tmp_path, training__micro_batch=4, objective={"z_loss": 1e-3})
         assert_same(run_ranks(1, one_step, wide)[0], alone)
         assert_same(run_ranks(4, one_step, config)[2], alone)
 

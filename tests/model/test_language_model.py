@@ -186,7 +186,8 @@ def test_chunked_cross_entropy_equals_torchs(rows, monkeypatch):
     w = torch.randn(V, 8, generator=g, requires_grad=True)
     labels = torch.randint(0, V, (40,), generator=g)
     labels[3] = labels[39] = -100
-    loss, each = linear_cross_entropy(x, w, labels)
+    loss, each, z = linear_cross_entropy(x, w, labels)
+    assert float(z) == 0
     expected = torch.nn.functional.cross_entropy((x @ w.t()).double(), labels, reduction="none")
     torch.testing.assert_close(each, expected.float())
     for a, r in zip(
@@ -200,12 +201,14 @@ def test_the_z_loss_adds_the_squared_normaliser_of_rows_with_a_label():
     x, w = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((9, 8), (V, 8)))
     labels = torch.randint(0, V, (9,), generator=g)
     labels[4] = -100
-    loss, each = linear_cross_entropy(x, w, labels, 0.3)
+    loss, each, z = linear_cross_entropy(x, w, labels, 0.3)
     logits = x @ w.t()
     squares = logits.logsumexp(1)[labels >= 0].square().sum()
     plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.testing.assert_close(loss, plain + 0.3 * squares)
     torch.testing.assert_close(each.sum(), plain)
+    torch.testing.assert_close(z, 0.3 * squares.detach())
+    assert not z.requires_grad
     grads, wanted = (torch.autograd.grad(total, [x, w]) for total in (loss, plain + 0.3 * squares))
     for a, b in zip(grads, wanted, strict=True):
         torch.testing.assert_close(a, b)

@@ -160,7 +160,7 @@ def step_without_data(name, precision, device, objective=None):
     return step
 
 
-OBJECTIVES = [None, {"diffusion": {"patch_width": 4}}]
+OBJECTIVES = [None, {"diffusion": {"patch_width": 4}, "z_loss": 1e-4}]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["chameleon", "transfusion"])

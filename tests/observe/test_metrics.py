@@ -66,6 +66,7 @@ def seen(tmp_path_factory):
         "training": {"steps": 4, "batch": 4, "micro_batch": 2},
         "sampling": {"every": 2, "max_tokens": 24, "denoising_steps": 3,
                      "prompts": [{"text": "the model", "start": "image"}, {}]},
+        "objective": {"diffusion": {"patch_width": 12}, "z_loss": 1e-6},
     }  # fmt: skip
     if importlib.util.find_spec("wandb"):
         changes["wandb"] = {"project": "test", "mode": "offline"}
@@ -109,6 +110,7 @@ def test_tensorboard_has_one_run_whose_every_chart_shows_something(seen):
     config = load_config(seen / "config.yaml")
     charts = [(name, patterns) for charts in layout(config).values() for name, (_, patterns) in charts.items()]
     assert len(charts) > 12
+    assert ("z-loss per target", ["^z_loss$"]) in charts
     unmatched = [(n, p) for n, patterns in charts for p in patterns if not any(re.match(p, tag) for tag in shown)]
     assert unmatched == []
     assert {"config/text_summary", "samples/0/text_summary", "samples/0-0", "_hparams_/experiment"} <= shown.keys()

@@ -221,7 +221,7 @@ class Knows:
         if state:
             state[0].ids = tokens
         losses = nats.reshape(-1)[layout.rows]
-        return Losses(losses.sum(), losses, torch.zeros(()), torch.zeros(()), torch.zeros(0))
+        return Losses(losses.sum(), losses, torch.zeros(()), torch.zeros(()), torch.zeros(0), torch.zeros(()))
 
     def after(self, ids):
         image, speech = VOCAB.offsets["image"], VOCAB.offsets["speech"]

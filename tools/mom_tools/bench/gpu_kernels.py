@@ -178,7 +178,7 @@ def cross_entropy_error(findings: Findings, dtype: torch.dtype) -> float:
     weight = torch.randn(50, 16, generator=g).to(findings.device, dtype).requires_grad_()
     labels = torch.randint(0, 50, (37,), generator=g).to(findings.device)
     labels[::5] = IGNORE
-    loss, each = linear_cross_entropy(x, weight, labels)
+    loss, each, _ = linear_cross_entropy(x, weight, labels)
     found = torch.autograd.grad(loss, [x, weight])
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     each_true = F.cross_entropy(wide[0] @ wide[1].t(), labels, ignore_index=IGNORE, reduction="none")
