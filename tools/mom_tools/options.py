@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mom_tokenizers.errors import UserError
 
@@ -72,3 +73,24 @@ def add_packing(parser: argparse.ArgumentParser, length: int, lanes: int) -> Non
     parser.add_argument(
         "--window", type=int, default=1024, help="pieces packed together, where no config says it (%(default)s)"
     )
+
+
+def named_rates(rates: Sequence[float]) -> list[float]:
+    """Learning rates as the names of runs show them, to six digits, the smallest first and each once. A rate with more
+    digits would not be found again among the runs that are finished."""
+    return sorted({float(f"{rate:g}") for rate in rates})
+
+
+def check_free(overrides: Sequence[str], own: Iterable[str]) -> None:
+    """Raises UserError for a change of a key that the command sets by itself, and which would have no effect."""
+    from mom_train.config.files import overridden  # here, for most commands have no changes
+
+    given = overridden({}, overrides)
+    for key in own:
+        value: Any = given
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                break
+            value = value[part]
+        else:
+            raise UserError(f"{key}: this command sets it for every run; leave it out of the changes")

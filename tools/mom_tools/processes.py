@@ -62,7 +62,7 @@ class Processes:
     def start(self, name: str, module: str, arguments: Sequence[str], log: Path) -> None:
         """Start `python -m MODULE ARGUMENTS`, whose output is appended to the file `log`."""
         slot = min(set(range(self.limit)) - {slot for _, _, slot in self._running.values()})
-        changes = {"CUDA_VISIBLE_DEVICES": str(slot % self._gpus)} if self._gpus else {}
+        changes = {"CUDA_VISIBLE_DEVICES": gpu_of(slot, self._gpus)} if self._gpus else {}
         log.parent.mkdir(parents=True, exist_ok=True)
         process = self._context.Process(target=_work, args=(module, list(arguments), str(log), changes))
         process.start()
@@ -87,6 +87,13 @@ class Processes:
                 process.join(_PATIENCE)
                 if process.exitcode is None:
                     process.terminate()
+
+
+def gpu_of(slot: int, gpus: int) -> str:
+    """The GPU of a slot, as CUDA_VISIBLE_DEVICES names it. It is one of those that this program may see, such as those
+    that Slurm or a user has chosen, of which there are `gpus`."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[slot % gpus] if visible else str(slot % gpus)
 
 
 def _work(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> NoReturn:

@@ -21,6 +21,7 @@ from mom_tools.laws.grid import (
     steps_taken,
     todo,
 )
+from mom_tools.options import named_rates
 from mom_tools.paper.plan import RESERVE
 from mom_train.config.files import load_config
 from tests.helpers import CHECKOUT
@@ -107,6 +108,16 @@ def test_rates_are_tuned_at_every_size_before_any_seed_and_branches_follow_their
             trunk = next(j for j in started if j.kind == "trunk" and j.folder == job.folder)
             assert started.index(trunk) < started.index(job)
     assert [j.seed for j in started if j.kind != "tune"] == [0] * 30 + [1] * 30
+
+
+def test_a_rate_of_many_digits_is_found_again_among_the_finished_runs():
+    """The runs of 1/190 and of its neighbour 2/190 are named by six digits."""
+    rates = named_rates([1 / 190, 1 / 300, 1 / 300])
+    assert rates == [0.00333333, 0.00526316]
+    grid = state(rates=dict.fromkeys(("dense", "mixture"), rates), base=1e11)
+    simulate(grid, 1, 1e9)
+    assert best_rate(grid, "dense", "32x1") == 0.00526316
+    assert len(grid.finished) == 6 * (3 + 5)
 
 
 def test_transfer_tunes_the_smallest_size_alone():

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from scipy import stats
 
-from mom_tokenizers.errors import EXIT_USER_ERROR
+from mom_tokenizers.errors import EXIT_USER_ERROR, UserError
 from mom_tools.compare.published import read
+from mom_tools.laws.laws import parser, state_of
 from mom_tools.laws.published import report, size_of, trend
 from tests.helpers import CHECKOUT, corpus
 from tests.helpers.ranks import program
@@ -78,6 +79,21 @@ def test_published_flops_to_match_are_fitted_over_the_size():
     assert "| 2 | speech | training | 10.3 (37M) | 24.8 (1.5B) | 1.78 [1.6, 1.98] | shrinks |" in said
 
 
+def test_a_grid_goes_on_with_the_settings_that_it_was_begun_with_and_no_others(tmp_path):
+    def begun(*given):
+        return state_of(tmp_path, parser().parse_args(["--corpus", ".", *given]), "chameleon")
+
+    begun("optimizer.weight_decay=0.1", "--rates", "2e-3", "1e-3").save(tmp_path / "state.json")
+    assert begun("optimizer.weight_decay=0.1").rates["dense"] == [1e-3, 2e-3]
+    for given, said in (
+        ([], "begun with the changes"),
+        (["optimizer.weight_decay=0.1", "--precision", "bf16"], "begun with --precision fp32"),
+        (["optimizer.weight_decay=0.1", "--rates", "5e-3"], "begun with --rates"),
+    ):
+        with pytest.raises(UserError, match=said):
+            begun(*given)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -88,6 +104,9 @@ def test_published_flops_to_match_are_fitted_over_the_size():
         (["--corpus", ".", "--budgets", "1"], "--budgets 1: a law needs at least 2"),
         (["--corpus", ".", "--sizes", "8x1", "16x1"], "a law needs at least 3 different sizes"),
         (["--corpus", ".", "--sizes", "8x1", "16x1", "wide"], "--sizes wide: a size is written as WIDTHxLAYERS"),
+        (["--corpus", ".", "--models", "dense", "dense"], "--models: name each once"),
+        (["--corpus", ".", "model.dim=64"], "model.dim: this command sets it for every run"),
+        (["--corpus", ".", "data={train: []}"], "data.train: this command sets it for every run"),
         (["--corpus", ".", "--rates", "0"], "--rates: learning rates are above 0"),
         (["--corpus", ".", "--configs", "docs"], "--configs docs: no _common.yaml there"),
     ],

@@ -31,8 +31,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mom_tokenizers.errors import EXIT_PREEMPTED, UserError, exit_clearly, read_json
+from mom_tokenizers.files import write_whole
 from mom_tools.compare.curves import Run
-from mom_tools.options import command_parser
+from mom_tools.options import check_free, command_parser, named_rates
 from mom_tools.output import markdown_table
 from mom_tools.processes import Processes
 from mom_train.config.files import load_config
@@ -241,8 +242,11 @@ def draw(losses: Losses, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_title(f"{model}, {FORMS[form]}")
             axes.grid(alpha=0.3)
-            lowest = min(min(x.values()) for key, x in losses.items() if key[0] == model)
-            axes.set_ylim(lowest - 0.05, _ceiling(losses, model))
+            if finite := sorted(
+                v for key, x in losses.items() if key[0] == model for v in x.values() if math.isfinite(v)
+            ):
+                # a run that diverged does not hide the others
+                axes.set_ylim(finite[0] - 0.05, finite[int(0.9 * (len(finite) - 1))] + 0.1)
             if row == len(models) - 1:
                 axes.set_xlabel("learning rate (dashed: the best of each width)")
             if column == 0:
@@ -251,12 +255,6 @@ def draw(losses: Losses, path: Path) -> None:
         figure.savefig(
             path, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120
         )
-
-
-def _ceiling(losses: Losses, model: str) -> float:
-    """The top of a panel, so that a run that diverged does not hide the others."""
-    values = sorted(v for key, x in losses.items() if key[0] == model for v in x.values() if math.isfinite(v))
-    return values[int(0.9 * (len(values) - 1))] + 0.1
 
 
 def write_results(found: Mapping[Job, float], arguments: argparse.Namespace) -> str:
@@ -282,6 +280,10 @@ def check(arguments: argparse.Namespace) -> str:
         raise UserError("--widths: name at least 2 different ones, the base first")
     if not all(0 < rate < math.inf for rate in arguments.rates) or len({*arguments.rates}) < 3:
         raise UserError("--rates: name at least 3 learning rates above 0")
+    arguments.rates = named_rates(arguments.rates)
+    if len(arguments.rates) < 3:
+        raise UserError("--rates: name at least 3 learning rates that differ in their first 6 digits")
+    check_free(arguments.overrides, ["model.dim", "model.base_dim", "optimizer.learning_rate", "seed", "run_dir"])
     for job in jobs_of(arguments):
         if job.rate == arguments.rates[0] and job.seed == 0:
             config = load_config(arguments.config, overrides(job, arguments))
@@ -298,7 +300,7 @@ def check(arguments: argparse.Namespace) -> str:
     if begun.is_file() and read_json(begun) != settings:
         raise UserError(f"{arguments.output} was begun with other settings ({begun}); take another --output")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(settings, indent=1) + "\n")
+    write_whole(begun, json.dumps(settings, indent=1) + "\n")
     return f"val/{next(iter(config.data.validation))}/loss/total"
 
 

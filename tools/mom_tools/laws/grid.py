@@ -89,6 +89,8 @@ class State:
     precision: str = "fp32"
     sequences: int = 64
     """Rows of the held-out set, the same in all runs."""
+    overrides: list[str] | None = None
+    """Further changes of all configs. None in a grid that was begun before they were noted."""
     spent: float = 0.0
     """Seconds over all starts."""
     startup: dict[str, float] = field(default_factory=dict)

@@ -40,13 +40,15 @@ from mom_tools.laws.grid import (
     smallest_budget,
     todo,
 )
-from mom_tools.options import command_parser
+from mom_tools.options import check_free, command_parser, named_rates
 from mom_tools.paper.miniature import MODALITIES, SHARES, check_no_ramp, prepare, recipe, sizes
-from mom_tools.paper.plan import SETTINGS
+from mom_tools.paper.plan import SETTINGS, TIMED_STEPS
 from mom_tools.processes import Processes
 from mom_train.config.files import overridden
 
 log = logging.getLogger("grid")
+DATA_KEYS = ("vocabulary", "tokenizers", "data.train", "data.validation", "run_dir")
+"""The keys that every run gets from the corpus and from its place."""
 DEFAULT_SIZES = ("32x1", "64x1", "96x2", "144x2")
 
 
@@ -136,6 +138,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--minutes {arguments.minutes}: above 0")
     if arguments.budgets < 2:
         raise UserError(f"--budgets {arguments.budgets}: a law needs at least 2")
+    if len(set(arguments.models)) < len(arguments.models):
+        raise UserError("--models: name each once")
     if len(arguments.sizes) < 3 or len(set(arguments.sizes)) < len(arguments.sizes):
         raise UserError("--sizes: a law needs at least 3 different sizes")
     for size in arguments.sizes:
@@ -144,28 +148,40 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("--rates: learning rates are above 0")
     if not (arguments.configs / "_common.yaml").is_file():
         raise UserError(f"--configs {arguments.configs}: no _common.yaml there")
-    overridden({}, arguments.overrides)
+    state = new_state(arguments, arguments.setting)
+    own = changes(state, Job("trunk", arguments.models[0], state.sizes[0], 0, 1.0, TIMED_STEPS, 1))
+    check_free(arguments.overrides, [*own, *DATA_KEYS])
+
+
+def new_state(arguments: argparse.Namespace, setting: str) -> State:
+    """The state of a grid of which nothing is trained."""
+    ordered = sorted(arguments.sizes, key=lambda s: (Size.parse(s).dim ** 2 * Size.parse(s).layers, s))
+    state = State(arguments.models, ordered, arguments.budgets, setting, arguments.transfer)
+    state.precision, state.sequences, state.overrides = arguments.precision, arguments.sequences, arguments.overrides
+    if arguments.rates:
+        state.rates = dict.fromkeys(state.rates, named_rates(arguments.rates))
+    return state
 
 
 def state_of(output: Path, arguments: argparse.Namespace, setting: str) -> State:
     """The state of a grid that was begun in `output`, or a new one. Raises UserError where the grid that was begun is
     another one."""
-    path = output / "state.json"
-    ordered = sorted(arguments.sizes, key=lambda s: (Size.parse(s).dim ** 2 * Size.parse(s).layers, s))
+    path, new = output / "state.json", new_state(arguments, setting)
     if not path.exists():
-        state = State(arguments.models, ordered, arguments.budgets, setting, arguments.transfer)
-        state.precision, state.sequences = arguments.precision, arguments.sequences
-        if arguments.rates:
-            state.rates = dict.fromkeys(state.rates, sorted(arguments.rates))
-        return state
+        return new
     state = State.load(path)
+    if state.overrides is None:  # begun before they were noted
+        state.overrides = arguments.overrides
     for name, was, now in (
-        ("--models", sorted(state.models), sorted(arguments.models)),
-        ("--sizes", state.sizes, ordered),
-        ("--budgets", state.budgets, arguments.budgets),
-        ("--transfer", state.transfer, arguments.transfer),
-        ("--setting", state.setting, setting),
-        ("--sequences", state.sequences, arguments.sequences),
+        ("--models", sorted(state.models), sorted(new.models)),
+        ("--sizes", state.sizes, new.sizes),
+        ("--budgets", state.budgets, new.budgets),
+        ("--transfer", state.transfer, new.transfer),
+        ("--setting", state.setting, new.setting),
+        ("--sequences", state.sequences, new.sequences),
+        ("--precision", state.precision, new.precision),
+        ("--rates", state.rates, new.rates if arguments.rates else state.rates),
+        ("the changes", state.overrides, new.overrides),
     ):
         if was != now:
             raise UserError(f"{output} was begun with {name} {was}, and this is {now}; take another --output")

@@ -31,7 +31,7 @@ from mom_tokenizers.errors import UserError, exit_clearly
 from mom_tools.campaign import HELD_OUT, Campaign, as_overrides, step_seconds
 from mom_tools.compare.curves import Run
 from mom_tools.data.mixture import sources
-from mom_tools.options import command_parser
+from mom_tools.options import command_parser, named_rates
 from mom_tools.paper.plan import (
     EVALUATIONS,
     EXPERIMENTS,
@@ -132,7 +132,7 @@ class Miniature(Campaign[Job]):
         self.state.settings = settings
         self.state.experiments = chosen_experiments(arguments.experiments, settings)
         if arguments.rates and not self.state.steps:
-            self.state.rates = {architecture: arguments.rates for architecture in self.state.rates}
+            self.state.rates = {architecture: named_rates(arguments.rates) for architecture in self.state.rates}
         if not self.state.precision:  # a miniature begun before this was noted has none
             self.state.precision = "fp32" if self.state.finished else arguments.precision
         self.full = yaml.safe_load((arguments.configs / "_full.yaml").read_text()) if arguments.full else {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mom_tokenizers.files import write_whole
+from mom_tools.options import named_rates
 from mom_train.config.model import PROJECTIONS
 
 DENSE, MIXTURE, TRANSFORMER = "dense", "mixture", "transformer"
@@ -179,7 +180,7 @@ def tried(state: State, setting: str, architecture: str) -> dict[float, float]:
 def to_try(first: Sequence[float], done: Mapping[float, float], failed: Sequence[float]) -> list[float]:
     """The learning rates that are still to be tried: the `first` ones, in order, and then a neighbour where the best
     one is at the edge (once on each side). `done` has the losses of those that were tried, and `failed` those that
-    could not be. A single rate is taken as it is."""
+    could not be. All are as `named_rates` gives them. A single rate is taken as it is."""
     if len(first) == 1:
         return []
     if missing := [r for r in first if r not in done and r not in failed]:
@@ -188,13 +189,14 @@ def to_try(first: Sequence[float], done: Mapping[float, float], failed: Sequence
         return []
     best = min(done, key=lambda r: done[r])
     edge = {first[0]: first[0] / 2, first[-1]: first[-1] * 2}.get(best)
-    return [] if edge is None or edge in done or edge in failed else [edge]
+    return [] if edge is None else [rate for rate in named_rates([edge]) if rate not in done and rate not in failed]
 
 
 def wanted_rates(state: State, setting: str, architecture: str) -> list[float]:
     """The rates that are still to be tried for an architecture."""
     first = state.rates[architecture]
-    failed = [r for r in (first[0] / 2, *first, first[-1] * 2) if f"{setting}/{architecture}/lr-{r:g}" in state.failed]
+    prefix = f"{setting}/{architecture}/lr-"
+    failed = [float(i.removeprefix(prefix)) for i in state.failed if i.startswith(prefix)]
     return to_try(first, tried(state, setting, architecture), failed)
 
 
