@@ -16,11 +16,12 @@ from mom_data.shards.dataset import ShardIndex, TokenDataset
 from mom_data.shards.format import LATENT_BIT, TokenSegment
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.media.shapes import Grid
+from mom_tokenizers.speech.delay import delayed, undelayed
 from mom_tokenizers.vocab import VocabLayout
 
 BLOCK = 5
-"""The number of units of each of the two stretches that change places when an utterance is altered; 0.2 seconds at 25
-units a second."""
+"""The number of frames of each of the two stretches that change places when an utterance is altered; 0.2 seconds at 25
+a second. A frame is a unit, or with several codebooks one unit of each."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,19 @@ def find_utterances(
     """The first `count` utterances and what each becomes when it is altered, local ids (n,) and (n,).
 
     An utterance is the first segment of `modality` in a document. It is altered by letting two neighbouring stretches
-    of BLOCK units in its middle change places, so both have the same units, equally many. Utterances of fewer than
-    4 BLOCK or more than `longest` units are passed over, and those that do not change.
+    of BLOCK frames in its middle change places, so both have the same units, equally many. Utterances of fewer than
+    4 BLOCK frames or more than `longest` units are passed over, and those that do not change.
     """
     found = []
     for dataset, shard, document in _by_hash(datasets, lambda dataset, index: _holding(dataset, index, modality)):
         number = dataset.modalities.index(modality)
         segments = dataset.read(shard, document) or ()
         units = next((s.values for s in segments if s.modality == number and not s.latent), np.zeros(0, np.uint16))
-        if not 4 * BLOCK <= len(units) <= longest:
+        made_by = dataset.tokenizers[modality]
+        codebooks = int(made_by.get("codebooks", 1))
+        if not 4 * BLOCK * codebooks <= len(units) <= longest:
             continue
-        other = altered(units)
+        other = altered(units, codebooks, int(made_by["size"]) // codebooks)
         if not np.array_equal(units, other):
             found.append((units, other))
         if len(found) == count:
@@ -93,11 +96,17 @@ def find_utterances(
     return found
 
 
-def altered(units: np.ndarray) -> np.ndarray:
-    """The units (n,) with the BLOCK before the middle and the BLOCK behind it in each other's place."""
-    middle = len(units) // 2
-    before, behind = units[middle - BLOCK : middle], units[middle : middle + BLOCK]
-    return np.concatenate([units[: middle - BLOCK], behind, before, units[middle + BLOCK :]])
+def altered(units: np.ndarray, codebooks: int = 1, size: int = 0) -> np.ndarray:
+    """The units (n,) with the BLOCK frames before the middle and the BLOCK behind it in each other's place.
+
+    Units of several codebooks of `size` codes each are in the delay pattern, and so is the result: without it, their
+    order alone would say which of the two is the altered one.
+    """
+    codes_TK = undelayed(units, codebooks, size) if codebooks > 1 else units[:, None]
+    middle = len(codes_TK) // 2
+    before, behind = codes_TK[middle - BLOCK : middle], codes_TK[middle : middle + BLOCK]
+    other_TK = np.concatenate([codes_TK[: middle - BLOCK], behind, before, codes_TK[middle + BLOCK :]])
+    return delayed(other_TK, size).astype(units.dtype) if codebooks > 1 else other_TK[:, 0]
 
 
 def find_minimal_pairs(

@@ -8,6 +8,7 @@ from mom_data.batches.batch import assemble_document
 from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.speech.delay import delayed, undelayed
 from mom_train.config.evaluation import EvaluationConfig
 from mom_train.distributed.context import Context
 from mom_train.distributed.ranks import process_group
@@ -18,8 +19,8 @@ from mom_train.ops.layout import RowLayout
 from mom_train.passes import Passes
 from mom_train.validation.evaluations import Evaluations, preferred, recall
 from mom_train.validation.likelihood import Likelihood, Question
-from mom_train.validation.pairs import altered, find_minimal_pairs, find_pairs
-from tests.helpers.corpus import VOCAB, write_dataset
+from mom_train.validation.pairs import altered, find_minimal_pairs, find_pairs, find_utterances
+from tests.helpers.corpus import TOKENIZERS, VOCAB, write_dataset
 from tests.helpers.run_config import tiny_config
 
 MAMBA = {"dim": 32, "layers": 1, "decoupled": ["in_proj", "x_proj", "dt_proj", "out_proj"]}
@@ -177,6 +178,26 @@ def test_recall_counts_a_tie_as_its_share_of_the_places():
 def test_an_altered_utterance_has_the_same_units_in_another_order():
     units = np.arange(31)
     assert altered(units).tolist() == [*range(10), *range(15, 20), *range(10, 15), *range(20, 31)]
+    # with 3 codebooks of 50 codes, the frames change places, and the ids stay a whole recording
+    codes_TK = np.stack([np.arange(24), 49 - np.arange(24), np.arange(24) % 7], 1).astype(np.uint16)
+    other = altered(delayed(codes_TK, 50).astype(np.uint16), 3, 50)
+    assert other.dtype == np.uint16
+    frames = [*range(7), *range(12, 17), *range(7, 12), *range(17, 24)]
+    np.testing.assert_array_equal(undelayed(other, 3, 50), codes_TK[frames])
+
+
+def test_utterances_of_several_codebooks_are_altered_by_whole_frames(tmp_path):
+    size = VOCAB.sizes[2][1]
+
+    def spoken(rng, _):
+        return [TokenSegment(2, delayed(rng.integers(0, size // 2, (30, 2)), size // 2).astype(np.uint16))]
+
+    described = {**TOKENIZERS, "speech": {**TOKENIZERS["speech"], "codebooks": 2}}
+    write_dataset(tmp_path / "d", documents=4, shards=1, tokenizers=described, make=spoken)
+    found = find_utterances([TokenDataset(tmp_path / "d")], "speech", 4, 1000)
+    assert len(found) == 4
+    for right, other in found:
+        assert (undelayed(right, 2, size // 2) != undelayed(other, 2, size // 2)).any(1).sum() <= 10
 
 
 def captioned(rng, _):

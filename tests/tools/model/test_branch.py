@@ -59,6 +59,10 @@ def test_a_branch_that_was_only_written_does_not_need_the_trunks_checkpoint_any_
     ours, theirs = tmp_path / "b/checkpoints/step-5", trunk / "run/checkpoints/step-5"
     assert files(ours) == files(theirs)
     assert (tmp_path / "b/LATEST").read_text() == "step-5\n"
+    with pytest.raises(SystemExit) as ended:  # it would go on with another shape than it was begun with
+        call(monkeypatch, trunk / "run", "--at", 5, "--decay", 2, "--shape", "sqrt", f"run_dir={tmp_path / 'b'}")
+    assert ended.value.code == 2
+    assert "was begun with --shape linear, and this is --shape sqrt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,15 @@ def branch_config(
     return validated(overridden(values, overrides), "the branch")
 
 
-def check_same_branch(run_dir: Path, there: dict[str, Any], branch: BranchConfig, decay: int) -> None:
-    """Raises UserError if `run_dir`, whose saved config is `there`, belongs to another run than this branch."""
+def check_same_branch(run_dir: Path, there: dict[str, Any], branch: BranchConfig, decay: int, shape: str) -> None:
+    """Raises UserError if `run_dir`, whose saved config is `there`, belongs to another run than this branch, or if the
+    branch was begun with another shape."""
     same = there.get("branch") == branch.model_dump() and there["optimizer"].get("decay") == decay
     if not same and (there or (run_dir / "checkpoints").exists()):
         raise UserError(f"run_dir: {run_dir} is the folder of another run; name one that is not there yet")
+    begun = there["optimizer"].get("decay_shape", shape) if there else shape
+    if begun != shape:
+        raise UserError(f"run_dir: {run_dir} was begun with --shape {begun}, and this is --shape {shape}")
 
 
 def main() -> None:
@@ -94,7 +98,7 @@ def main() -> None:
         if not isinstance(run_dir, str) or not run_dir:
             raise UserError("run_dir=...: name the folder of the branch")
         there = read_saved(run_dir)
-        check_same_branch(Path(run_dir), there, branch, arguments.decay)
+        check_same_branch(Path(run_dir), there, branch, arguments.decay, arguments.shape)
         if there:  # the branch goes on, and the trunk may have removed its checkpoint since
             base = validated(there, run_dir)
         else:
