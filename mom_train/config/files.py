@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mom_tokenizers.errors import UserError
+from mom_tokenizers.files import UniqueKeys
 from mom_train.config.migrations import SCHEMA, migrated_config
 from mom_train.config.run import RunConfig
 from mom_train.config.section import Section
@@ -113,7 +114,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
     except OSError as error:
@@ -127,22 +128,6 @@ def _mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A loader that refuses a mapping with the same key twice. PyYAML itself silently keeps the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):  # PyYAML itself refuses a list or a mapping as a key
-                continue
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
@@ -153,7 +138,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _parse(text: str) -> Any:
     try:
-        value = yaml.load(text, _UniqueKeys)
+        value = yaml.load(text, UniqueKeys)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"override value {text!r}: {error}") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mom_tokenizers import ready
 from mom_tokenizers.base import Tokenizer, fingerprint_files, resolved_device
-from mom_tokenizers.errors import UserError, user_path
+from mom_tokenizers.errors import UserError
+from mom_tokenizers.files import read_yaml
 from mom_tokenizers.media.shapes import Shapes
 
 # kind -> module and class. They are imported when first used, because importing torch and diffusers takes seconds.
@@ -77,11 +77,7 @@ class Tokenizers:
         Raises UserError for unknown kinds or keys, and for missing folders.
         """
         path = Path(path)
-        try:
-            with user_path(path):
-                declared = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: not YAML: {error}") from error
+        declared = read_yaml(path)
         if not isinstance(declared, dict) or "text" not in declared:
             raise UserError(f"{path}: expected 'text: {{kind: bpe, path: ...}}', and one such line a further modality")
         entries = []

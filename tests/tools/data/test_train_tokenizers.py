@@ -313,3 +313,17 @@ def test_a_tokenizer_that_came_out_worse_than_asked_is_said_loudly_with_what_to_
     assert "text.max_documents is 20000" in said
     [said] = module.warnings_of(config, {"text": text, "speech": {**speech, "usage": 0.25}})
     assert "only 25% of the 8 units" in said
+
+
+def test_what_a_user_added_to_tokenizers_yaml_stays_when_tokenizers_are_trained_again(tmp_path):
+    """The file was made with text alone; shapes of pictures and ready-made ids of music were added by hand."""
+    config = train_tokenizers.Config.model_validate({"text": {"size": 300}, "image": {"size": 9, "resolution": 8}})
+    file = tmp_path / "tokenizers.yaml"
+    made = {"text": {"kind": "bpe", "path": "text"}, "image": {"kind": "patches", "path": "image"}}
+    assert train_tokenizers.declarations(config, file) == made
+    shaped = {**made["image"], "shapes": {"tokens": 4}}
+    music = {"kind": "ids", "size": 9, "made_by": "a codec"}
+    file.write_text(yaml.safe_dump({**made, "image": shaped, "speech": {"kind": "units", "path": "s"}, "music": music}))
+    assert train_tokenizers.declarations(config, file) == {**made, "image": shaped, "music": music}
+    file.write_text(yaml.safe_dump({**made, "image": {**shaped, "kind": "vq"}}))
+    assert train_tokenizers.declarations(config, file) == made

@@ -33,7 +33,7 @@ from mom_data.documents.document import BadSample, Document, read_documents
 from mom_data.documents.inputs import files_of_side
 from mom_tokenizers.base import resolved_device
 from mom_tokenizers.errors import UserError, exit_clearly
-from mom_tokenizers.files import write_whole
+from mom_tokenizers.files import read_yaml, write_whole
 from mom_tokenizers.image.autoencoder import preprocess
 from mom_tokenizers.image.measures import usage
 from mom_tokenizers.image.patch_training import Strict
@@ -85,12 +85,10 @@ class Config(Strict):
 def load_config(path: Path) -> Config:
     """Read a config of tokenizers. Raises UserError that names every wrong key."""
     try:
-        return Config.model_validate(yaml.safe_load(path.read_text()))
+        return Config.model_validate(read_yaml(path))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(file)'}: {e['msg']}" for e in error.errors()]
         raise UserError(f"{path}:\n" + "\n".join(lines)) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
 
 
 @dataclass
@@ -267,12 +265,24 @@ def train_tokenizers(
     if voiced is not None:
         figures["speech"] = {**(figures["speech"] or {}), **voiced}
 
-    declared = {name: {"kind": kind, "path": name} for name, kind in config.kinds.items()}
+    declared = declarations(config, output / "tokenizers.yaml")
     write_whole(output / "tokenizers.yaml", yaml.safe_dump(declared, sort_keys=False).encode())
     write_whole(output / "training.json", (json.dumps(figures, indent=1) + "\n").encode())
     if "image" in stages:
         write_whole(output / "reconstructions.png", (output / "image" / "reconstructions.png").read_bytes())
     return figures
+
+
+def declarations(config: Config, file: Path) -> dict[str, Any]:
+    """What tokenizers.yaml declares. What a user has added to the one that is there stays: the shapes of pictures, and
+    modalities that are not made here."""
+    declared: dict[str, Any] = {name: {"kind": kind, "path": name} for name, kind in config.kinds.items()}
+    before = read_yaml(file) if file.is_file() else {}
+    for name, entry in (before if isinstance(before, dict) else {}).items():
+        same = name in declared and isinstance(entry, dict) and declared[name].items() <= entry.items()
+        if same or name not in STAGES:
+            declared[name] = entry
+    return declared
 
 
 def check_vocoder(config: Config, steps: int | None) -> None:

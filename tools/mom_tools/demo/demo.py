@@ -26,6 +26,7 @@ from mom_data.documents.inputs import files_of_side, modalities_at_the_head
 from mom_data.shards.content import keep_inputs
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
+from mom_tokenizers.files import read_yaml
 from mom_tools.data.mixture import sources
 from mom_tools.demo.gallery import write_round_trips
 from mom_tools.options import command_parser
@@ -150,7 +151,7 @@ def demo(arguments: argparse.Namespace) -> None:
         keep_inputs(work, expand_inputs([str(raw)]))
 
     with stage("2/5 tokenizers: byte-level BPE, image codes or latents, speech units"):
-        wanted = yaml.safe_load(Path(arguments.tokenizers).read_text())
+        wanted = read_yaml(arguments.tokenizers)
         found = present_modalities(raw)
         recipe = work / "tokenizers.yaml"
         # The recipe decides: what it has no tokenizer for is left out on purpose, not by mistake.
