@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mom_tools.model import score_samples, scores, signals
 
-RNG = np.random.default_rng(0)
+RNG = np.random.default_rng(20)  # not a seed of the noise, which would make the same pictures
 
 
 def pictures(shape=(16, 20, 3)):
@@ -91,7 +91,11 @@ def test_pictures_are_scored_beside_their_mean_colour_and_noise(monkeypatch):
     small = [p.resize((8, 8)) for p in real]
     found, notes = score_samples.nearness(range(3), small.__getitem__, small.__getitem__, small.__getitem__, None)
     assert {one.figure for one in found} == {"PSNR, dB"}
-    assert "left out, because pictures are smaller" in notes[-1]
+    assert "3 of 3 pictures are left out, because they are smaller" in notes[-1]
+    mixed = [small[0], *real[1:]]  # the first is too small, and the others count
+    found, notes = score_samples.nearness(range(3), mixed.__getitem__, mixed.__getitem__, mixed.__getitem__, None)
+    assert {one.figure: one.n for one in found} == {"PSNR, dB": 3, "SSIM": 2}
+    assert "1 of 3 pictures are left out" in notes[-1]
 
 
 def test_pictures_of_several_shapes_are_compared_with_samples_of_other_texts_too():

@@ -158,7 +158,7 @@ def nearness(
 
     near = {"PSNR, dB": signals.psnr, "SSIM": signals.ssim}
     values: dict[tuple[str, str], list[float]] = {}
-    small = False
+    small = 0  # pictures that SSIM cannot be computed of
     for place, i in enumerate(tqdm(kept, desc="compare with originals", unit="picture", disable=None)):
         real = original(i)
         truth = signals.pixels(real)
@@ -172,11 +172,12 @@ def nearness(
             "mean colour": Image.new("RGB", real.size, tuple(truth.mean(axis=(0, 1)).round().astype(int).tolist())),
             "noise": Image.fromarray(signals.noise_like(truth, i)),
         }
-        small = small or min(truth.shape[:2]) < signals.WINDOW
+        fits = min(truth.shape[:2]) >= signals.WINDOW
+        small += not fits
         seen = vision.layers(real) if vision is not None else None
         for name, picture in others.items():
             for figure, measure in near.items():
-                if not (small and figure == "SSIM"):
+                if fits or figure != "SSIM":
                     value = min(measure(signals.pixels(picture), truth), 100.0)
                     values.setdefault((figure, name), []).append(value)
             if vision is not None and seen is not None:
@@ -192,7 +193,10 @@ def nearness(
         "so compare it with samples of other texts."
     ]
     if small:
-        notes.append(f"SSIM: left out, because pictures are smaller than its window of {signals.WINDOW} pixels.")
+        notes.append(
+            f"SSIM: {small} of {len(kept)} pictures are left out, because they are smaller than its window of "
+            f"{signals.WINDOW} pixels."
+        )
     return found, notes
 
 
