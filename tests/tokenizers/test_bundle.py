@@ -118,6 +118,7 @@ def test_text_alone_imports_neither_torch_nor_diffusers(folder):
         ("text: {kind: bpe, path: nowhere}", "nowhere, which does not exist"),
         ("image: {kind: vq, path: pictures}", "expected 'text"),
         ("[text", "not YAML"),
+        ("text: {kind: [bpe], path: words}", "unknown kind"),
         ("text: {kind: bpe, path: a}\ntext: {kind: bpe, path: b}", "found the key 'text' twice"),
         ("text: words", "exactly the keys"),
     ],

@@ -94,7 +94,7 @@ class Tokenizers:
                     f"{path}: '{modality}' must have exactly the keys kind and path (a picture's tokenizer may also "
                     f"have shapes), got {entry!r}"
                 )
-            if entry["kind"] not in KINDS:
+            if not isinstance(entry["kind"], str) or entry["kind"] not in KINDS:
                 known = ", ".join([*KINDS, READY])
                 raise UserError(f"{path}: '{modality}' has unknown kind {entry['kind']!r}; known: {known}")
             where = _located(path.parent, str(entry["path"]), entry["kind"])

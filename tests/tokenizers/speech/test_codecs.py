@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from mom_tokenizers.errors import UserError
 from mom_tokenizers.speech.units import SpeechTokenizer
 
 if not hasattr(transformers, "Xcodec2Model"):
@@ -183,3 +184,28 @@ def test_a_codec_that_does_not_fit_is_refused_with_both_named(folder, tmp_path):
     (tmp_path / "dac/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="not whole frames of 3 codebooks"):
         SpeechTokenizer(None, "dac", model=folder("dac"), codebooks=3).decode([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": None}, "size cannot be None"),
+        ({"size": "2048"}, "size cannot be '2048'"),
+        ({"size": 0}, "size cannot be 0"),
+        ({"codebooks": True}, "codebooks cannot be True"),
+        ({"units_per_second": float("nan")}, "units_per_second cannot be nan"),
+        ({"deduplicate": "no"}, "deduplicate cannot be 'no'"),
+        ({"codes": 3}, r"unknown \['codes'\]"),
+        ("size", "'size' is missing"),
+        ("units_per_second", "'units_per_second' is missing"),
+    ],
+)
+def test_settings_that_a_codec_cannot_have_are_named_before_its_model_is_built(tmp_path, changes, message):
+    values = {"extractor": "mimi", "units_per_second": 12.5, "size": 2048}
+    (tmp_path / "speech_tokenizer.json").write_text(json.dumps(values))
+    assert SpeechTokenizer.stored_rate(tmp_path) == {"units_per_second": 12.5}
+    values = values | changes if isinstance(changes, dict) else {k: v for k, v in values.items() if k != changes}
+    (tmp_path / "speech_tokenizer.json").write_text(json.dumps(values))
+    for stored in (SpeechTokenizer.stored_rate, SpeechTokenizer.stored_size, SpeechTokenizer.load):
+        with pytest.raises(UserError, match=message):
+            stored(tmp_path)

@@ -110,7 +110,7 @@ class ImageTokenizer:
     @classmethod
     def _sidecar(cls, path: Path, key: str) -> int:
         value = read_json(cls.files(path)[SIDECAR]).get(key)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:  # true would be 1
             raise UserError(f"{path / SIDECAR}: '{key}' must be a number of pixels, e.g. {cls.sidecar_example}")
         return value
 

@@ -8,6 +8,7 @@ published model, that model's folder under the extractor's name. It may also hav
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -40,7 +41,16 @@ from mom_tokenizers.speech.vocoders import FOLDER as VOCODER
 from mom_tokenizers.speech.vocoders import Units, Vocoder, load_vocoder
 
 CONFIG, CENTROIDS = "speech_tokenizer.json", "centroids.safetensors"
-KEYS = ("extractor", "layer", "window_seconds", "deduplicate", "codebooks", "units_per_second", "size")
+KEYS: dict[str, tuple[tuple[type, ...], float | None]] = {
+    "extractor": ((str,), None),
+    "layer": ((int,), None),
+    "window_seconds": ((int, float), 0),
+    "deduplicate": ((bool,), None),
+    "codebooks": ((int,), 1),
+    "units_per_second": ((int, float), 1e-9),
+    "size": ((int,), 1),
+}
+"""The keys of the config, each with the types of its values and the least of them."""
 ASSIGNED_AT_ONCE = 4_096
 
 
@@ -219,10 +229,7 @@ class SpeechTokenizer:
     def load(cls, path: str | Path, device: str = "cpu") -> SpeechTokenizer:
         """Load a folder that save() wrote. Raises UserError where it is not such a folder."""
         path = Path(path)
-        files = cls.files(path)
-        config = read_json(files[CONFIG])
-        if unknown := set(config) - set(KEYS):
-            raise UserError(f"{files[CONFIG]}: unknown {sorted(unknown)}; known: {', '.join(KEYS)}")
+        files, config = cls.files(path), cls._stored(path)
         tensors: dict[str, np.ndarray] = {}
         if CENTROIDS in files:
             from safetensors.numpy import load_file
@@ -251,6 +258,24 @@ class SpeechTokenizer:
                 raise UserError(f"{files[CONFIG]}: {key} {config[key]}, but the model's is {value:g}")
         return loaded
 
+    @classmethod
+    def _stored(cls, path: str | Path) -> dict[str, Any]:
+        """The settings in a stored tokenizer's config. Raises UserError for a key that is unknown or has a wrong value,
+        and where that of a codec lacks the size and rate of its codes, which are read without building its model."""
+        file = cls.files(path)[CONFIG]
+        config = read_json(file)
+        if unknown := set(config) - set(KEYS):
+            raise UserError(f"{file}: unknown {sorted(unknown)}; known: {', '.join(KEYS)}")
+        for key, value in config.items():
+            kinds, least = KEYS[key]
+            if type(value) not in kinds or (least is not None and not least <= value < math.inf):
+                raise UserError(f"{file}: {key} cannot be {value!r}")
+        if config.get("extractor") in CODECS:
+            for key in ("size", "units_per_second"):
+                if key not in config:
+                    raise UserError(f"{file}: '{key}' is missing; mom train-tokenizers writes it for a codec")
+        return config
+
     @staticmethod
     def files(path: str | Path) -> dict[str, Path]:
         """The path of every file that decides about units by its name. Raises UserError where one is missing."""
@@ -268,7 +293,7 @@ class SpeechTokenizer:
         """The number of different units of a stored tokenizer, from its config or the header of its centroids."""
         files = cls.files(path)
         if CENTROIDS not in files:
-            return int(read_json(files[CONFIG])["size"])
+            return int(cls._stored(path)["size"])
         from safetensors import safe_open
 
         with safe_open(str(files[CENTROIDS]), "numpy") as file:
@@ -278,7 +303,7 @@ class SpeechTokenizer:
     def stored_rate(cls, path: str | Path) -> dict[str, float | bool]:
         """{"units_per_second"} of a stored tokenizer. Where it also has {"deduplicate": True}, there may be fewer; with
         "codebooks", each frame takes that many units."""
-        config = read_json(cls.files(path)[CONFIG])
+        config = cls._stored(path)
         rate = {"units_per_second": config.get("units_per_second", float(UNITS_PER_SECOND))}
         codebooks = {"codebooks": int(config["codebooks"])} if config.get("codebooks", 1) > 1 else {}
         return rate | codebooks | ({"deduplicate": True} if config.get("deduplicate") else {})
