@@ -44,7 +44,7 @@ from mom_train.config.model import ModelConfig
 from mom_train.cost.flops import training_flops_per_token
 from mom_train.model.language_model import LanguageModel
 from tests.helpers import CHECKOUT, corpus
-from tests.helpers.ranks import mom_train
+from tests.helpers.ranks import mom_train, program
 
 BATCH = 8
 
@@ -281,7 +281,7 @@ def begun(folder, setting, sizes, make=corpus.random_document):
     (configs / "_common.yaml").write_text(yaml.safe_dump(SMALL))
     own = {"base": "_common.yaml", "run_dir": "x", "vocabulary": sizes}
     (configs / f"{setting}.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
-    command = [sys.executable, "tools/paper_mini.py", "--corpus", str(folder), "--output", str(output)]
+    command = ["tools/paper_mini.py", "--corpus", str(folder), "--output", str(output)]
     command += ["--configs", str(configs), "--rates", "5e-3", "--max-steps", "20", "--minutes", "600"]
     return output, configs, command
 
@@ -309,8 +309,7 @@ def test_experiments_join_a_miniature_that_was_finished_without_them(tmp_path):
     earlier |= {"startup": known, "per_step": known, "finished": done, "failed": {}}
     (output / "state.json").write_text(json.dumps(earlier))
     wanted = ["learned", "corrupt-uninformative"]
-    asked = [*command, "--seeds", "1", "--experiments", *wanted]
-    ended = subprocess.run(asked, cwd=CHECKOUT, capture_output=True, text=True)
+    ended = program(*command, "--seeds", "1", "--experiments", *wanted)
     assert ended.returncode == 0, ended.stderr[-3000:]
     started = [line.split()[2] for line in ended.stderr.splitlines() if " start " in line]
     assert started == ["chameleon_speech/learned/time", *(f"chameleon_speech/{v}/seed-0" for v in wanted)]
@@ -364,7 +363,7 @@ def test_a_miniature_killed_and_started_again_ends_with_its_tables(tmp_path, mon
     monkeypatch.setattr(corpus, "MODALITIES", ("text", "image"))
     output, _, command = begun(tmp_path, "chameleon", {"text": 100, "image": 32}, text_and_pictures)
     command += ["--seeds", "2"]
-    first = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, *command], cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
     said = []
     for line in first.stderr:
         said.append(line)
@@ -378,7 +377,7 @@ def test_a_miniature_killed_and_started_again_ends_with_its_tables(tmp_path, mon
     before = json.loads((output / "state.json").read_text())
     assert before["steps"] == 20
     assert before["spent"] > 0
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    done = program(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((output / "state.json").read_text())
     assert state["spent"] > before["spent"]
