@@ -26,7 +26,7 @@ from mom_tokenizers.text import TextTokenizer
 from mom_tokenizers.vocab import VocabLayout
 from tests.helpers import CHECKOUT
 from tests.helpers.ranks import program
-from tests.helpers.tiny_tokenizers import random_vq
+from tests.helpers.tiny_tokenizers import random_patches
 
 TOOL = CHECKOUT / "tools/tokenize_shards.py"
 PART = 100_000
@@ -49,8 +49,8 @@ def made(tmp_path_factory):
 
     folder, rng = tmp_path_factory.mktemp("made"), random.Random(0)
     TextTokenizer.train((sentence(rng) for _ in range(50)), 300).save(folder / "text")
-    random_vq(8).save(folder / "image")
-    (folder / "both.yaml").write_text("text: {kind: bpe, path: text}\nimage: {kind: vq, path: image}\n")
+    random_patches(8).save(folder / "image")
+    (folder / "both.yaml").write_text("text: {kind: bpe, path: text}\nimage: {kind: patches, path: image}\n")
     (folder / "words.yaml").write_text("text: {kind: bpe, path: text}\n")
     (folder / "raw").mkdir()
     with webdataset.TarWriter(str(folder / "raw/pictures.tar"), mtime=0) as tar:
