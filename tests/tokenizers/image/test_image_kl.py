@@ -200,6 +200,9 @@ def test_mistakes_are_refused(tmp_path):
     (tmp_path / "image_tokenizer.json").write_text('{"resolution": 16}')
     with pytest.raises(ValueError, match="'patch' must be"):
         KLImageTokenizer.load(tmp_path)
+    (tmp_path / "image_tokenizer.json").write_text('{"resolution": 16, "patch": 2, "log_varience": true}')
+    with pytest.raises(ValueError, match=r"unknown \['log_varience'\]; known: resolution, patch"):
+        KLImageTokenizer.load(tmp_path)
     (tmp_path / "image_tokenizer.json").write_text('{"resolution": 16, "patch": 2, "log_variance": 1}')
     with pytest.raises(ValueError, match="'log_variance' must be true or false"):
         KLImageTokenizer.load(tmp_path)

@@ -18,9 +18,10 @@ from mom_data.batches.loader import Share, batches
 from mom_data.order.plan import Plan, Source
 from mom_data.shards.dataset import TokenDataset
 from mom_data.shards.format import TokenSegment
+from mom_tokenizers.errors import UserError
 from mom_tools.campaign import startable
 from mom_tools.data.mixture import sources
-from mom_tools.paper.miniature import SHARES, chosen_experiments, prepare
+from mom_tools.paper.miniature import SHARES, chosen_experiments, prepare, settle
 from mom_tools.paper.plan import (
     EXPERIMENTS,
     RATES,
@@ -148,6 +149,21 @@ def test_a_restart_from_its_file_goes_on_the_same_way(tmp_path):
     assert first + simulate(again, 2, left)[0] == jobs
     assert list(todo(again, 2)) == []
     assert State.load(tmp_path / "none.json") == State()
+
+
+def test_a_restart_with_other_rates_or_precision_is_refused_and_none_goes_on_with_those_of_the_start():
+    state = State()
+    settle(state, [2e-3, 1e-3], None, "fp32")
+    settle(state, [4e-3], None, "bf16")  # nothing depends on the rates before the steps are decided
+    assert ([*state.rates.values()], state.precision) == ([[4e-3]] * len(state.rates), "fp32")
+    state.steps = 100
+    settle(state, None, None, "bf16")
+    settle(state, [4e-3], "fp32", "bf16")
+    assert ([*state.rates.values()], state.precision) == ([[4e-3]] * len(state.rates), "fp32")
+    with pytest.raises(UserError, match="--rates: this miniature was begun with"):
+        settle(state, [8e-3], None, "fp32")
+    with pytest.raises(UserError, match="--precision bf16: this miniature was begun with fp32"):
+        settle(state, None, "bf16", "bf16")
 
 
 def test_experiments_asked_for_later_train_only_themselves_and_last_in_each_round():

@@ -80,6 +80,8 @@ class ImageTokenizer:
     """The key of the model's config that has one entry per level. Each level has half the side of the one before."""
     sidecar_example: ClassVar[str]
     """An example of image_tokenizer.json, for error messages."""
+    setting_keys: ClassVar[tuple[str, ...]] = ("resolution",)
+    """The keys that image_tokenizer.json may have."""
     why_square: ClassVar[str | None] = None
     """Why this kind makes square pictures only, or None where its model takes any shape."""
     shapes: Shapes | None = None
@@ -109,7 +111,10 @@ class ImageTokenizer:
 
     @classmethod
     def _sidecar(cls, path: Path, key: str) -> int:
-        value = read_json(cls.files(path)[SIDECAR]).get(key)
+        settings = read_json(cls.files(path)[SIDECAR])
+        if unknown := set(settings) - set(cls.setting_keys):
+            raise UserError(f"{path / SIDECAR}: unknown {sorted(unknown)}; known: {', '.join(cls.setting_keys)}")
+        value = settings.get(key)
         if type(value) is not int or value < 1:  # true would be 1
             raise UserError(f"{path / SIDECAR}: '{key}' must be a number of pixels, e.g. {cls.sidecar_example}")
         return value

@@ -41,6 +41,7 @@ class KLImageTokenizer(ImageTokenizer):
 
     kind = "kl"
     model_class = "AutoencoderKL"
+    setting_keys = ("resolution", "patch", "tokens", "log_variance")
     sidecar_example = '{"resolution": 256, "patch": 2}, or {"resolution": 256, "tokens": 256}'
     size = 1
     """There are no ids, so the modality's span of the vocabulary is a placeholder of one id."""

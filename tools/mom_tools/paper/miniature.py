@@ -123,6 +123,25 @@ def chosen_experiments(wanted: list[str], settings: list[str]) -> list[str]:
 # ---- runs ----------------------------------------------------------------------------------------------------
 
 
+def settle(state: State, rates: Sequence[float] | None, precision: str | None, fast: str) -> None:
+    """Takes what a start asks for into the state: the learning rates to try, and the precision, without which `fast` is
+    taken. Raises UserError where the miniature was begun with others, which its finished runs have."""
+    if rates:
+        wanted = {architecture: named_rates(rates) for architecture in state.rates}
+        if state.steps and wanted != state.rates:
+            raise UserError(
+                f"--rates: this miniature was begun with {state.rates}; leave --rates out, or take another --output"
+            )
+        state.rates = wanted
+    if not state.precision:  # a miniature begun before this was noted has none
+        state.precision = "fp32" if state.finished else precision or fast
+    if precision not in (None, state.precision):
+        raise UserError(
+            f"--precision {precision}: this miniature was begun with {state.precision}; leave --precision out, or take "
+            "another --output"
+        )
+
+
 class Miniature(Campaign[Job]):
     """All runs of a miniature: those that are finished and those that run now."""
 
@@ -131,10 +150,7 @@ class Miniature(Campaign[Job]):
         self.state = State.load(output / "state.json")
         self.state.settings = settings
         self.state.experiments = chosen_experiments(arguments.experiments, settings)
-        if arguments.rates and not self.state.steps:
-            self.state.rates = {architecture: named_rates(arguments.rates) for architecture in self.state.rates}
-        if not self.state.precision:  # a miniature begun before this was noted has none
-            self.state.precision = "fp32" if self.state.finished else arguments.precision
+        settle(self.state, arguments.rates, arguments.precision, arguments.fast_precision)
         self.full = yaml.safe_load((arguments.configs / "_full.yaml").read_text()) if arguments.full else {}
         common = yaml.safe_load((arguments.configs / "_common.yaml").read_text())
         check_no_ramp(common)
@@ -262,7 +278,7 @@ def main() -> None:
         cores = len(os.sched_getaffinity(0))
         arguments.gpus = torch.cuda.device_count()
         cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        arguments.precision = arguments.precision or ("bf16" if arguments.gpus or cpu.get("amx_bf16") else "fp32")
+        arguments.fast_precision = "bf16" if arguments.gpus or cpu.get("amx_bf16") else "fp32"
         arguments.jobs = arguments.jobs or arguments.gpus or cores
         arguments.threads = max(1, cores // arguments.jobs)
         output: Path = arguments.output
