@@ -12,6 +12,7 @@ import torch
 
 from mom_train.config.model import QUARTERS
 from mom_train.config.run import RunConfig
+from mom_train.generate.contact_sheet import MOST, contact_sheet
 from mom_train.generate.samples import Span
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -123,7 +124,8 @@ class TensorBoard:
         self._waiting.clear()
 
     def samples(self, step: int, documents: Sequence[Sequence[Span]]) -> None:
-        """Logs the documents that the model wrote at `step`, with their pictures and recordings."""
+        """Logs the documents that the model wrote at `step`, with their pictures and recordings, and all pictures once
+        more as one, each above the prompt of its document."""
         with self._writing() as writer:
             for n, spans in enumerate(documents):
                 writer.add_text(f"samples/{n}", "\n\n".join(_readable(span) for span in spans), step)
@@ -134,11 +136,24 @@ class TensorBoard:
                     elif span.modality != "text" and span.decoded is not None:
                         waveform, rate = span.decoded
                         writer.add_audio(f"samples/{span.name}", waveform[None], step, rate)
+            if drawn := _captioned(documents):
+                sheet = np.asarray(contact_sheet(drawn[:MOST]))
+                writer.add_image("samples/grid", sheet, step, dataformats="HWC")
 
     def close(self) -> None:
         self._write_waiting()
         assert self._writer is not None
         self._writer.close()
+
+
+def _captioned(documents: Sequence[Sequence[Span]]) -> list[tuple[Any, str]]:
+    """Each picture of the documents, with its name and the prompt of its document."""
+    drawn = []
+    for n, spans in enumerate(documents):
+        prompt = next((str(span.decoded) for span in spans if span.name == f"{n}"), "no prompt")
+        pictures = [span for span in spans if span.modality == "image" and span.decoded is not None]
+        drawn += [(span.decoded, f"{span.name}: {prompt}") for span in pictures]
+    return drawn
 
 
 def _readable(span: Span) -> str:

@@ -115,6 +115,7 @@ def test_tensorboard_has_one_run_whose_every_chart_shows_something(seen):
     assert unmatched == []
     assert {"config/text_summary", "samples/0/text_summary", "samples/0-0", "_hparams_/experiment"} <= shown.keys()
     assert [step for step, _ in shown["samples/0-0"]] == [2, 4]
+    assert [step for step, _ in shown["samples/grid"]] == [2, 4]
     for line in read_metrics(seen):
         if "loss/total" in line:
             step = round(line["flops/total"] / 1e9)

@@ -9,25 +9,23 @@ with, as `mom match-loss` does. The page needs no network, and leaves out what a
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from mom_tokenizers.errors import UserError, exit_clearly, write_text
-from mom_tools.compare.charts import PALETTE, Series, chart
+from mom_tools.compare.charts import Series, chart
 from mom_tools.compare.curves import AXES, WINDOW, Run, compare, smoothed, tokens_of
 from mom_tools.compare.match_loss import HEADER, cells, notes
+from mom_tools.compare.page import media, parts_of, rendered
 from mom_tools.options import command_parser
 from mom_train.baseline import read_baseline, unigram, write_baseline
 from mom_train.config.files import load_config
@@ -36,9 +34,6 @@ from mom_train.observe.goodput import PARTS, goodput
 
 _POINTS = 400  # of a curve
 _SAMPLES = 3  # newest steps whose samples are shown
-_SAMPLE_BYTES = 16_000_000  # of one picture or recording
-_LINK = re.compile(r"^!?\[[^\]\n]*\]\((?P<name>[^()/\n]+)\)[^\S\n]*$", re.MULTILINE)
-_KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".wav": "audio/wav"}
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
@@ -135,45 +130,25 @@ def samples(run: Run) -> list[dict[str, Any]]:
     return [{"name": place.name, "parts": parts} for place in places if (parts := _parts(place))]
 
 
-def round_trips(run: Run) -> list[dict[str, str]]:
+def round_trips(run: Run) -> list[dict[str, Any]]:
     """The documents of RUN/round_trip, where each picture and recording stands before and after the tokenizers."""
     folder = run.path / "round_trip"
     return _parts(folder) if folder.is_dir() else []
 
 
-def _parts(place: Path) -> list[dict[str, str]]:
+def _parts(place: Path) -> list[dict[str, Any]]:
     """What a folder of documents in Markdown holds, in its order, and then the files that none of them names."""
     files = {p.name: p for p in sorted(place.iterdir()) if p.is_file()}
-    parts: list[dict[str, str]] = []
+    parts: list[dict[str, Any]] = []
     shown = set()
     for file in files.values():
         if file.suffix in (".txt", ".md"):
-            for text, name in _pieces(file.read_text(errors="replace"), files):
-                parts += [{"name": file.name, "text": text}] if text.strip() else []
-                parts += _media(files[name]) if name else []
+            for part, name in parts_of(file.read_text(errors="replace"), files, file.name):
+                parts.append(part)
                 shown.add(name)
     for name in sorted(files.keys() - shown):
-        parts += _media(files[name])
+        parts += media(files[name])
     return parts
-
-
-def _pieces(text: str, files: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """The pieces of a sample's Markdown: (text, name of the file that follows it). A link is alone in its line."""
-    at = 0
-    for link in _LINK.finditer(text):
-        if link["name"] in files and Path(link["name"]).suffix in _KINDS:
-            yield text[at : link.start()], link["name"]
-            at = link.end()
-    yield text[at:], None
-
-
-def _media(file: Path) -> list[dict[str, str]]:
-    if file.suffix not in _KINDS:
-        return []
-    if file.stat().st_size > _SAMPLE_BYTES:
-        return [{"name": file.name, "text": f"[{file.name}: {file.stat().st_size / 1e6:.0f} MB, not shown here]"}]
-    uri = f"data:{_KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    return [{"name": file.name, "picture" if file.suffix != ".wav" else "sound": uri}]
 
 
 def scored(run: Run) -> list[dict[str, Any]]:
@@ -306,18 +281,16 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
     for run in runs:
         _ = run.lines
     differing, configs = differences(runs)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     wanted = [("perf/tokens_per_s", "tokens per second"), ("perf/data_wait", "share of time waiting for data")]
     wanted += [("grad_norm/total", "gradient norm"), ("learning_rate", "learning rate"), ("perf/mfu", "MFU")]
     wanted += [("batch", "batch")]
-    return environment.get_template("report.html").render(
+    return rendered(
+        Path(__file__).with_name("report.html"),
         runs=[
             {"path": str(run.path), "label": l, **facts(run, price)} for run, l in zip(runs, labels(runs), strict=True)
         ],
         losses={axis: loss_charts(runs, axis) for axis in AXES},
         axes=AXES,
-        palette=PALETTE,
         values=value_charts(runs, wanted),
         validation=validation_table(runs),
         baselines=[baseline_of(run) for run in runs],
@@ -328,7 +301,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
         sources=[run.config.get("data", {}).get("train", []) for run in runs],
         samples=[samples(run) for run in runs],
         round_trips=[round_trips(run) for run in runs],
-        captions=[_media(run.path / "captions.png") if (run.path / "captions.png").is_file() else [] for run in runs],
+        captions=[media(run.path / "captions.png") if (run.path / "captions.png").is_file() else [] for run in runs],
         scored=[scored(run) for run in runs],
         parts=PARTS,
         modalities=list(dict.fromkeys(m for run in runs for line in run.lines[-1:] for m in tokens_of(line))),
