@@ -153,7 +153,7 @@ def generate(arguments: argparse.Namespace) -> None:
                 check_prompt(prompts[text, shape], sampling, model.diffusion)
     # Every prompt and shape is drawn with the same seeds.
     seeds = range(arguments.seed, arguments.seed + arguments.samples)
-    jobs = [Job(text, shape, seed) for text, shape in prompts for seed in seeds]
+    jobs = [Job(text, shape, n) for text in texts for shape in arguments.shape or (None,) for n in seeds]
     folder.mkdir(parents=True, exist_ok=True)
 
     def draw(job: Job, name: str) -> list[str]:

@@ -139,7 +139,8 @@ def write_sheets(folder: Path, jobs: Sequence[Job], names: dict[Job, str]) -> li
     each = [[folder / f for f in _pictures(folder, names[job])] for job in jobs]
     if not any(each):
         return []
-    tiles = [(file, job.caption(jobs)) for job, files in zip(jobs, each, strict=True) for file in (files or [None])]
+    nothing: list[Path | None] = [None]  # leaves the sample's place empty
+    tiles = [(file, job.caption(jobs)) for job, files in zip(jobs, each, strict=True) for file in files or nothing]
     # Where every sample has one picture, the samples of a prompt make a row.
     row = len(jobs) // len({job.prompt for job in jobs})
     columns = row if len(tiles) == len(jobs) and 1 < row <= 12 else None
