@@ -65,7 +65,6 @@ MISTAKES = [
     ("pack-stats", "--data empty", "empty: no manifest.json"),
     ("pack-stats", "c.yaml --data empty", "give either a CONFIG, or --data"),
     ("inspect", "empty --output x.html", "empty: no manifest.json"),
-    ("inspect", "empty --output x.html --raw none", "no input matches 'none'"),
     ("inspect", "empty --output x.html --text-key a", "name these with --raw"),
     ("inspect", "--output x.html", "give a DATASET folder, or --config"),
     ("inspect", "empty --output x.html --rows 0", "--rows must be at least 1"),

@@ -252,6 +252,8 @@ def test_originals_that_are_not_there_are_counted_and_named(tokenized, tokenizer
     assert "Its original is not in the raw files." in "".join(found.text)
     with pytest.raises(UserError, match=r"none of the 4 documents chosen has its original there"):
         inspected(tokenized, tokenizers, tmp_path / "b.tar")
+    with pytest.raises(UserError, match="no input matches"):
+        inspected(tokenized, tokenizers, tmp_path / "none")
 
 
 def test_what_cannot_be_decoded_is_named_with_the_reason(tokenized):

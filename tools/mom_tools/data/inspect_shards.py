@@ -23,8 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mom_data.documents.document import Reading, Segment, expand_inputs
-from mom_data.documents.sample import DEFAULT
+from mom_data.documents.sample import DEFAULT, Reading, Segment
 from mom_data.order.forecast import first_rows, measure, tokens_of
 from mom_data.order.packing import Piece
 from mom_data.order.plan import Plan, hashed
@@ -370,7 +369,10 @@ def main() -> None:
             raise UserError("--length, --lanes, --window and --rows must be at least 1, --documents at least 0")
         if not arguments.raw and (arguments.text_key or arguments.ignore):
             raise UserError("--text-key and --ignore say how raw documents are read: name these with --raw")
-        expand_inputs(arguments.raw)  # before the shards are counted, which takes long
+        if arguments.raw:
+            from mom_data.documents.document import expand_inputs  # late: it imports torch
+
+            expand_inputs(arguments.raw)  # before the shards are counted, which takes long
         path: Path | None = arguments.tokenizers
         if arguments.config is not None:
             from mom_train.config.files import load_config

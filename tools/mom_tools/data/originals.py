@@ -10,15 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mom_data.documents.document import (
-    BadSample,
-    Document,
-    Reading,
-    Segment,
-    expand_inputs,
-    index_parts,
-    read_documents,
-)
+from mom_data.documents.sample import BadSample, Document, Reading, Segment
 from mom_data.shards.format import TokenSegment
 from mom_tokenizers.bundle import Tokenizers
 
@@ -29,6 +21,8 @@ _PART_BYTES = 4 << 20
 def documents_of(keys: Collection[str], raw: list[str], reading: Reading) -> dict[str, list[Document | BadSample]]:
     """The raw documents of the wanted keys, in the order of the files. A key that stands in several files has several.
     Raises UserError for a pattern that names no raw file, and for a damaged file."""
+    from mom_data.documents.document import expand_inputs, index_parts, read_documents  # late: it imports torch
+
     wanted = set(keys)
     found: dict[str, list[Document | BadSample]] = {}
     files = expand_inputs(raw)
