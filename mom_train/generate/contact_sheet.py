@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+if TYPE_CHECKING:  # a run that draws no pictures does not need it
+    from PIL import Image
 
 _SIDE = 160  # pixels of the square that a picture is fitted into
 _GAP = 10  # pixels around a picture
@@ -25,6 +26,8 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image | None, str]], columns: i
     Small pictures are enlarged by a whole number, so that their pixels stay squares, and large ones are reduced.
     A caption of more than four lines ends in an ellipsis. Raises ValueError for no pictures, and for more than MOST.
     """
+    from PIL import Image, ImageDraw
+
     if not 0 < len(pictures) <= MOST:
         raise ValueError(f"a contact sheet has 1 to {MOST} pictures, not {len(pictures)}")
     columns = min(len(pictures), columns or math.ceil(math.sqrt(len(pictures))))
@@ -56,6 +59,8 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image | None, str]], columns: i
 
 def _fitted(picture: Image.Image) -> Image.Image:
     """The picture in RGB with a longer side of at most _SIDE."""
+    from PIL import Image
+
     picture = picture.convert("RGB")
     longer = max(picture.size)
     if longer <= _SIDE:
@@ -68,7 +73,8 @@ def _fitted(picture: Image.Image) -> Image.Image:
 def _font() -> Any:
     """DejaVu Sans, which matplotlib brings with it: Latin, Greek, Cyrillic and more, but no Chinese, whose characters
     become boxes."""
-    import matplotlib  # late, because a run that draws no pictures does not need it
+    import matplotlib
+    from PIL import ImageFont
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), _SIZE)
 

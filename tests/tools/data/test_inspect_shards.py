@@ -259,7 +259,7 @@ def test_originals_that_are_not_there_are_counted_and_named(tokenized, tokenizer
 def test_what_cannot_be_decoded_is_named_with_the_reason(tokenized):
     found = inspected(tokenized, None, tokenized / "raw")
     for modality in ("text", "image", "speech"):
-        assert f"{modality} is shown by its ids: no tokenizer given." in "".join(found.text)
+        assert f"{modality}: 4 of 4 segments here are not decoded: no tokenizer given." in "".join(found.text)
     assert [tag for tag, *_ in found.media].count("audio") == 4  # the originals
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from mom_data.documents.sample import DEFAULT, Reading, Segment
@@ -232,6 +231,8 @@ def _seen(before: Any, decoded: Any) -> list[dict[str, Any]]:
     size = "{} x {}".format(*before.size)
     if decoded is None:
         return [{"name": "original", "note": size, "picture": picture(before)}]
+    from PIL import Image
+
     from mom_tokenizers.image.autoencoder import fitted
     from mom_tokenizers.image.measures import psnr
 
@@ -246,14 +247,18 @@ def _seen(before: Any, decoded: Any) -> list[dict[str, Any]]:
     ]
 
 
-def undecoded(documents: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Modality -> why its segments are shown by their ids alone."""
-    found: dict[str, str] = {}
+def undecoded(documents: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each modality of which segments are shown by their ids or as figures, with the first reason."""
+    parts: dict[str, list[dict[str, Any]]] = {}
     for document in documents:
         for part in document["parts"]:
-            if "why" in part:
-                found.setdefault(part["modality"], part["why"])
-    return found
+            parts.setdefault(part["modality"], []).append(part)
+    lines = []
+    for modality, shown_parts in parts.items():
+        why = [part["why"] for part in shown_parts if "why" in part]
+        if why:
+            lines.append(f"{modality}: {len(why)} of {len(shown_parts)} segments here are not decoded: {why[0]}.")
+    return lines
 
 
 def chosen_documents(

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from mom_tokenizers.errors import user_path, write_text
@@ -134,6 +133,8 @@ def write_page(folder: Path, jobs: Sequence[Job], names: dict[Job, str], setting
 
 def write_sheets(folder: Path, jobs: Sequence[Job], names: dict[Job, str]) -> list[Path]:
     """Writes grid.png of all pictures, and returns the files: none where there are no pictures."""
+    from PIL import Image
+
     from mom_train.generate.contact_sheet import MOST, contact_sheet
 
     each = [[folder / f for f in _pictures(folder, names[job])] for job in jobs]
