@@ -287,7 +287,7 @@ def chosen_documents(
         if found is not None and segments:
             candidates = originals.get(key, []) if key is not None else []
             before = original(name, segments, candidates, dataset.modalities, tokenizers, found)
-        each = before or [None] * len(segments)
+        each: Sequence[Segment | None] = before or [None for _ in segments]
         parts = [shown(s, m, tokenizers, one) for (m, s), one in zip(segments, each, strict=True)]
         documents.append({"key": name, "place": f"{dataset.where(shard)}, document {d}",
                           "damaged": read is None, "parts": parts,

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mom_tokenizers.errors import UserError, exit_clearly, user_path
 from mom_tokenizers.media.shapes import check_written
@@ -167,7 +168,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.grid:
         checkpoint = find_checkpoint(arguments.run, arguments.step)
         sums = {name: one.crc32 for name, one in checkpoint.sums().items()}
-        made = {"checkpoint": f"{checkpoint}, {zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"}
+        made: dict[str, Any] = {"checkpoint": f"{checkpoint}, {zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"}
         made |= {"weights": "ema" if arguments.ema else "model", "tokenizers": tokenizers.fingerprints()}
         made |= {"start": start, **asdict(sampling)}
         draw_grid(folder, jobs, made, f"Samples of {arguments.run}", draw)
