@@ -168,7 +168,8 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.grid:
         checkpoint = find_checkpoint(arguments.run, arguments.step)
         sums = {name: one.crc32 for name, one in checkpoint.sums().items()}
-        made: dict[str, Any] = {"checkpoint": f"{checkpoint}, {zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"}
+        checksum = zlib.crc32(json.dumps(sums, sort_keys=True).encode())
+        made: dict[str, Any] = {"checkpoint": f"{checkpoint}, {checksum:08x}"}
         made |= {"weights": "ema" if arguments.ema else "model", "tokenizers": tokenizers.fingerprints()}
         made |= {"start": start, **asdict(sampling)}
         draw_grid(folder, jobs, made, f"Samples of {arguments.run}", draw)
