@@ -18,6 +18,7 @@ RECIPE = {
 
 def demo(work, recipe, *more):
     command = [sys.executable, "tools/demo.py", "--work", str(work), "--tokenizers", str(recipe), "--documents", "60"]
+    command += ["--vocoder", "2"] if "--corpus" not in more else []
     small = ["model.dim=32", "model.layers=1", "data.sequence_length=128", "data.lanes=1", "training.steps=20"]
     small += ["optimizer.warmup=2", "validation.every=10", "validation.sequences=48"]
     done = subprocess.run([*command, *more, *small], cwd=CHECKOUT, capture_output=True, text=True)
@@ -48,6 +49,7 @@ def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path
     assert shown.count("original.png") == shown.count("decoded.png") > 2
     assert shown.count("original.wav") == shown.count("decoded.wav") > 0
     assert (work / "run/samples/sample-1.md").exists()
+    assert (work / "tokenizers/speech/vocoder/config.json").exists()  # so these sounds are the vocoder's
     assert (work / "run/samples/sample-0-0.png").exists()
 
     again = demo(work, recipe)

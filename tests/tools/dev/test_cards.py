@@ -29,14 +29,18 @@ def test_the_cards_are_what_follows_from_the_code_and_none_is_missing(cards, mon
     ("change", "message"),
     [
         ({"config": "configs/none.yaml"}, "there is no config configs/none.yaml"),
-        ({"as": {"steps": 1}}, "steps 1 then, 360 now.*measure them again, or remove the entry"),
+        ({"as": {"steps": 1}}, "steps 1 then, 720 now.*measure them again, or remove the entry"),
     ],
 )
 def test_losses_of_a_config_that_is_another_now_are_refused(cards, change, message, tmp_path):
-    entries = yaml.safe_load(cards["MEASURED"].read_text())
+    entry = {
+        "config": "configs/demo.yaml",
+        "as": {"steps": 720},
+        "date": "a day",
+        "losses": {"text": 3.5},
+    }
     changed = tmp_path / "measured.yaml"
-    entries[0] = {**entries[0], **change, "as": entries[0]["as"] | change.get("as", {})}
-    changed.write_text(yaml.safe_dump(entries))
+    changed.write_text(yaml.safe_dump([entry | change]))
 
     class Measured:
         """The file, which says its place as if it stood in the repository."""

@@ -27,7 +27,7 @@ from mom_train.config.sampling import PromptConfig
 from mom_train.generate.sampler import sample_document
 from mom_train.generate.samples import prompt_segments, settings
 
-DIGIT_CAPTION = "A handwritten {word}, in black ink."
+DIGIT_CAPTION = "A handwritten digit, in black ink: {word}."
 EMOJI_CAPTION = "{Name}, on a {ground} ground."
 _ROOM = 700  # positions for a caption and its picture
 _SIDE, _GAP = 32, 2

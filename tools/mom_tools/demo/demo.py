@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,6 +28,7 @@ from mom_data.shards.content import keep_inputs
 from mom_tokenizers.bundle import Tokenizers
 from mom_tokenizers.errors import EXIT_USER_ERROR, exit_clearly
 from mom_tokenizers.files import read_yaml
+from mom_tokenizers.speech.codecs import CODECS
 from mom_tools.data.mixture import sources
 from mom_tools.demo.gallery import write_round_trips
 from mom_tools.options import command_parser
@@ -40,6 +42,7 @@ _started = time.perf_counter()
 # of the tokens: text, which is cheapest to store, would otherwise leave little room for the rest. With fewer pictures,
 # captions do not decide what is drawn (docs/results/log.md, 2026-11-29).
 SHARES = {"text": 0.35, "image": 0.5, "speech": 0.15}
+VOCODER_STEPS = 150  # 43 CPU-seconds; docs/how-to/speech-as-sound.md has what they gain
 
 
 @contextmanager
@@ -64,6 +67,11 @@ def present_modalities(corpus: Path) -> list[str]:
     files, _ = files_of_side([str(corpus)], "train")
     found = {"text", *modalities_at_the_head(files)}
     return sorted(found, key=lambda modality: (modality != "text", modality))
+
+
+def speaks_by_centroids(speech: dict[str, Any] | None) -> bool:
+    """Whether units of this recipe need a vocoder, and it names none."""
+    return speech is not None and speech.get("extractor", "log_mel") not in CODECS and not speech.get("vocoder")
 
 
 def finished(config: RunConfig) -> bool:
@@ -127,6 +135,13 @@ def main() -> None:
     parser.add_argument("--tokenizers", default="configs/demo_tokenizers.yaml", help="recipe (default: %(default)s)")
     parser.add_argument("--documents", type=int, help="number of documents in the corpus that is built")
     parser.add_argument(
+        "--vocoder",
+        type=int,
+        metavar="STEPS",
+        help=f"steps that train a vocoder of the speech units, 0 for none (default: {VOCODER_STEPS}, and none with "
+        "--corpus)",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides of the run's config, such as training.steps=50"
     )
     arguments = parser.parse_args()
@@ -150,7 +165,7 @@ def demo(arguments: argparse.Namespace) -> None:
         files_of_side([str(raw)], "train")
         keep_inputs(work, expand_inputs([str(raw)]))
 
-    with stage("2/5 tokenizers: byte-level BPE, image codes or latents, speech units"):
+    with stage("2/5 tokenizers: byte-level BPE, image codes or latents, speech units and their vocoder"):
         wanted = read_yaml(arguments.tokenizers)
         found = present_modalities(raw)
         recipe = work / "tokenizers.yaml"
@@ -161,7 +176,11 @@ def demo(arguments: argparse.Namespace) -> None:
             print(f"    left out: {', '.join(dropped)}, for which {arguments.tokenizers} has no tokenizer")
         recipe.write_text(yaml.safe_dump({m: wanted[m] for m in found}, sort_keys=False))
         made = work / "tokenizers"
-        call("train-tokenizers", "--config", recipe, "--input", raw, "--output", made, threads=cores)
+        steps = arguments.vocoder
+        if steps is None and corpus is None and speaks_by_centroids(wanted.get("speech")):
+            steps = VOCODER_STEPS
+        vocoder = ["--vocoder", str(steps)] if steps and "speech" in found else []
+        call("train-tokenizers", "--config", recipe, "--input", raw, "--output", made, *vocoder, threads=cores)
 
     with stage("3/5 token shards"):
         for part in ("train", "val"):
