@@ -441,10 +441,14 @@ class RunConfig(Section):
             )
 
     def check_guidance(self, guidance: float) -> None:
-        """Raises UserError if guidance is asked of a model that has not learned to denoise without its condition,
-        neither in this run nor, as far as can be known here, in the one that it started from."""
+        """Raises UserError if guidance is asked of a model without pictures, or of one that has not learned to denoise
+        without its condition, neither in this run nor, as far as can be known here, in the one that it started from."""
+        if guidance == 1:
+            return
+        if "image" not in self.layout.modalities:
+            raise UserError(f"sampling.guidance={guidance}: only pictures are guided, and this run has none")
         diffusion = self.objective.diffusion
-        if guidance != 1 and (diffusion is None or not (diffusion.condition_dropout or self.init_from)):
+        if diffusion is not None and not (diffusion.condition_dropout or self.init_from):
             raise UserError(
                 f"sampling.guidance={guidance} needs a model that has learned to make pictures without text: "
                 "set objective.diffusion.condition_dropout, such as 0.1, or leave guidance at 1"

@@ -50,7 +50,8 @@ class SamplingConfig(Section):
     denoising_steps: PositiveInt = 25
     """Number of denoising steps for a continuous picture."""
     guidance: float = Field(default=1.0, ge=0)
-    """Strength of the classifier-free guidance of continuous pictures, which needs
-    objective.diffusion.condition_dropout. 1 means no guidance."""
+    """Strength of the classifier-free guidance of pictures, towards the words before them. 1 means no guidance.
+    Continuous pictures need objective.diffusion.condition_dropout for it, and pictures of codes need documents that
+    begin with a picture among those that were trained on."""
     seconds: float = Field(default=120.0, gt=0)
     """Number of seconds after which no further document is begun."""

@@ -57,8 +57,10 @@ class Sampling:
     """The number of codebooks of modalities whose codec writes several in the delay pattern. Spans of it are sampled
     so that they are whole recordings."""
     guidance: float = 1.0
-    """The strength of classifier-free guidance of pictures. 1 means none; other values need a model that was trained
-    with objective.diffusion.condition_dropout."""
+    """The strength w of classifier-free guidance of pictures. 1 means none. With u and c, what the model predicts
+    without and with its condition, u + w (c - u) is taken instead of c. For latents, this needs a model that was
+    trained with objective.diffusion.condition_dropout. For codes, c and u are logits, and u is of the same picture in a
+    document that begins with it, so it needs documents in which pictures stand first."""
 
     def __post_init__(self) -> None:
         """Raises UserError for settings with which nothing can be sampled."""
@@ -99,6 +101,7 @@ class Sampler:
 
     @property
     def _guided(self) -> bool:
+        """Whether pictures of latents are guided."""
         return self.sampling.guidance != 1.0 and self.model.patch_head is not None
 
     def _layout(self, length: int, modality: int, picture: bool = False) -> RowLayout:
@@ -114,9 +117,13 @@ class Sampler:
 
     # ---- writing ------------------------------------------------------------------------------------------
 
-    def choose(self, allowed: Tensor) -> int:
-        """Samples an id among `allowed` (V,) bool, by temperature and top-p."""
-        logits_V = self.logits_V.masked_fill(~allowed, -torch.inf)
+    def choose(self, allowed: Tensor, unconditional: Sampler | None = None) -> int:
+        """Samples an id among `allowed` (V,) bool, by temperature and top-p, and by guidance away from what the
+        `unconditional` document would go on with."""
+        logits_V = self.logits_V
+        if unconditional is not None:
+            logits_V = unconditional.logits_V + self.sampling.guidance * (logits_V - unconditional.logits_V)
+        logits_V = logits_V.masked_fill(~allowed, -torch.inf)
         if self.sampling.temperature == 0:
             return int(logits_V.argmax())
         p, ids = torch.softmax(logits_V / self.sampling.temperature, -1).sort(descending=True)
@@ -159,16 +166,24 @@ class Sampler:
         if modality == "image" and self.model.patch_head is not None:
             latents = self.picture(count)
             return latents if grid is None else latents.view(*grid, -1)
-        ids = self.codes(modality, count)
+        ids = self.codes(modality, count, self._alone(grid) if modality == "image" else None)
         return ids if grid is None else np.array(ids, np.uint32).reshape(grid)
 
     def _size(self, modality: str) -> int:
         span = dict(self.vocab.sizes)[modality]
         return min(span, (self.sampling.sizes or {}).get(modality, span))
 
-    def codes(self, modality: str, count: int | None = None) -> list[int]:
+    def _alone(self, grid: Grid | None) -> Sampler | None:
+        """A document that begins with the picture that was just opened, for the guidance of codes."""
+        if self.sampling.guidance == 1.0:
+            return None
+        alone = Sampler(self.model, self.vocab, self.sampling, 0)
+        alone.read([self.vocab.specials["bos"], self.vocab.opening("image", grid)])
+        return alone
+
+    def codes(self, modality: str, count: int | None = None, unconditional: Sampler | None = None) -> list[int]:
         """Samples the local ids of one span: a whole picture, of `count` codes where that is given, or units until the
-        closing bracket."""
+        closing bracket. With guidance, the `unconditional` document reads them as well."""
         if (self.sampling.codebooks or {}).get(modality, 1) > 1:
             return self._delayed_codes(modality)
         number = self.vocab.modalities.index(modality)
@@ -179,11 +194,12 @@ class Sampler:
         ids: list[int] = []
         for i in range((count or self.sampling.patches_per_picture) if fixed else self.sampling.max_units):
             allowed[closing] = not fixed and i > 0
-            token = self.choose(allowed)
+            token = self.choose(allowed, unconditional)
             if token == closing:
                 break
             ids.append(int(self.vocab.codes(modality, np.array(token))))
-            self.read([token], number)
+            for document in (self,) if unconditional is None else (self, unconditional):
+                document.read([token], number)
         return ids
 
     def _delayed_codes(self, modality: str) -> list[int]:
@@ -279,8 +295,6 @@ def denoise(
 def check_prompt(prompt: Sequence[TokenSegment], sampling: Sampling, diffusion: DiffusionConfig | None) -> None:
     """Raises UserError where a model of this objective cannot do what is asked of it, or where the prompt leaves no
     room for anything."""
-    if sampling.guidance != 1.0 and diffusion is None:
-        raise UserError(f"guidance={sampling.guidance}: only pictures of latents are guided, and this model has codes")
     if diffusion is not None and sampling.denoising_steps > diffusion.steps:
         raise UserError(f"{sampling.denoising_steps} denoising steps, of {diffusion.steps} that the model has learned")
     length = 1 + sum(len(segment.values) + 2 * (segment.modality != 0) for segment in prompt)  # <bos> and brackets
@@ -300,6 +314,8 @@ def sample_document(
     shape of a picture. The values are as `Sampler.span` gives them. Raises UserError as
     `check_prompt`."""
     check_prompt(prompt, sampling, model.diffusion)
+    if sampling.guidance != 1.0 and "image" not in vocab.modalities:
+        raise UserError(f"guidance={sampling.guidance}: only pictures are guided, and this model has none")
     sampler = Sampler(model, vocab, sampling, seed)
     sampler.read([vocab.specials["bos"]])
     for segment in prompt:

@@ -177,7 +177,7 @@ def test_no_number_of_a_config_may_be_nan_or_infinite_negative_or_a_truth_value(
         ({**DIFFUSION, "objective.diffusion.weight": -1}, r"objective.diffusion.weight: .*greater than or equal to 0"),
         ({"objective.load_balance": -1}, r"objective.load_balance: .*greater than or equal to 0"),
         ({**DIFFUSION, "sampling.guidance": 3}, r"sampling.guidance=3.0 needs .*condition_dropout"),
-        ({"sampling.guidance": 3}, r"sampling.guidance=3.0 needs .*condition_dropout"),
+        ({"vocabulary": {"text": 9}, "sampling.guidance": 3}, r"sampling.guidance=3.0: only pictures are guided"),
         ({"sampling.every": 5}, r"sampling.every: samples need tokenizers"),
         ({"sampling.every": 5, "tokenizers": "t", "sampling.prompts": []}, r"sampling.prompts: name at least one"),
         ({"sampling.prompts": [{"start": "text"}]}, r"sampling.prompts: start=text"),

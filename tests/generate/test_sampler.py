@@ -151,12 +151,45 @@ def test_guidance_moves_the_prediction_away_from_the_unconditional_one():
         torch.testing.assert_close(result, expected, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("config", [MAMBA, TRANSFORMER], ids=["mamba", "transformer"])
+def test_guidance_of_codes_moves_logits_away_from_those_of_a_picture_that_begins_its_document(config):
+    """The greedy codes at strength w, against whole sequences that the model reads at once in float64: at each position
+    the largest of u + w (c - u), with u after <bos> <boi> and the same codes."""
+    model, w = build(config), 6.0
+    bos, boi = (VOCAB.specials[k] for k in ("bos", "boi"))
+    sampling = Sampling(guidance=w, temperature=0, patches_per_picture=6)
+    prompt = [TokenSegment(0, np.array([1, 2, 3])), TokenSegment(1, np.zeros(0, np.uint32))]
+    drawn = next(sample_document(model, VOCAB, prompt, sampling, 0))[1]
+    model = model.double()
+
+    def logits(before, codes):
+        ids = torch.tensor([*before, *VOCAB.ids("image", np.array(codes, np.int64)).tolist()])
+        modality = torch.tensor([[0] * len(before) + [1] * len(codes)], dtype=torch.uint8)
+        layout = RowLayout.sort(modality, torch.zeros_like(modality, dtype=torch.int32), 3)
+        with torch.no_grad():
+            sorted_TV, _ = model(ids[layout.rows.long()], layout)
+        return sorted_TV[layout.order.long()][-1][VOCAB.ids("image", np.arange(16))]
+
+    expected: list[int] = []
+    plain: list[int] = []
+    for _ in range(6):
+        c, u = logits([bos, 1, 2, 3, boi], expected), logits([bos, boi], expected)
+        expected.append(int((u + w * (c - u)).argmax()))
+        plain.append(int(logits([bos, 1, 2, 3, boi], plain).argmax()))
+    assert drawn == expected != plain
+
+
+def test_guidance_of_a_model_without_pictures_is_refused():
+    vocab = VocabLayout({"text": 40, "speech": 8})
+    with pytest.raises(UserError, match="only pictures are guided, and this model has none"):
+        next(sample_document(build(MAMBA), vocab, [], Sampling(guidance=2.0), 0))
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings", "diffusion", "message"),
     [
         ([TokenSegment(0, np.arange(20))], {"max_tokens": 21}, None, "takes 21 positions of at most 21"),
         ([TokenSegment(1, np.arange(9))], {"max_tokens": 5}, None, "takes 12 positions of at most 5"),
-        ([], {"guidance": 2.0}, None, "only pictures of latents are guided"),
         ([], {"denoising_steps": 9}, DiffusionConfig(patch_width=4, steps=8), "9 denoising steps, of 8"),
     ],
 )

@@ -72,7 +72,10 @@ def main() -> None:
         "--denoised-limit", type=float, default=4.0, help="largest value of a denoised latent (%(default)s)"
     )
     parser.add_argument(
-        "--guidance", type=float, default=1.0, help="guidance of latent pictures; 1 is none (default: %(default)s)"
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="guidance of pictures towards the prompt; 1 is none (default: %(default)s)",
     )
     add_device(parser)
     arguments = parser.parse_args()
