@@ -251,7 +251,7 @@ def test_patterns_of_raw_documents_mean_the_same_from_any_folder(tmp_path, monke
 
 def test_every_text_in_a_config_is_known_to_be_a_place_or_none():
     """A new key that names a place must be made absolute for a submitted job, or it is read from another folder."""
-    none = {"architecture", "text", "start", "project", "entity", "name", "group", "tags", "best", "shards"}
+    none = {"architecture", "text", "start", "shape", "project", "entity", "name", "group", "tags", "best", "shards"}
     texts = set()
 
     def collect(section):

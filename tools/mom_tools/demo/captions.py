@@ -30,9 +30,6 @@ from mom_train.generate.samples import prompt_segments, settings
 DIGIT_CAPTION = "A handwritten digit, in black ink: {word}."
 EMOJI_CAPTION = "{Name}, on a {ground} ground."
 _ROOM = 700  # positions for a caption and its picture
-GUIDANCE = 8.0
-"""The strength of guidance of picture codes. A model as small as the demo's knows which digit a caption means, but
-gives it little weight against how strokes go on: without guidance the digits that it draws are right by chance only."""
 _SIDE, _GAP = 32, 2
 
 
@@ -94,8 +91,7 @@ def measure(run: Path, each: int = 3) -> tuple[list[Hits], Image.Image] | None:
     if config.tokenizers is None or not {"text", "image"} <= set(vocab.modalities):
         return None
     tokenizers = Tokenizers.load(config.tokenizers)
-    guidance = GUIDANCE if model.diffusion is None else 1.0  # which latents would have to be trained for
-    sampling = settings(tokenizers, max_tokens=_ROOM, guidance=guidance)
+    sampling = settings(tokenizers, max_tokens=_ROOM)
     image = tokenizers.tokenizer("image")
 
     def draw(caption: str, seed: int) -> Image.Image:
