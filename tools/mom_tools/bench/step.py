@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         key: value for key, value in vars(arguments).items() if isinstance(value, int | str | list)
     }
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": _device_name(arguments)}
-    with process_group():  # of one, as training has it: clipping sums over ranks
+    # On a GPU clipping sums over a group of one, as training does. On a CPU the group's threads would count as well.
+    with process_group() if arguments.device == "cuda" else nullcontext():
         if contexts:
             steps = {str(length): _Step("mixture", arguments, 1, length) for length in contexts}
         else:
@@ -122,7 +123,9 @@ class _Step:
                 block.compile()
         self.optimizer = build_optimizer(self.model, OptimizerConfig.model_validate({"learning_rate": 1e-4}))
         names = [f"modality {m}" for m in range(modalities)]
-        self._clipping = Clipping(self.model, names, 1.0, copies=1, one_pass=self.device.type == "cuda")
+        self._clipping = None
+        if self.device.type == "cuda":
+            self._clipping = Clipping(self.model, names, 1.0, copies=1, one_pass=True)
         self._no_sums = torch.zeros(0, dtype=torch.float64, device=self.device)
         self._shape, self._modalities, self._used = (batch, length), arguments.modalities, modalities
         self._generator = torch.Generator().manual_seed(1)
@@ -147,7 +150,10 @@ class _Step:
         with lap("backward"):
             loss.backward()
         with lap("clip"):
-            self._clipping(self._no_sums, self.optimizer, detailed=False)
+            if self._clipping is None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            else:
+                self._clipping(self._no_sums, self.optimizer, detailed=False)
         with lap("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
