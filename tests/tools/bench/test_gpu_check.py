@@ -60,7 +60,7 @@ def written(folder):
 
 
 def test_a_part_that_hangs_is_killed_with_what_it_started_and_the_next_one_runs(tmp_path):
-    assert check(tmp_path, hangs, quick, limit=6).run() == 1
+    assert check(tmp_path, hangs, quick, limit=12).run() == 1
     values, text = written(tmp_path)
     assert values["parts"]["hangs"]["state"].startswith("killed at its limit of")
     assert values["parts"]["hangs"]["tables"] == {"Numbers": [{"name": "before", "value": "0"}]}
