@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, model_validator
 
 from mom_tokenizers.errors import UserError
 from mom_tokenizers.vocab import VocabLayout
