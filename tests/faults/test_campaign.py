@@ -3,25 +3,32 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 
+from tests.faults.campaign import main
 from tests.faults.experiment import Saved, Violation, check_rows, check_saved
-from tests.helpers import CHECKOUT
 
 
-def campaign(folder, *kinds, seed=0, steps=80, minutes=60):
-    line = [sys.executable, "-m", "tests.faults.campaign", "--seed", str(seed), "--steps", str(steps)]
-    line += ["--faults", str(len(kinds)), "--kinds", *kinds, "--minutes", str(minutes)]
-    line += ["--output", str(folder), "--json", str(folder / "out.json")]
-    done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [fault["kind"] for fault in json.loads((folder / "out.json").read_text())["faults"]], done.stderr
+@pytest.fixture
+def campaign(capsys):
+    """A function that runs the campaign here, not in a process of its own, which would import torch again. Returns the
+    kinds of the faults and what it said."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(folder, *kinds, seed=0, steps=80, minutes=60):
+        line = ["--seed", seed, "--steps", steps, "--faults", len(kinds), "--kinds", *kinds, "--minutes", minutes]
+        code = main([*map(str, line), "--output", str(folder), "--json", str(folder / "out.json")])
+        said = capsys.readouterr()
+        assert code == 0, said.out + said.err
+        return [fault["kind"] for fault in json.loads((folder / "out.json").read_text())["faults"]], said.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_a_run_ends_as_if_undisturbed_whatever_is_killed_signalled_or_damaged(tmp_path):
+def test_a_run_ends_as_if_undisturbed_whatever_is_killed_signalled_or_damaged(campaign, tmp_path):
     kinds = ["kill-rank", "kill-agent", "sigusr1-launcher", "pause", "flipped-byte", "latest-removed"]
     disk = ["full-disk", "read-only-disk"]
     short = {"steps": 40}  # several runs for these faults, each with the three intervals that falling back needs
@@ -54,7 +61,7 @@ def test_the_campaign_tells_a_repeated_a_lost_and_a_changed_step_and_a_damaged_f
 
 
 @pytest.mark.cluster
-def test_a_run_survives_its_object_store_its_hosts_and_ranks_that_hang(tmp_path):
+def test_a_run_survives_its_object_store_its_hosts_and_ranks_that_hang(campaign, tmp_path):
     kinds = ["hang", "kill-launcher", "store-stalls", "store-503", "cable-out", "host-cut-off", "host-dies"]
     injected, said = campaign(tmp_path, *kinds)
     if missing := set(kinds) - set(injected):

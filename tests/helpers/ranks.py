@@ -149,7 +149,8 @@ def mom_train_ranks(world_size, prepare, config, *overrides, timeout=120):
             process.join(timeout)
             process.kill()
             process.join()
-        return [(process.exitcode, reader.read().decode()) for process, reader in zip(ranks, readers, strict=True)]
+        printed = [(reader.read() or b"").decode() for reader in readers]  # None if nothing came and the pipe is open
+        return [(process.exitcode, text) for process, text in zip(ranks, printed, strict=True)]
 
 
 def _pipe(path):

@@ -5,7 +5,6 @@ import json
 import re
 import struct
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from PIL import Image
 from mom_train.observe.metrics import Record, read_metrics
 from tests.helpers import CHECKOUT
 from tests.helpers.run_config import tiny_config
+from tests.helpers.runs import run
 from tests.helpers.tokenized import tokenized_config
 
 
@@ -72,9 +72,7 @@ def seen(tmp_path_factory):
         changes["wandb"] = {"project": "test", "mode": "offline"}
     path = folder / "config.yaml"
     path.write_text(tokenized_config(folder, **changes).to_yaml())
-    launcher = [sys.executable, "-m", "torchrun_launch", "local", "--nproc-per-node=2", str(path)]
-    done = subprocess.run(launcher, cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(path, ranks=2, torchrun=True)
     return folder / "run"
 
 

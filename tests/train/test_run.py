@@ -133,7 +133,7 @@ def test_each_error_of_the_user_is_one_clear_message_and_exit_code_2(whole, tmp_
     short = tmp_path / "train/part-00001.tar"
     content = short.read_bytes()
     short.write_bytes(content[:-512])
-    assert "part-00001.tar has" in says(ranks=2, torchrun=True)
+    assert "part-00001.tar has" in says(ranks=2)
     short.unlink()
     assert "part-00001.tar is missing" in says()
     short.write_bytes(content)

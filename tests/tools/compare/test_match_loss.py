@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import yaml
 from mom_tools.compare.curves import Run, compare, first_reach, unlike
 from mom_tools.compare.match_loss import as_json, notes
 from mom_tools.compare.published import TABLES, read, select
-from tests.helpers import CHECKOUT
+from tests.helpers.ranks import program
 
 STEP = 4e9  # FLOPs
 
@@ -43,8 +41,7 @@ def law(scale=1.0):
 
 
 def tool(*arguments):
-    command = [sys.executable, "tools/match_loss.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    return program("tools/match_loss.py", *arguments)
 
 
 @pytest.mark.parametrize("scale", [0.3476, 0.654, 0.99])

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,8 +15,7 @@ from mom_tokenizers.speech.units import SpeechTokenizer
 from mom_tokenizers.text import TextTokenizer
 from mom_train.config.files import load_config
 from mom_train.data import build_plans
-from tests.helpers import CHECKOUT
-from tests.helpers.ranks import mom_train
+from tests.helpers.ranks import mom_train, program
 from tests.helpers.tiny_tokenizers import random_vq
 
 MELODIES = 48
@@ -64,9 +61,8 @@ def made(tmp_path_factory):
             "e-speech": {"type": "speech", "ids": [1, 2]},
         }.items():
             tar.write({"__key__": key, "json": json.dumps({"segments": [segment]}).encode()})
-    tool = [sys.executable, "tools/tokenize_shards.py", "--config", str(folder / "tokenizers.yaml"), "--workers", "1"]
-    tool += ["--input", str(folder / "raw"), "--output", str(folder / "tokens"), "--max-bad-fraction", "0.1"]
-    done = subprocess.run(tool, cwd=CHECKOUT, capture_output=True, text=True)
+    tool = ["tools/tokenize_shards.py", "--config", folder / "tokenizers.yaml", "--workers", 1]
+    done = program(*tool, "--input", folder / "raw", "--output", folder / "tokens", "--max-bad-fraction", 0.1)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

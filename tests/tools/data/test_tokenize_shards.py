@@ -66,9 +66,8 @@ def made(tmp_path_factory):
                 tar.write({"__key__": "no-sound", "flac": b"not a recording", "txt": "caption"})
                 tar.write({"__key__": "no-json", "json": b"{"})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    train = [sys.executable, str(TOOLS / "train_tokenizers.py"), "--config", str(folder / "recipe.yaml")]
-    train += ["--input", str(folder / "raw"), "--output", str(folder / "tokenizers")]
-    subprocess.run(train, check=True, capture_output=True)
+    train = [TOOLS / "train_tokenizers.py", "--config", folder / "recipe.yaml", "--input", folder / "raw"]
+    program(*train, "--output", folder / "tokenizers").check_returncode()
     return folder
 
 
@@ -130,18 +129,28 @@ def test_too_many_unreadable_samples_are_an_error_and_nothing_is_lost(made, tmp_
     assert TokenDataset(tmp_path / "t").manifest["documents"] == 120
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """Many lines of text and a tokenizer for nothing else, with which processes start soon."""
-    folder, rng = tmp_path_factory.mktemp("words"), random.Random(1)
+def write_words(folder, number):
+    rng = random.Random(1)
     (folder / "raw").mkdir()
     for name in ("a", "b"):
-        texts = [" ".join(str(rng.random()) for _ in range(40)) for _ in range(4000)]
+        texts = [" ".join(str(rng.random()) for _ in range(40)) for _ in range(number)]
         lines = [json.dumps({"text": text}) for text in texts]
         (folder / f"raw/{name}.jsonl").write_text("\n".join([*lines, "no json"]) + "\n")
     TextTokenizer.train(texts[:100], 300).save(folder / "tokenizers/text")
     (folder / "tokenizers/tokenizers.yaml").write_text("text: {kind: bpe, path: text}\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Lines of text and a tokenizer for nothing else, with which processes start soon."""
+    return write_words(tmp_path_factory.mktemp("words"), 1200)
+
+
+@pytest.fixture(scope="module")
+def many_words(tmp_path_factory):
+    """The same with so many lines that there is time to kill processes at their work."""
+    return write_words(tmp_path_factory.mktemp("many"), 4000)
 
 
 def test_after_success_with_several_workers_nothing_is_said_but_the_result(words, tmp_path):
@@ -161,6 +170,12 @@ def undisturbed(words):
     return words / "tokens"
 
 
+@pytest.fixture(scope="module")
+def many_undisturbed(many_words):
+    run(many_words, many_words / "tokens", "--workers", "1", *PARTS)
+    return many_words / "tokens"
+
+
 def workers_of(pid):
     """The processes that were forked from the server which a tool has started for them."""
 
@@ -170,12 +185,12 @@ def workers_of(pid):
     return [worker for child in children(pid) for worker in children(child)]
 
 
-def test_killed_at_any_moment_it_finishes_with_the_same_bytes(words, undisturbed, tmp_path):
+def test_killed_at_any_moment_it_finishes_with_the_same_bytes(many_words, many_undisturbed, tmp_path):
     """Alternately the whole group of processes and the first alone, whose workers must not live on."""
     output, rng = tmp_path / "t", random.Random(3)
     for turn in range(5):
         process = subprocess.Popen(
-            command(words, output, "--workers", "2", *PARTS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            command(many_words, output, "--workers", "2", *PARTS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
         deadline = time.time() + 300
@@ -192,10 +207,10 @@ def test_killed_at_any_moment_it_finishes_with_the_same_bytes(words, undisturbed
             assert time.time() < deadline
             time.sleep(0.01)
         assert not (output / "manifest.json").exists()
-    run(words, output, "--workers", "2", *PARTS)
-    assert checksums(output) == checksums(undisturbed)
+    run(many_words, output, "--workers", "2", *PARTS)
+    assert checksums(output) == checksums(many_undisturbed)
     before = {p: p.stat().st_mtime_ns for p in output.glob("*.tar")}
-    run(words, output, *PARTS)
+    run(many_words, output, *PARTS)
     assert {p: p.stat().st_mtime_ns for p in output.glob("*.tar")} == before
 
 
@@ -206,9 +221,9 @@ def state(pid):
         return "Z"
 
 
-def test_a_worker_that_is_killed_is_one_clear_message_and_nothing_is_lost(words, undisturbed, tmp_path):
+def test_a_worker_that_is_killed_is_one_clear_message_and_nothing_is_lost(many_words, many_undisturbed, tmp_path):
     process = subprocess.Popen(
-        command(words, tmp_path / "t", "--workers", "1", *PARTS), stderr=subprocess.PIPE, text=True
+        command(many_words, tmp_path / "t", "--workers", "1", *PARTS), stderr=subprocess.PIPE, text=True
     )
     while not list((tmp_path / "t").glob(".*.tar.partial")):
         assert process.poll() is None
@@ -219,8 +234,8 @@ def test_a_worker_that_is_killed_is_one_clear_message_and_nothing_is_lost(words,
     assert process.returncode == 2
     assert "a worker was killed" in error
     assert "Traceback" not in error
-    run(words, tmp_path / "t", *PARTS)
-    assert checksums(tmp_path / "t") == checksums(undisturbed)
+    run(many_words, tmp_path / "t", *PARTS)
+    assert checksums(tmp_path / "t") == checksums(many_undisturbed)
 
 
 def test_a_file_in_parts_holds_the_same_documents_as_in_one(words, undisturbed, tmp_path):
@@ -298,8 +313,8 @@ def test_a_run_refuses_shards_of_other_tokenizers(made, tokens, tmp_path):
     other = made / "tokenizers2"
     recipe = made / "recipe2.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE, "text": {"size": 280}}))
-    train = [sys.executable, str(TOOLS / "train_tokenizers.py"), "--config", str(recipe), "--input", str(made / "raw")]
-    subprocess.run([*train, "--output", str(other)], check=True, capture_output=True)
+    train = [TOOLS / "train_tokenizers.py", "--config", recipe, "--input", made / "raw"]
+    program(*train, "--output", other).check_returncode()
     overrides = [
         f"data.train=[{{path: {tokens}}}]", "data.validation={}", "validation.every=null", f"run_dir={tmp_path}",
         "data.sequence_length=64",
@@ -330,16 +345,16 @@ def continuous(made):
     )  # fmt: skip
     KLImageTokenizer(model, 16).save(folder / "image")
     (folder / "tokenizers.yaml").write_text("text: {kind: bpe, path: text}\nimage: {kind: kl, path: image}\n")
-    tool = [sys.executable, str(TOOLS / "tokenize_shards.py"), "--config", str(folder / "tokenizers.yaml")]
-    tool += ["--input", str(made / "raw"), "--output", str(folder / "tokens"), "--workers", "2"]
-    refused = subprocess.run(tool, capture_output=True, text=True)
+    tool = [TOOLS / "tokenize_shards.py", "--config", folder / "tokenizers.yaml"]
+    tool += ["--input", made / "raw", "--output", folder / "tokens", "--workers", "2"]
+    refused = program(*tool)
     assert refused.returncode == 2
     # without being told to, nothing is left out: both ways out are named, before anything is tokenized
     assert "the inputs hold speech" in refused.stderr
     assert "--drop-modalities speech" in refused.stderr
     assert "'speech' to the recipe" in refused.stderr
     assert not (folder / "tokens").exists()
-    subprocess.run([*tool, "--drop-modalities", "speech"], check=True, capture_output=True)
+    program(*tool, "--drop-modalities", "speech").check_returncode()
     return folder
 
 

@@ -8,25 +8,31 @@ import sys
 import yaml
 
 from tests.helpers import CHECKOUT
+from tests.helpers.ranks import program
 
 RECIPE = {
     "text": {"size": 400},
-    "image": {"size": 32, "resolution": 16, "patch": 2, "max_images": 40, "batch_size": 8, "steps": 5},
+    "image": {"size": 32, "resolution": 16, "patch": 4, "max_images": 40, "batch_size": 8, "steps": 5},
     "speech": {"size": 20, "max_seconds": 20},
 }  # fmt: skip
 
 
-def demo(work, recipe, *more):
-    command = [sys.executable, "tools/demo.py", "--work", str(work), "--tokenizers", str(recipe), "--documents", "60"]
-    command += ["--vocoder", "2"] if "--corpus" not in more else []
-    small = ["model.dim=32", "model.layers=1", "data.sequence_length=128", "data.lanes=1", "training.steps=20"]
-    small += ["optimizer.warmup=2", "validation.every=10", "validation.sequences=48"]
-    done = subprocess.run([*command, *more, *small], cwd=CHECKOUT, capture_output=True, text=True)
+def demo(work, recipe, *more, forked=True):
+    options = ["--work", str(work), "--tokenizers", str(recipe), "--documents", "60", *more]
+    options += ["--vocoder", "2"] if "--corpus" not in more else []
+    options += ["model.dim=32", "model.layers=1", "data.sequence_length=128", "data.lanes=1", "training.steps=20"]
+    options += ["optimizer.warmup=2", "validation.every=10", "validation.sequences=48"]
+    if forked:
+        done = program("tests.helpers.forked_demo", *options)
+    else:
+        command = [sys.executable, "tools/demo.py", *options]
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path):
+def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path, monkeypatch):
+    """The first run trains by `mom local` as a user would, the second starts every other command so."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
     work = tmp_path / "demo"
@@ -52,7 +58,7 @@ def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path
     assert (work / "tokenizers/speech/vocoder/config.json").exists()  # so these sounds are the vocoder's
     assert (work / "run/samples/sample-0-0.png").exists()
 
-    again = demo(work, recipe)
+    again = demo(work, recipe, forked=False)
     assert [json.loads(x) for x in (work / "run/metrics.jsonl").read_text().splitlines()] == lines, "trained again"
     assert again.split("loss (nats")[1].split("run  ")[0] == table.split("loss (nats")[1].split("run  ")[0]
 
@@ -60,6 +66,7 @@ def test_from_documents_to_a_trained_model_and_again_on_ones_own_shards(tmp_path
     raw.mkdir()
     text = "".join(json.dumps({"text": f"document {i} about nothing but text " * 20}) + "\n" for i in range(200))
     (raw / "pages.jsonl").write_text(text)
+    monkeypatch.setenv("FORKED_RANKS", "1")
     table = demo(tmp_path / "demo own", recipe, "--corpus", str(raw))
     assert "image" not in table.split("loss (nats")[1].split("FLOPs")[0]
 

@@ -22,15 +22,14 @@ from mom_train.ops import native
 from mom_train.ops.layout import RowLayout
 from tests.helpers import CHECKOUT
 from tests.helpers.corpus import write_dataset
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import program, run_ranks
 from tests.helpers.run_config import tiny_config
 
 CONFIGS = CHECKOUT / "configs"
 
 
 def tool(*arguments, cwd=CHECKOUT):
-    command = [sys.executable, str(CHECKOUT / "tools/describe_model.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return program(CHECKOUT / "tools/describe_model.py", *arguments, cwd=cwd)
 
 
 def test_the_json_contract(tmp_path):
