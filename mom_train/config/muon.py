@@ -30,7 +30,8 @@ class MuonConfig(Section):
     makes updates as large as those of AdamW, so that its learning rate and weight decay fit (arXiv 2502.16982).
     `original` is sqrt(max(1, A / B)), which needs a learning rate of its own, such as 0.02."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the iteration, and of what ranks send each other for it. The momentum is always fp32."""
+    """Precision of the iteration, and of what ranks send each other for it. The momentum is always fp32. On a processor
+    without bf16 instructions `bf16` makes a step several times slower than `fp32`."""
     exclude: tuple[Projection, ...] = ()
     """Projections that AdamW trains instead, such as [in_proj]. Megatron does so for the in_proj of Mamba."""
 

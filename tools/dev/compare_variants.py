@@ -68,8 +68,10 @@ class Variant:
     """Overrides of the config."""
 
 
+_ADAMW = ("optimizer.kind=adamw", "optimizer.muon=null")  # whatever the config has
 _MUON = ("optimizer.kind=muon",)
 _TRANSFORMER = (
+    *_ADAMW,
     "model.architecture=transformer",
     "model.heads=4",
     "model.decoupled=[attention, feed_forward, norm]",
@@ -78,15 +80,15 @@ _Z = "objective.z_loss=1e-4"  # PaLM's
 
 SETS = {
     "optimizers": (
-        Variant("AdamW", "AdamW"),
+        Variant("AdamW", "AdamW", _ADAMW),
         Variant("Muon", "AdamW", (*_MUON, "optimizer.muon={precision: fp32}")),
         Variant("Muon, in_proj by AdamW", "AdamW", (*_MUON, "optimizer.muon={precision: fp32, exclude: [in_proj]}")),
     ),
     "stability": (
-        Variant("mixture", "mixture"),
-        Variant("mixture, normalise", "mixture", ("model.normalise=true",)),
-        Variant("mixture, z-loss", "mixture", (_Z,)),
-        Variant("mixture, normalise, z-loss", "mixture", ("model.normalise=true", _Z)),
+        Variant("mixture", "mixture", _ADAMW),
+        Variant("mixture, normalise", "mixture", (*_ADAMW, "model.normalise=true")),
+        Variant("mixture, z-loss", "mixture", (*_ADAMW, _Z)),
+        Variant("mixture, normalise, z-loss", "mixture", (*_ADAMW, "model.normalise=true", _Z)),
         Variant("Transformer", "Transformer", _TRANSFORMER),
         Variant("Transformer, QK-norm", "Transformer", (*_TRANSFORMER, "model.qk_norm=true")),
         Variant("Transformer, z-loss", "Transformer", (*_TRANSFORMER, _Z)),

@@ -34,6 +34,8 @@ def test_chance_and_p_stand_beside_the_hits():
     assert hits.p_value == pytest.approx(by_chance)
     said = " ".join(table([hits]).split())
     assert "| digit | 6 of 20 | 2 | 19 of 20 | 0.01 |" in said
+    said = " ".join(table([Hits("by likelihood", 6, 20, None, 10)]).split())
+    assert "| by likelihood | 6 of 20 | 2 | | 0.01 |" in said
 
 
 def test_the_sheet_has_a_column_for_each_caption():

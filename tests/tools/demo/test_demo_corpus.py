@@ -3,8 +3,6 @@ import importlib.util
 import io
 import json
 import re
-import subprocess
-import sys
 import unicodedata
 
 import numpy as np
@@ -15,8 +13,9 @@ from PIL import Image
 from mom_data.documents.document import Document, read_documents
 from mom_tools.data.mixture import sources
 from mom_tools.demo.corpus import by_kind, named_emoji, plan_documents
-from mom_tools.demo.render import GROUNDS, Picture, Speech
+from mom_tools.demo.render import GROUNDS, PENS, Picture, Speech
 from tests.helpers import CHECKOUT
+from tests.helpers.ranks import program
 
 pytest.importorskip("espeakng_loader")
 TOOL = CHECKOUT / "tools" / "make_demo_corpus.py"
@@ -25,8 +24,7 @@ NAMES = sorted((name for _, name in named_emoji()), key=len, reverse=True)  # th
 
 
 def build(output, *options):
-    command = [sys.executable, str(TOOL), "--output", str(output), "--documents", str(DOCUMENTS), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    return program(TOOL, "--output", output, "--documents", DOCUMENTS, *options)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +130,9 @@ def test_kinds_keep_every_document_and_most_captions_come_before_their_picture()
     assert all(any(isinstance(p, Speech) for p in d) for part in spoken for d in part)
     first = sum(isinstance(d[0], str) for d in pictures)
     assert 0.65 < first / len(pictures) < 0.85
+    pens = [p.pen for d in made for p in d if isinstance(p, Picture)]
+    assert 0.65 < pens.count("in black ink") / len(pens) < 0.85
+    assert set(pens) == set(PENS)
 
 
 def test_without_the_package_of_emoji_there_are_digits_alone(monkeypatch):
