@@ -1,5 +1,9 @@
 """Orders the tests: the longest files come first, so that no worker is left alone with one of them at the end."""
 
+import os
+
+import pytest
+
 # minutes each, most first; a file that is not named comes after them, as it was collected
 LONGEST = (
     "demo/test_tutorial.py",
@@ -23,3 +27,9 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     place = {name: k for k, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, because tests of launchers and signals mostly wait."""
+    return (os.cpu_count() or 1) + 1

@@ -85,7 +85,8 @@ def card(path: Path, config: RunConfig, measured: Sequence[Mapping[str, Any]]) -
                        "of them used by each token"),
         *((f"training FLOPs of {kind}", f"{millions * f['training']:,.1f} M") for kind, f in kinds.items()),
         ("training", f"{training.steps:,} steps of {d['tokens_per_batch']:,} tokens, {_short(tokens)} in all"),
-        ("optimiser", f"learning rate {optimizer.learning_rate:g}, warm-up {optimizer.warmup:,} steps, "
+        ("optimiser", f"{'Muon' if optimizer.kind == 'muon' else 'AdamW'}, "
+                      f"learning rate {optimizer.learning_rate:g}, warm-up {optimizer.warmup:,} steps, "
                       f"{optimizer.schedule}, weight decay {optimizer.weight_decay:g}"),
         ("predicted memory", f"{d['memory_bytes_per_rank'] / 1e9:,.2f} GB on each of {d['ranks']} ranks"),
     ]  # fmt: skip
