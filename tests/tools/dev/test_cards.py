@@ -29,13 +29,13 @@ def test_the_cards_are_what_follows_from_the_code_and_none_is_missing(cards, mon
     ("change", "message"),
     [
         ({"config": "configs/none.yaml"}, "there is no config configs/none.yaml"),
-        ({"as": {"steps": 1}}, "steps 1 then, 720 now.*measure them again, or remove the entry"),
+        ({"as": {"steps": 1}}, "steps 1 then, 640 now.*measure them again, or remove the entry"),
     ],
 )
 def test_losses_of_a_config_that_is_another_now_are_refused(cards, change, message, tmp_path):
     entry = {
         "config": "configs/demo.yaml",
-        "as": {"steps": 720},
+        "as": {"steps": 640},
         "date": "a day",
         "losses": {"text": 3.5},
     }
