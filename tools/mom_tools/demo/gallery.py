@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import soundfile
@@ -14,25 +16,36 @@ from mom_tokenizers.media.recordings import decode_audio
 
 FOLDER = "round_trip"
 """The folder in a run that `mom report` shows as "Before and after the tokenizers"."""
-_DOCUMENTS = 8
+_EACH = 4  # documents for each modality
+_LOOKED_AT = 1000  # documents
 _MOST_TEXT = 600  # characters of one piece
 
 
 def write_round_trips(run: Path, tokenizers: Tokenizers, files: list[Path]) -> int:
-    """Write the first documents of `files` that have pictures or speech to RUN/round_trip, as document-K.md with PNG
-    and WAV files. Returns how many there are. A modality without a tokenizer, or without a decoder, is left out."""
+    """Write some documents of `files` that have pictures or speech to RUN/round_trip, as document-K.md with PNG and WAV
+    files. Returns how many there are. A modality without a tokenizer, or without a decoder, is left out."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     written = 0
-    for file in files:
-        for document in documents_at_the_head(file):
-            if written == _DOCUMENTS:
-                return written
-            if isinstance(document, Document) and any(s.modality != "text" for s in document.segments):
-                lines = _lines(document, tokenizers, folder, f"document-{written}")
-                (folder / f"document-{written}.md").write_text("\n\n".join(lines) + "\n")
-                written += 1
+    for written, document in enumerate(chosen(files, [m for m in tokenizers.modalities if m != "text"]), 1):
+        name = f"document-{written - 1}"
+        (folder / f"{name}.md").write_text("\n\n".join(_lines(document, tokenizers, folder, name)) + "\n")
     return written
+
+
+def chosen(files: list[Path], modalities: Sequence[str]) -> Iterator[Document]:
+    """The first documents that hold each of the modalities, four for each, so that one that is rare is shown as well.
+    Only so many documents at the beginning of all files are looked at."""
+    missing = dict.fromkeys(modalities, _EACH)
+    for document in islice(chain.from_iterable(map(documents_at_the_head, files)), _LOOKED_AT):
+        if not any(missing.values()):
+            return
+        if not isinstance(document, Document):
+            continue
+        held = {s.modality for s in document.segments} & missing.keys()
+        if any(missing[m] for m in held):
+            missing |= {m: max(0, missing[m] - 1) for m in held}
+            yield document
 
 
 def _lines(document: Document, tokenizers: Tokenizers, folder: Path, name: str) -> list[str]:
